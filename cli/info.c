@@ -1,0 +1,75 @@
+/* metalloid info: what a bug report needs. SPDX-License-Identifier: MIT */
+#include "cli.h"
+#include "core/context.h"
+#include "core/threads.h"
+#include "cpu/features.h"
+#include "cpu/kernels.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* The first line that `program --version` prints; false where it cannot be run. No shell sees the name. */
+static bool version_of(const char *program, char *line, int size) {
+    int pipe_ends[2];
+    if (pipe(pipe_ends) != 0) return false;
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(pipe_ends[1], STDOUT_FILENO);
+        close(pipe_ends[0]);
+        close(pipe_ends[1]);
+        if (!freopen("/dev/null", "w", stderr)) _exit(127);
+        execlp(program, program, "--version", (char *)NULL);
+        _exit(127);
+    }
+    close(pipe_ends[1]);
+    FILE *output = fdopen(pipe_ends[0], "r");
+    bool read_line = child > 0 && output && fgets(line, size, output);
+    char rest[256];
+    while (output && fgets(rest, sizeof rest, output)) continue; /* so that the program never writes into a closed pipe */
+    if (output) fclose(output);
+    int status = 1;
+    if (child > 0) waitpid(child, &status, 0);
+    if (read_line) line[strcspn(line, "\n")] = '\0';
+    return read_line && status == 0;
+}
+
+int metalloid_cli_info(int count, char **arguments) {
+    if (count > 0) {
+        bool help = strcmp(arguments[0], "--help") == 0 || strcmp(arguments[0], "-h") == 0;
+        fprintf(help ? stdout : stderr, "usage: metalloid info\n\nPrints the version, the CPU features in use, the thread count, GPUs and the "
+                                        "compilers found for custom kernels.\n\nenvironment:\n"
+                                        "  METALLOID_CPU_ISA      the instruction set to use instead of the best one\n"
+                                        "  METALLOID_NUM_THREADS  the threads of a call, the caller included\n"
+                                        "  METALLOID_CXX          the C++ compiler of custom kernels\n");
+        return help ? EXIT_OK : EXIT_USAGE;
+    }
+    printf("metalloid     %s\n", metalloid_version());
+
+    char features[256];
+    mtl_cpu_features_in_words(mtl_cpu_features(), features, sizeof features);
+    printf("cpu features  %s\n", *features ? features : "none that kernels use");
+    const mtl_cpu_isa *const *isas;
+    int isa_count = mtl_cpu_isas(&isas);
+    printf("cpu kernels   %s (of", metalloid_cpu_isa());
+    for (int i = 0; i < isa_count; i++) printf("%s %s", i ? "," : "", isas[i]->name);
+    printf(")");
+    const char *wanted = getenv("METALLOID_CPU_ISA");
+    if (wanted) printf(", METALLOID_CPU_ISA=%s%s", wanted, strcmp(wanted, metalloid_cpu_isa()) == 0 ? "" : " is not among them");
+    printf("\nthreads       %d", metalloid_get_num_threads());
+    if (getenv("METALLOID_NUM_THREADS")) printf(", METALLOID_NUM_THREADS=%s", getenv("METALLOID_NUM_THREADS"));
+    printf("\ngpus          none: this build has no GPU backend\n");
+
+    const char *named = getenv("METALLOID_CXX");
+    const char *compilers[] = {named && *named ? named : "clang++", "clang"};
+    char line[256];
+    bool found = false;
+    for (int i = 0; i < 2 && !found; i++) {
+        found = version_of(compilers[i], line, sizeof line);
+        if (found) printf("compiler      %s: %s\n", compilers[i], line);
+    }
+    if (!found) printf("compiler      none found (clang++, or the program that METALLOID_CXX names)\n");
+    return EXIT_OK;
+}

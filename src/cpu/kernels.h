@@ -1,0 +1,81 @@
+/* The CPU backend: its entry points, one a group of operations, and the table of kernels they pick from.
+ * SPDX-License-Identifier: MIT */
+#ifndef METALLOID_CPU_KERNELS_H
+#define METALLOID_CPU_KERNELS_H
+
+#include "core/context.h"
+#include "core/operations.h"
+
+/* A kernel does items [begin, end) of a call. What an item is, stands with the kernel's entry point; `scratch` is the running
+ * thread's own and has the size that the entry point asked for. */
+typedef void (*mtl_kernel)(const void *args, int64_t begin, int64_t end, void *scratch);
+
+/* Every kernel, once: the tables and declarations are made from this list. */
+#define MTL_KERNELS(X) \
+    X(rms_norm)        \
+    X(layer_norm)      \
+    X(swiglu)          \
+    X(geglu)           \
+    X(rope)            \
+    X(attention)       \
+    X(cross_entropy)   \
+    X(gated_delta)
+
+/* Those that have a SIMD kernel; for the others an instruction set runs the plain one. */
+#define MTL_SIMD_KERNELS(X) \
+    X(rms_norm)             \
+    X(layer_norm)           \
+    X(swiglu)               \
+    X(geglu)
+
+#define MTL_KERNEL_FIELD(name) mtl_kernel name;
+typedef struct mtl_cpu_kernels {
+    MTL_KERNELS(MTL_KERNEL_FIELD)
+} mtl_cpu_kernels;
+
+/* One instruction set: kernels that compute in float32 and those that compute in float64. */
+typedef struct mtl_cpu_isa {
+    const char *name;
+    mtl_cpu_kernels in_float, in_double;
+} mtl_cpu_isa;
+
+/* The instruction sets of this build that this processor has, plain C first, the best last. */
+int mtl_cpu_isas(const mtl_cpu_isa *const **isas);
+
+/* The kernels of a call. */
+const mtl_cpu_kernels *mtl_cpu_kernels_for(const metalloid_context *context, bool in_double);
+
+/* Runs `kernel` over all items on the context's threads. `item_cost`: the memory traffic of one item in bytes (or, where arithmetic
+ * dominates, its multiply-adds / 8), from which it follows how many threads the call is worth. `scratch`: bytes a thread. Nothing
+ * has run when METALLOID_OUT_OF_MEMORY comes back. Bits do not depend on the thread count: an item is always done whole. */
+metalloid_status mtl_cpu_run(const metalloid_context *context, const char *op, mtl_kernel kernel, const void *args, int64_t items,
+                             int64_t item_cost, size_t scratch);
+
+/* rope's items are blocks of so many time steps: enough to read runs of memory, few enough to share out. */
+enum { MTL_ROPE_BLOCK = 16 };
+
+/* Frequencies, a block's cosines and sines, and three rows, in the widest arithmetic of any kernel. */
+static inline size_t mtl_rope_scratch(const mtl_rope_args *args) {
+    size_t pairs = (size_t)args->angles.dims / 2;
+    return sizeof(long double) * (pairs + 2 * MTL_ROPE_BLOCK * pairs + 3 * (size_t)args->head_dim);
+}
+
+/* gated_delta's items are blocks of so many rows of a head's state. */
+enum { MTL_GATED_DELTA_ROWS = 32 };
+
+/* The block, and q, k and gamma of a step. */
+static inline size_t mtl_gated_delta_scratch(const mtl_gated_delta_args *args) {
+    return sizeof(double) * (MTL_GATED_DELTA_ROWS + 3) * (size_t)args->key_dim;
+}
+
+/* Entry points: how an operation's work is cut into items, and which kernel does it. `op` is for messages. */
+metalloid_status mtl_cpu_rms_norm(const metalloid_context *context, const char *op, const mtl_norm_args *args);
+metalloid_status mtl_cpu_layer_norm(const metalloid_context *context, const char *op, const mtl_norm_args *args);
+metalloid_status mtl_cpu_swiglu(const metalloid_context *context, const char *op, mtl_gated_args *args);
+metalloid_status mtl_cpu_geglu(const metalloid_context *context, const char *op, mtl_gated_args *args);
+metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, const mtl_rope_args *args);
+metalloid_status mtl_cpu_attention(const metalloid_context *context, const char *op, const mtl_attention_args *args);
+metalloid_status mtl_cpu_cross_entropy(const metalloid_context *context, const char *op, const mtl_cross_entropy_args *args);
+metalloid_status mtl_cpu_gated_delta(const metalloid_context *context, const char *op, const mtl_gated_delta_args *args);
+
+#endif

@@ -1,0 +1,44 @@
+/* The runs of a gated activation. SPDX-License-Identifier: MIT
+ *
+ * Included by swiglu.c and geglu.c after they define activation(vec). One read of gate and up, one write of out. */
+
+INLINE void gated_run(const char *gate, const char *up, char *out, mtl_dtype dtype, int64_t count, bool tanh) {
+    int64_t size = mtl_dtype_size(dtype), i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        vec v = activation(vec_load_as(gate + i * size, dtype), tanh) * vec_load_as(up + i * size, dtype);
+        vec_store_as(out + i * size, dtype, v);
+    }
+    if (i < count) {
+        vec v = activation(vec_load_part(gate + i * size, dtype, count - i), tanh) * vec_load_part(up + i * size, dtype, count - i);
+        vec_store_part(out + i * size, dtype, v, count - i);
+    }
+}
+
+INLINE void gated_items(const mtl_gated_args *args, int64_t begin, int64_t end, real *scratch, bool tanh) {
+    mtl_dtype dtype = args->gate.dtype;
+    bool direct = in_place_row(args->gate, dtype) && in_place_row(args->up, dtype) && in_place_row(args->out, dtype);
+    mtl_cursor at;
+    for (int64_t item = begin; item < end; item++) {
+        mtl_cursor_seek(&at, &args->rows, item / args->runs);
+        int64_t first = item % args->runs * args->run;
+        int64_t count = first + args->run < args->length ? args->run : args->length - first;
+        const char *gate = args->gate.data + at.offset[MTL_GATED_GATE] + first * args->gate.stride;
+        const char *up = args->up.data + at.offset[MTL_GATED_UP] + first * args->up.stride;
+        char *out = args->out.data + at.offset[MTL_GATED_OUT] + first * args->out.stride;
+        if (direct && dtype == REAL_DTYPE) {
+            gated_run(gate, up, out, REAL_DTYPE, count, tanh);
+#ifndef MTL_IN_DOUBLE
+        } else if (direct && dtype == MTL_F16) {
+            gated_run(gate, up, out, MTL_F16, count, tanh);
+        } else if (direct && dtype == MTL_BF16) {
+            gated_run(gate, up, out, MTL_BF16, count, tanh);
+#endif
+        } else {
+            real *up_row = scratch + args->run;
+            read_row(scratch, gate, args->gate, count);
+            read_row(up_row, up, args->up, count);
+            gated_run((const char *)scratch, (const char *)up_row, (char *)scratch, REAL_DTYPE, count, tanh);
+            write_row(out, args->out, scratch, count);
+        }
+    }
+}

@@ -1,0 +1,52 @@
+/* y = x / sqrt(mean(x^2) + eps) * weight, of x or of x + residual. SPDX-License-Identifier: MIT
+ *
+ * Traffic: each byte of x once from memory and once from the cache, each of out once. The sum of squares runs in 4 LANES partial
+ * sums, so that its rounding error grows with length / (4 LANES) at most. A row so small that its squares leave float32's normal
+ * range is done again in double. */
+#include "cpu/simd/vec.h"
+
+static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, char *out, int64_t length, double eps) {
+    int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype);
+    double squares = 0;
+    for (int64_t i = 0; i < length; i++) squares += mtl_load_double(x + i * size, x_dtype) * mtl_load_double(x + i * size, x_dtype);
+    double inverse = 1 / sqrt(squares / (double)length + eps);
+    for (int64_t i = 0; i < length; i++) {
+        double y = mtl_load_double(x + i * size, x_dtype) * inverse * mtl_load_double(weight + i * weight_size, weight_dtype);
+        mtl_store_double(out + i * size, x_dtype, y);
+    }
+}
+
+INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, const char *bias, mtl_dtype bias_dtype,
+                     char *out, int64_t length, double eps) {
+    (void)bias, (void)bias_dtype;
+    int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype), i = 0;
+    vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+    for (; i + 4 * LANES <= length; i += 4 * LANES) {
+        for (int j = 0; j < 4; j++) {
+            vec v = vec_load_as(x + (i + j * LANES) * size, x_dtype);
+            sum[j] = vec_fma(v, v, sum[j]);
+        }
+    }
+    for (; i < length; i += LANES) {
+        vec v = vec_load_upto(x + i * size, x_dtype, length - i);
+        sum[0] = vec_fma(v, v, sum[0]);
+    }
+    double mean_square = (double)vec_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / (double)length + eps;
+    if (mean_square < 1e-28) {
+        tiny_row(x, x_dtype, weight, weight_dtype, out, length, eps);
+        return;
+    }
+    vec inverse = vec_set((real)(1 / sqrt(mean_square)));
+    for (i = 0; i + LANES <= length; i += LANES) {
+        vec v = vec_load_as(x + i * size, x_dtype) * inverse * vec_load_as(weight + i * weight_size, weight_dtype);
+        vec_store_as(out + i * size, x_dtype, v);
+    }
+    if (i < length) {
+        vec v = vec_load_part(x + i * size, x_dtype, length - i) * inverse * vec_load_part(weight + i * weight_size, weight_dtype, length - i);
+        vec_store_part(out + i * size, x_dtype, v, length - i);
+    }
+}
+
+#include "cpu/simd/norm.h"
+
+void SIMD(rms_norm)(const void *args, int64_t begin, int64_t end, void *scratch) { norm_kernel(args, begin, end, scratch); }

@@ -1,0 +1,194 @@
+/* The vectors that SIMD kernels are written in. SPDX-License-Identifier: MIT
+ *
+ * Each file of this folder is compiled for every instruction set, and twice for each: `real` is float, or double where a tensor of
+ * the call is float64. A `vec` holds LANES reals. + - * / and comparisons are the compiler's vector extensions; what those
+ * cannot say is a vec_ function, most of them here; the few that need an instruction by name stand in the header of its ISA. */
+#ifndef METALLOID_CPU_SIMD_VEC_H
+#define METALLOID_CPU_SIMD_VEC_H
+
+#include "cpu/kernels.h"
+
+#include <math.h>
+
+#if defined(MTL_ISA_AVX2)
+#define MTL_ISA avx2
+#define VECTOR_BYTES 32
+#elif defined(MTL_ISA_AVX512)
+#define MTL_ISA avx512
+#define VECTOR_BYTES 64
+#elif defined(MTL_ISA_NEON)
+#define MTL_ISA neon
+#define VECTOR_BYTES 16
+#else
+#error "no instruction set is named"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* kernel name -> mtl_avx2_rms_norm_f32 */
+#define MTL_SIMD_NAME_(isa, name, suffix) mtl_##isa##_##name##_##suffix
+#define MTL_SIMD_NAME(isa, name, suffix) MTL_SIMD_NAME_(isa, name, suffix)
+#ifdef MTL_IN_DOUBLE
+typedef double real;
+typedef int64_t real_int;
+#define SIMD(name) MTL_SIMD_NAME(MTL_ISA, name, f64)
+#define real_load mtl_load_double
+#define real_store mtl_store_double
+#define REAL_DTYPE MTL_F64
+#else
+typedef float real;
+typedef int32_t real_int;
+#define SIMD(name) MTL_SIMD_NAME(MTL_ISA, name, f32)
+#define real_load mtl_load_float
+#define real_store mtl_store_float
+#define REAL_DTYPE MTL_F32
+#endif
+
+enum { LANES = VECTOR_BYTES / sizeof(real) };
+typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef real_int vec_int __attribute__((vector_size(VECTOR_BYTES))); /* comparisons give 0 or -1 a lane */
+
+INLINE vec vec_set(real x) { return x - (vec){0}; }
+INLINE vec vec_zero(void) { return (vec){0}; }
+
+INLINE vec vec_load(const real *from) {
+    vec v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+INLINE void vec_store(real *to, vec v) { memcpy(to, &v, sizeof v); }
+
+INLINE vec vec_select(vec_int mask, vec yes, vec no) { return (vec)(((vec_int)yes & mask) | ((vec_int)no & ~mask)); }
+INLINE vec vec_abs(vec v) { return (vec)((vec_int)v & ~(vec_int)vec_set(-(real)0)); }
+
+/* Lane i is i < count. */
+INLINE vec_int vec_first(int64_t count) {
+    vec_int lane;
+    for (int i = 0; i < LANES; i++) lane[i] = (real_int)(i < count ? -1 : 0);
+    return lane;
+}
+
+#if defined(__x86_64__)
+#include "cpu/simd/vec_x86.h"
+#elif defined(__aarch64__)
+#include "cpu/simd/vec_neon.h"
+#endif
+
+/* ---- reductions, in a fixed order --------------------------------------------------------------------------------------- */
+
+INLINE real vec_sum(vec v) {
+    real lane[LANES];
+    vec_store(lane, v);
+    for (int half = LANES / 2; half; half /= 2) {
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    }
+    return lane[0];
+}
+
+/* The largest lane; lanes that are NaN may be passed over. */
+INLINE real vec_largest(vec v) {
+    real lane[LANES];
+    vec_store(lane, v);
+    for (int half = LANES / 2; half; half /= 2) {
+        for (int i = 0; i < half; i++) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+    }
+    return lane[0];
+}
+
+/* ---- storage -------------------------------------------------------------------------------------------------------------- */
+
+/* LANES elements of a dtype, contiguous. `dtype` is a constant wherever these are called, so that one branch remains. */
+INLINE vec vec_load_as(const void *from, mtl_dtype dtype) {
+    if (dtype == REAL_DTYPE) return vec_load(from);
+#ifndef MTL_IN_DOUBLE
+    if (dtype == MTL_F16) return vec_load_f16(from);
+    if (dtype == MTL_BF16) return vec_load_bf16(from);
+#endif
+    vec v = vec_zero();
+    for (int i = 0; i < LANES; i++) v[i] = real_load((const char *)from + i * mtl_dtype_size(dtype), dtype);
+    return v;
+}
+
+INLINE void vec_store_as(void *to, mtl_dtype dtype, vec v) {
+    if (dtype == REAL_DTYPE) {
+        vec_store(to, v);
+        return;
+    }
+#ifndef MTL_IN_DOUBLE
+    if (dtype == MTL_F16) {
+        vec_store_f16(to, v);
+        return;
+    }
+    if (dtype == MTL_BF16) {
+        vec_store_bf16(to, v);
+        return;
+    }
+#endif
+    for (int i = 0; i < LANES; i++) real_store((char *)to + i * mtl_dtype_size(dtype), dtype, v[i]);
+}
+
+/* The first `count` < LANES elements; the other lanes are 0, and are not stored. */
+INLINE vec vec_load_part(const void *from, mtl_dtype dtype, int64_t count) {
+    char padded[LANES * sizeof(double)] = {0};
+    memcpy(padded, from, (size_t)(count * mtl_dtype_size(dtype)));
+    return vec_load_as(padded, dtype);
+}
+
+INLINE void vec_store_part(void *to, mtl_dtype dtype, vec v, int64_t count) {
+    char padded[LANES * sizeof(double)];
+    vec_store_as(padded, dtype, v);
+    memcpy(to, padded, (size_t)(count * mtl_dtype_size(dtype)));
+}
+
+INLINE vec vec_load_upto(const void *from, mtl_dtype dtype, int64_t count) {
+    return count >= LANES ? vec_load_as(from, dtype) : vec_load_part(from, dtype, count);
+}
+
+INLINE void vec_store_upto(void *to, mtl_dtype dtype, vec v, int64_t count) {
+    if (count >= LANES) vec_store_as(to, dtype, v);
+    else vec_store_part(to, dtype, v, count);
+}
+
+/* A row of any dtype and stride to reals, and back. */
+INLINE void read_contiguous(real *to, const char *from, mtl_dtype dtype, int64_t length) {
+    int64_t i = 0;
+    for (; i + LANES <= length; i += LANES) vec_store(to + i, vec_load_as(from + i * mtl_dtype_size(dtype), dtype));
+    for (; i < length; i++) to[i] = real_load(from + i * mtl_dtype_size(dtype), dtype);
+}
+
+INLINE void write_contiguous(char *to, mtl_dtype dtype, const real *from, int64_t length) {
+    int64_t i = 0;
+    for (; i + LANES <= length; i += LANES) vec_store_as(to + i * mtl_dtype_size(dtype), dtype, vec_load(from + i));
+    for (; i < length; i++) real_store(to + i * mtl_dtype_size(dtype), dtype, from[i]);
+}
+
+static inline void read_row(real *to, const char *from, mtl_row row, int64_t length) {
+    if (row.stride == mtl_dtype_size(row.dtype)) {
+        switch (row.dtype) {
+        case MTL_F32: read_contiguous(to, from, MTL_F32, length); return;
+        case MTL_F16: read_contiguous(to, from, MTL_F16, length); return;
+        case MTL_BF16: read_contiguous(to, from, MTL_BF16, length); return;
+        case MTL_F64: read_contiguous(to, from, MTL_F64, length); return;
+        default: break;
+        }
+    }
+    for (int64_t i = 0; i < length; i++) to[i] = real_load(from + i * row.stride, row.dtype);
+}
+
+static inline void write_row(char *to, mtl_row row, const real *from, int64_t length) {
+    if (row.stride == mtl_dtype_size(row.dtype)) {
+        switch (row.dtype) {
+        case MTL_F32: write_contiguous(to, MTL_F32, from, length); return;
+        case MTL_F16: write_contiguous(to, MTL_F16, from, length); return;
+        case MTL_BF16: write_contiguous(to, MTL_BF16, from, length); return;
+        case MTL_F64: write_contiguous(to, MTL_F64, from, length); return;
+        default: break;
+        }
+    }
+    for (int64_t i = 0; i < length; i++) real_store(to + i * row.stride, row.dtype, from[i]);
+}
+
+/* Whether a kernel can take the row where it lies: contiguous, of a dtype that loads straight into a vec. */
+static inline bool in_place_row(mtl_row row, mtl_dtype dtype) { return row.dtype == dtype && row.stride == mtl_dtype_size(dtype); }
+
+#endif

@@ -1,0 +1,63 @@
+/* What vec.h needs by name on x86-64: AVX2 with FMA and F16C, or AVX-512. SPDX-License-Identifier: MIT */
+#include <immintrin.h>
+
+#ifdef MTL_ISA_AVX512
+#define MM(name) _mm512_##name
+#else
+#define MM(name) _mm256_##name
+#endif
+
+#ifdef MTL_IN_DOUBLE
+
+INLINE vec vec_fma(vec a, vec b, vec c) { return (vec)MM(fmadd_pd)(a, b, c); }
+INLINE vec vec_sqrt(vec v) { return (vec)MM(sqrt_pd)(v); }
+INLINE vec vec_max(vec a, vec b) { return (vec)MM(max_pd)(a, b); } /* b where either is NaN */
+INLINE vec vec_min(vec a, vec b) { return (vec)MM(min_pd)(a, b); }
+#ifdef MTL_ISA_AVX512
+INLINE vec vec_round(vec v) { return (vec)_mm512_roundscale_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+INLINE vec vec_round(vec v) { return (vec)_mm256_round_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#endif
+
+#else
+
+INLINE vec vec_fma(vec a, vec b, vec c) { return (vec)MM(fmadd_ps)(a, b, c); }
+INLINE vec vec_sqrt(vec v) { return (vec)MM(sqrt_ps)(v); }
+INLINE vec vec_max(vec a, vec b) { return (vec)MM(max_ps)(a, b); } /* b where either is NaN */
+INLINE vec vec_min(vec a, vec b) { return (vec)MM(min_ps)(a, b); }
+
+#ifdef MTL_ISA_AVX512
+INLINE vec vec_round(vec v) { return (vec)_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vec vec_load_f16(const void *from) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
+INLINE void vec_store_f16(void *to, vec v) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+INLINE vec vec_load_bf16(const void *from) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+}
+INLINE void vec_store_bf16(void *to, vec v) {
+    __m512i bits = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(rounded));
+}
+#else
+INLINE vec vec_round(vec v) { return (vec)_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vec vec_load_f16(const void *from) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
+INLINE void vec_store_f16(void *to, vec v) {
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+INLINE vec vec_load_bf16(const void *from) {
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
+}
+INLINE void vec_store_bf16(void *to, vec v) {
+    __m256i bits = (__m256i)v, odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    rounded = _mm256_blendv_epi8(rounded, quiet, (__m256i)_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08); /* 0, 2: the two halves' low words */
+    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(packed));
+}
+#endif
+#endif
