@@ -350,6 +350,7 @@ int64_t mtl_loop_take_row(mtl_loop *loop, int64_t *stride) {
 void mtl_cursor_seek(mtl_cursor *cursor, const mtl_loop *loop, int64_t iteration) {
     cursor->loop = loop;
     for (int i = 0; i < loop->operands; i++) cursor->offset[i] = 0;
+    if (loop->count == 0) return; /* an extent of 0 is no divisor */
     for (int axis = loop->rank - 1; axis >= 0; axis--) {
         cursor->index[axis] = iteration % loop->shape[axis];
         iteration /= loop->shape[axis];

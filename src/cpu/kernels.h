@@ -26,7 +26,10 @@ typedef void (*mtl_kernel)(const void *args, int64_t begin, int64_t end, void *s
     X(rms_norm)             \
     X(layer_norm)           \
     X(swiglu)               \
-    X(geglu)
+    X(geglu)                \
+    X(rope)                 \
+    X(cross_entropy)        \
+    X(gated_delta)
 
 #define MTL_KERNEL_FIELD(name) mtl_kernel name;
 typedef struct mtl_cpu_kernels {
@@ -54,18 +57,18 @@ metalloid_status mtl_cpu_run(const metalloid_context *context, const char *op, m
 /* rope's items are blocks of so many time steps: enough to read runs of memory, few enough to share out. */
 enum { MTL_ROPE_BLOCK = 16 };
 
-/* Frequencies, a block's cosines and sines, and three rows, in the widest arithmetic of any kernel. */
+/* Frequencies, a block's cosines and sines (each twice), a head and two weights, in the widest arithmetic of any kernel. */
 static inline size_t mtl_rope_scratch(const mtl_rope_args *args) {
     size_t pairs = (size_t)args->angles.dims / 2;
-    return sizeof(long double) * (pairs + 2 * MTL_ROPE_BLOCK * pairs + 3 * (size_t)args->head_dim);
+    return sizeof(long double) * (pairs + 4 * MTL_ROPE_BLOCK * pairs + 3 * (size_t)args->head_dim);
 }
 
 /* gated_delta's items are blocks of so many rows of a head's state. */
 enum { MTL_GATED_DELTA_ROWS = 32 };
 
-/* The block, and q, k and gamma of a step. */
+/* The block, and q, k and gamma of a step, each row padded to full vectors. */
 static inline size_t mtl_gated_delta_scratch(const mtl_gated_delta_args *args) {
-    return sizeof(double) * (MTL_GATED_DELTA_ROWS + 3) * (size_t)args->key_dim;
+    return sizeof(double) * (MTL_GATED_DELTA_ROWS + 3) * (size_t)(args->key_dim + 16);
 }
 
 /* Entry points: how an operation's work is cut into items, and which kernel does it. `op` is for messages. */

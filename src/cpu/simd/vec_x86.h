@@ -7,6 +7,17 @@
 #define MM(name) _mm256_##name
 #endif
 
+#if !defined(MTL_IN_DOUBLE)
+#define angle_fma(a, b, c) ((angle_vec)MM(fmadd_pd)(a, b, c))
+#endif
+
+/* Lanes 0 and 1, 2 and 3, ... trade places. */
+#ifdef MTL_IN_DOUBLE
+INLINE vec vec_swap_neighbours(vec v) { return (vec)MM(permute_pd)(v, LANES == 8 ? 0x55 : 0x5); }
+#else
+INLINE vec vec_swap_neighbours(vec v) { return (vec)MM(permute_ps)(v, 0xb1); }
+#endif
+
 #ifdef MTL_IN_DOUBLE
 
 INLINE vec vec_fma(vec a, vec b, vec c) { return (vec)MM(fmadd_pd)(a, b, c); }
