@@ -1,11 +1,14 @@
 /* gated_delta_update. SPDX-License-Identifier: MIT */
 #include "cpu/kernels.h"
 
+/* An empty operand is never read, but the place of its items is still computed: it gets an address, and no strides. */
+static char nothing[8];
+
 /* Strides by axis; a missing last axis (gamma and beta of a head) has stride 0. */
 static mtl_strided strided(const mtl_view *view) {
-    mtl_strided operand = {.data = view->data};
-    if (!mtl_present(view)) return operand;
-    operand.dtype = view->dtype;
+    if (!mtl_present(view)) return (mtl_strided){.data = NULL};
+    if (view->elements == 0) return (mtl_strided){.data = nothing, .dtype = view->dtype};
+    mtl_strided operand = {.data = view->data, .dtype = view->dtype};
     for (int axis = 0; axis < view->rank; axis++) operand.stride[axis] = view->stride[axis];
     return operand;
 }

@@ -30,7 +30,7 @@ metalloid_status mtl_rope_read_options(mtl_rope_args *args, mtl_rope_tensors *te
 
     tensors->time_axis = options.time_axis;
     args->angles = (mtl_rope_angles){.dims = dims,
-                                     .traditional = options.traditional,
+                                     .traditional = mtl_option_flag(&options.traditional),
                                      .scale = options.scale,
                                      .base = options.base,
                                      .freqs = mtl_row_of(&tensors->freqs),

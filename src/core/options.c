@@ -1,8 +1,6 @@
 /* Option structs that grow without breaking a compiled caller. SPDX-License-Identifier: MIT */
 #include "core/options.h"
 
-#include <string.h>
-
 enum { MOST_BYTES = 4096 }; /* no option struct comes near; a larger size is an uninitialized one */
 
 metalloid_status mtl_options_read(void *to, const void *defaults, size_t known, const void *from, const char *op) {

@@ -173,7 +173,7 @@ static size_t scratch_of_thread(const mtl_attention_args *args) {
     int64_t real = args->in_double ? (int64_t)sizeof(double) : (int64_t)sizeof(float), keys = MTL_ATTENTION_KEYS;
     int64_t padded = mtl_attention_padded(args->head_dim), value_padded = mtl_attention_padded(args->value_dim);
     int64_t reals = args->cut.rows * padded + keys * padded + keys * value_padded;
-    int64_t doubles = args->cut.rows * (keys + mtl_attention_state_length(args));
+    int64_t doubles = args->cut.rows * (keys + MTL_STATE_VALUES + value_padded);
     return (size_t)((reals * real + doubles * (int64_t)sizeof(double) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
 }
 

@@ -18,7 +18,7 @@
 enum {
     MTL_ATTENTION_ROWS = 64,  /* of a block; with the keys of a block: what stays in the second-level cache */
     MTL_ATTENTION_KEYS = 64,  /* of a block */
-    MTL_ATTENTION_LANES = 16, /* kernels may pad staged rows to a multiple of this */
+    MTL_ATTENTION_LANES = 32, /* kernels may pad staged rows to a multiple of this */
 };
 
 /* state[MTL_STATE_VALUES + d] is the sum of feature d of the values. */

@@ -28,6 +28,7 @@ typedef void (*mtl_kernel)(const void *args, int64_t begin, int64_t end, void *s
     X(swiglu)               \
     X(geglu)                \
     X(rope)                 \
+    X(attention)            \
     X(cross_entropy)        \
     X(gated_delta)
 
@@ -57,11 +58,26 @@ metalloid_status mtl_cpu_run(const metalloid_context *context, const char *op, m
 /* rope's items are blocks of so many time steps: enough to read runs of memory, few enough to share out. */
 enum { MTL_ROPE_BLOCK = 16 };
 
-/* Frequencies, a block's cosines and sines (each twice), a head and two weights, in the widest arithmetic of any kernel. */
+typedef struct mtl_rope_block {
+    int64_t batch, first, steps;
+} mtl_rope_block;
+
+mtl_rope_block mtl_rope_block_at(const mtl_rope_args *args, int64_t item);
+
+/* The steps of a block, but for the last one. */
+static inline int64_t mtl_rope_most_steps(const mtl_rope_args *args) { return args->time < MTL_ROPE_BLOCK ? args->time : MTL_ROPE_BLOCK; }
+
+/* Whether the blocks of one `first` have the same positions throughout the batch. They are items in a row. */
+static inline bool mtl_rope_batch_shares(const mtl_rope_angles *angles) { return angles->positions.batch_stride == 0; }
+
+/* Frequencies, a block's cosines and sines (as long double or, each twice, as double), a head and two weights. */
 static inline size_t mtl_rope_scratch(const mtl_rope_args *args) {
-    size_t pairs = (size_t)args->angles.dims / 2;
-    return sizeof(long double) * (pairs + 4 * MTL_ROPE_BLOCK * pairs + 3 * (size_t)args->head_dim);
+    size_t dims = (size_t)args->angles.dims, steps = (size_t)mtl_rope_most_steps(args);
+    return sizeof(long double) * (dims / 2 + steps * dims) + sizeof(double) * 3 * (size_t)args->head_dim;
 }
+
+/* Cosine and sine of a pair whose angle leaves the range of double on its way. */
+void mtl_rope_turn_far(const mtl_rope_angles *angles, int64_t pair, int64_t position, double *cosine, double *sine);
 
 /* gated_delta's items are blocks of so many rows of a head's state. */
 enum { MTL_GATED_DELTA_ROWS = 32 };

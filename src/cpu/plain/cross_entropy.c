@@ -2,7 +2,8 @@
  *
  * One read: the sum of exp(x - m) is carried with the largest logit m so far and rescaled when a larger one comes
  * (Milakov & Gimelshein 2018, arXiv:1805.02867). The loss is (m - logits[target]) + log(sum): the difference of the two large
- * numbers is taken before the small one is added. */
+ * numbers is taken before the small one is added. The term of m itself is 1 and stays out of the sum, as a confident row's loss is
+ * what lies beside that 1. */
 #include "cpu/plain/real.h"
 
 void REAL(mtl_plain_cross_entropy)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
@@ -19,19 +20,19 @@ void REAL(mtl_plain_cross_entropy)(const void *arguments, int64_t begin, int64_t
             continue;
         }
         real largest = -(real)INFINITY;
-        double sum = 0;
+        double rest = 0;
         for (int64_t i = 0; i < args->classes; i++) {
             real x = real_load(logits + i * args->logits.stride, args->logits.dtype);
             if (x > largest) {
-                sum = sum * exp((double)largest - (double)x) + 1;
+                rest = (rest + 1) * exp((double)largest - (double)x);
                 largest = x;
             } else if (x == largest) { /* named, since infinity - infinity would be NaN */
-                sum += x == -(real)INFINITY ? 0 : 1;
+                rest += x == -(real)INFINITY ? 0 : 1;
             } else {
-                sum += exp((double)x - (double)largest);
+                rest += exp((double)x - (double)largest);
             }
         }
         real chosen = real_load(logits + target * args->logits.stride, args->logits.dtype);
-        real_store(loss, args->loss.dtype, (real)(((double)largest - (double)chosen) + log(sum)));
+        real_store(loss, args->loss.dtype, (real)(((double)largest - (double)chosen) + log1p(rest)));
     }
 }

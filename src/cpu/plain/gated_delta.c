@@ -5,59 +5,59 @@
  * A block of rows of S stays in scratch over all steps. A masked step is not read at all. */
 #include "cpu/plain/real.h"
 
-static const char *step(mtl_strided operand, int64_t batch, int64_t time, int64_t head) {
-    return operand.data + batch * operand.stride[0] + time * operand.stride[1] + head * operand.stride[2];
+static char *place(mtl_strided operand, int64_t i, int64_t j, int64_t k) {
+    return operand.data + i * operand.stride[0] + j * operand.stride[1] + k * operand.stride[2];
 }
 
-static void read_features(real *to, const char *from, mtl_strided operand, int64_t length) {
-    for (int64_t i = 0; i < length; i++) to[i] = real_load(from + i * operand.stride[3], operand.dtype);
-}
+static mtl_row features(mtl_strided operand) { return (mtl_row){operand.data, operand.stride[3], operand.dtype}; }
 
-static const char *state_row(mtl_strided state, int64_t batch, int64_t head, int64_t row) {
-    return state.data + batch * state.stride[0] + head * state.stride[1] + row * state.stride[2];
+/* s: a row of S; returns that of out. */
+static real step_row(real *s, const real *q, const real *k, const real *gamma, real beta, real v, int64_t key_dim) {
+    double predicted = 0, out = 0;
+    for (int64_t i = 0; i < key_dim; i++) {
+        s[i] *= gamma[i];
+        predicted += (double)s[i] * (double)k[i];
+    }
+    real delta = beta * (real)((double)v - predicted);
+    for (int64_t i = 0; i < key_dim; i++) {
+        s[i] += delta * k[i];
+        out += (double)s[i] * (double)q[i];
+    }
+    return (real)out;
 }
 
 void REAL(mtl_plain_gated_delta)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
     const mtl_gated_delta_args *args = arguments;
     int64_t key_dim = args->key_dim, blocks = (args->value_dim + MTL_GATED_DELTA_ROWS - 1) / MTL_GATED_DELTA_ROWS;
     real *q = scratch, *k = q + key_dim, *gamma = k + key_dim, *state = gamma + key_dim;
+    real v[MTL_GATED_DELTA_ROWS], out[MTL_GATED_DELTA_ROWS];
     for (int64_t item = begin; item < end; item++) {
         int64_t first = item % blocks * MTL_GATED_DELTA_ROWS, head = item / blocks % args->v_heads, batch = item / blocks / args->v_heads;
         int64_t rows = args->value_dim - first < MTL_GATED_DELTA_ROWS ? args->value_dim - first : MTL_GATED_DELTA_ROWS;
         int64_t k_head = head / (args->v_heads / args->k_heads);
         for (int64_t row = 0; row < rows; row++) {
-            for (int64_t i = 0; i < key_dim; i++) state[row * key_dim + i] = 0;
-            if (!args->initial_state.data) continue;
-            read_features(state + row * key_dim, state_row(args->initial_state, batch, head, first + row), args->initial_state, key_dim);
+            real *s = state + row * key_dim;
+            if (args->initial_state.data) {
+                read_row(s, place(args->initial_state, batch, head, first + row), features(args->initial_state), key_dim);
+            } else {
+                for (int64_t i = 0; i < key_dim; i++) s[i] = 0;
+            }
         }
         for (int64_t time = 0; time < args->time; time++) {
-            char *out = (char *)step(args->out, batch, time, head) + first * args->out.stride[3];
-            if (args->mask.data && mtl_load_integer(args->mask.data + batch * args->mask.stride[0] + time * args->mask.stride[1], args->mask.dtype) == 0) {
-                for (int64_t row = 0; row < rows; row++) real_store(out + row * args->out.stride[3], args->out.dtype, 0);
-                continue;
+            if (args->mask.data && mtl_load_integer(place(args->mask, batch, time, 0), args->mask.dtype) == 0) {
+                for (int64_t row = 0; row < rows; row++) out[row] = 0;
+            } else {
+                read_row(q, place(args->q, batch, time, k_head), features(args->q), key_dim);
+                read_row(k, place(args->k, batch, time, k_head), features(args->k), key_dim);
+                read_row(gamma, place(args->gamma, batch, time, head), features(args->gamma), key_dim);
+                read_row(v, place(args->v, batch, time, head) + first * args->v.stride[3], features(args->v), rows);
+                real beta = real_load(place(args->beta, batch, time, head), args->beta.dtype);
+                for (int64_t row = 0; row < rows; row++) out[row] = step_row(state + row * key_dim, q, k, gamma, beta, v[row], key_dim);
             }
-            read_features(q, step(args->q, batch, time, k_head), args->q, key_dim);
-            read_features(k, step(args->k, batch, time, k_head), args->k, key_dim);
-            read_features(gamma, step(args->gamma, batch, time, head), args->gamma, key_dim);
-            const char *v = step(args->v, batch, time, head) + first * args->v.stride[3];
-            real beta = real_load(step(args->beta, batch, time, head), args->beta.dtype);
-            for (int64_t row = 0; row < rows; row++) {
-                real *s = state + row * key_dim, predicted = 0, result = 0;
-                for (int64_t i = 0; i < key_dim; i++) {
-                    s[i] *= gamma[i];
-                    predicted += s[i] * k[i];
-                }
-                real delta = beta * (real_load(v + row * args->v.stride[3], args->v.dtype) - predicted);
-                for (int64_t i = 0; i < key_dim; i++) {
-                    s[i] += delta * k[i];
-                    result += s[i] * q[i];
-                }
-                real_store(out + row * args->out.stride[3], args->out.dtype, result);
-            }
+            write_row(place(args->out, batch, time, head) + first * args->out.stride[3], features(args->out), out, rows);
         }
         for (int64_t row = 0; row < rows; row++) {
-            char *to = (char *)state_row(args->state, batch, head, first + row);
-            for (int64_t i = 0; i < key_dim; i++) real_store(to + i * args->state.stride[3], args->state.dtype, state[row * key_dim + i]);
+            write_row(place(args->state, batch, head, first + row), features(args->state), state + row * key_dim, key_dim);
         }
     }
 }

@@ -22,36 +22,46 @@ INLINE real chunk_largest(const char *logits, mtl_dtype dtype, int64_t count) {
     return vec_largest(vec_max(largest[0], largest[1]));
 }
 
-INLINE real chunk_sum(const char *logits, mtl_dtype dtype, int64_t count, real largest) {
+/* The sum of exp(x - largest) but for logits that equal `largest`: their terms are 1, beside which the small ones, the loss of a confident
+ * row, would be lost. They are counted. */
+INLINE double chunk_sum(const char *logits, mtl_dtype dtype, int64_t count, real largest, double *equal) {
     int64_t size = mtl_dtype_size(dtype), i = 0;
-    vec sum[2] = {vec_zero(), vec_zero()}, shift = vec_set(largest);
+    vec sum[2] = {vec_zero(), vec_zero()}, ones[2] = {vec_zero(), vec_zero()}, shift = vec_set(largest), one = vec_set(1);
     for (; i + 2 * LANES <= count; i += 2 * LANES) {
-        for (int j = 0; j < 2; j++) sum[j] += vec_exp_of_nonpositive(vec_load_as(logits + (i + j * LANES) * size, dtype) - shift);
+        for (int j = 0; j < 2; j++) {
+            vec x = vec_load_as(logits + (i + j * LANES) * size, dtype), e = vec_exp_of_nonpositive(x - shift);
+            sum[j] += vec_select(x == shift, vec_zero(), e);
+            ones[j] += vec_select(x == shift, one, vec_zero());
+        }
     }
     for (; i < count; i += LANES) {
-        vec e = vec_exp_of_nonpositive(vec_load_upto(logits + i * size, dtype, count - i) - shift);
-        if (count - i < LANES) e = vec_select(vec_first(count - i), e, vec_zero());
-        sum[0] += e;
+        vec x = vec_load_upto(logits + i * size, dtype, count - i), e = vec_exp_of_nonpositive(x - shift);
+        vec_int there = vec_first(count - i < LANES ? count - i : LANES);
+        sum[0] += vec_select(there & ~(x == shift), e, vec_zero());
+        ones[0] += vec_select(there & (x == shift), one, vec_zero());
     }
-    return vec_sum(sum[0] + sum[1]);
+    *equal = (double)vec_sum(ones[0] + ones[1]);
+    return (double)vec_sum(sum[0] + sum[1]);
 }
 
 /* False where the row has to be done the plain way. */
 INLINE bool row_loss(const char *logits, mtl_dtype dtype, int64_t classes, int64_t target, double *loss) {
     int64_t size = mtl_dtype_size(dtype);
     real largest = -(real)INFINITY;
-    double sum = 0;
+    double rest = 0; /* the terms but one of the largest logit, which is 1 */
     for (int64_t i = 0; i < classes; i += CHUNK) {
         int64_t count = classes - i < CHUNK ? classes - i : CHUNK;
         real here = chunk_largest(logits + i * size, dtype, count);
-        if (here > largest) {
-            sum *= exp((double)largest - (double)here);
+        bool larger = here > largest;
+        if (larger) {
+            rest = (rest + 1) * exp((double)largest - (double)here);
             largest = here;
         }
         if (isinf(largest)) return false;
-        sum += (double)chunk_sum(logits + i * size, dtype, count, largest);
+        double equal, sum = chunk_sum(logits + i * size, dtype, count, largest, &equal);
+        rest += sum + (equal - larger);
     }
-    *loss = ((double)largest - mtl_load_double(logits + target * size, dtype)) + log(sum);
+    *loss = ((double)largest - mtl_load_double(logits + target * size, dtype)) + log1p(rest);
     return true;
 }
 

@@ -52,18 +52,19 @@ INLINE bool sine_and_cosine(angle_vec angle, angle_vec *sine, angle_vec *cosine)
 #endif
 
 /* For one position: pairs cosines, pairs sines. */
-static void make_table(real *cosines, real *sines, const angle_real *inv_freqs, int64_t pairs, angle_real position) {
-    int64_t i = 0;
+static void make_table(real *cosines, real *sines, const mtl_rope_angles *angles, const angle_real *inv_freqs, int64_t position) {
+    int64_t i = 0, pairs = angles->dims / 2;
+    angle_real scaled = (angle_real)position * (angle_real)angles->scale;
 #ifdef MTL_IN_DOUBLE
     for (; i < pairs; i++) {
-        cosines[i] = (real)cosl(position * inv_freqs[i]);
-        sines[i] = (real)sinl(position * inv_freqs[i]);
+        cosines[i] = (real)cosl(scaled * inv_freqs[i]);
+        sines[i] = (real)sinl(scaled * inv_freqs[i]);
     }
 #else
     for (; i + ANGLES <= pairs; i += ANGLES) {
         angle_vec angle, sine, cosine;
         memcpy(&angle, inv_freqs + i, sizeof angle);
-        angle *= position;
+        angle *= scaled;
         if (!sine_and_cosine(angle, &sine, &cosine)) break;
         for (int j = 0; j < ANGLES; j++) {
             sines[i + j] = (real)sine[j];
@@ -71,8 +72,10 @@ static void make_table(real *cosines, real *sines, const angle_real *inv_freqs, 
         }
     }
     for (; i < pairs; i++) {
-        cosines[i] = (real)cos(position * inv_freqs[i]);
-        sines[i] = (real)sin(position * inv_freqs[i]);
+        double angle = scaled * inv_freqs[i], cosine = cos(angle), sine = sin(angle);
+        if (!isfinite(angle)) mtl_rope_turn_far(angles, i, position, &cosine, &sine);
+        cosines[i] = (real)cosine;
+        sines[i] = (real)sine;
     }
 #endif
 }
@@ -197,32 +200,34 @@ static void do_row(const row_work *work, const char *x, char *out, const real *t
 void SIMD(rope)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
     const mtl_rope_args *args = arguments;
     const mtl_rope_angles *angles = &args->angles;
-    int64_t pairs = angles->dims / 2, blocks = (args->time + MTL_ROPE_BLOCK - 1) / MTL_ROPE_BLOCK;
+    int64_t pairs = angles->dims / 2;
     int64_t entry = 2 * angles->dims; /* reals of a table: for halves only the first pairs of each dims are used */
     angle_real *inv_freq_scratch = scratch;
     const angle_real *inv_freqs = make_inv_freqs(inv_freq_scratch, angles);
-    real *tables = (real *)(inv_freq_scratch + pairs), *head = tables + MTL_ROPE_BLOCK * entry;
+    real *tables = (real *)(inv_freq_scratch + pairs), *head = tables + mtl_rope_most_steps(args) * entry;
     real *weights[2] = {head + args->head_dim, head + 2 * args->head_dim};
     for (int i = 0; args->normed && i < args->sides; i++) {
         mtl_row weight = args->side[i].weight;
         if (weight.data) read_row(weights[i], weight.data, weight, args->head_dim);
         else for (int64_t j = 0; j < args->head_dim; j++) weights[i][j] = 1;
     }
+    int64_t made = -1; /* the block whose tables are there */
     for (int64_t item = begin; item < end; item++) {
-        int64_t batch = item / blocks, first = item % blocks * MTL_ROPE_BLOCK;
-        int64_t steps = args->time - first < MTL_ROPE_BLOCK ? args->time - first : MTL_ROPE_BLOCK;
-        for (int64_t step = 0; step < steps; step++) {
+        mtl_rope_block block = mtl_rope_block_at(args, item);
+        int64_t batch = block.batch, first = block.first, steps = block.steps;
+        for (int64_t step = 0; first != made && step < steps; step++) {
             real *cosines = tables + step * entry, *sines = cosines + angles->dims;
-            angle_real position = (angle_real)mtl_rope_position(angles, batch, first + step) * (angle_real)angles->scale;
-            make_table(cosines, sines, inv_freqs, pairs, position);
+            make_table(cosines, sines, angles, inv_freqs, mtl_rope_position(angles, batch, first + step));
             for (int64_t i = pairs - 1; angles->traditional && i >= 0; i--) {
                 cosines[2 * i] = cosines[2 * i + 1] = cosines[i];
                 sines[2 * i + 1] = sines[i];
                 sines[2 * i] = -sines[2 * i + 1];
             }
         }
+        made = mtl_rope_batch_shares(angles) ? first : -1;
         for (int i = 0; i < args->sides; i++) {
             const mtl_rope_side *side = &args->side[i];
+            if (side->heads.count == 0) continue;
             row_work work = {args, side, head, weights[i]};
             const char *x = side->x.data + batch * side->x_batch_stride + first * side->x_time_stride;
             char *out = side->out.data + batch * side->out_batch_stride + first * side->out_time_stride;

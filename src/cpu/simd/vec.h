@@ -64,8 +64,8 @@ INLINE vec vec_abs(vec v) { return (vec)((vec_int)v & ~(vec_int)vec_set(-(real)0
 /* Lane i is i < count. */
 INLINE vec_int vec_first(int64_t count) {
     vec_int lane;
-    for (int i = 0; i < LANES; i++) lane[i] = (real_int)(i < count ? -1 : 0);
-    return lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return lane < (real_int)(count < 0 ? 0 : count > LANES ? LANES : count);
 }
 
 #if defined(__x86_64__)
@@ -73,6 +73,43 @@ INLINE vec_int vec_first(int64_t count) {
 #elif defined(__aarch64__)
 #include "cpu/simd/vec_neon.h"
 #endif
+
+/* 0 or -1 a lane, from LANES bytes of which non-zero ones are true. */
+INLINE vec_int vec_nonzero_bytes(const char *from) {
+    typedef int8_t bytes __attribute__((vector_size(LANES)));
+    bytes b;
+    memcpy(&b, from, sizeof b);
+    return __builtin_convertvector(b, vec_int) != 0;
+}
+
+/* The two halves of a and b interleaved: a0 b0 a1 b1 ... */
+#if VECTOR_BYTES == 64 && !defined(MTL_IN_DOUBLE)
+INLINE vec vec_zip_low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
+INLINE vec vec_zip_high(vec a, vec b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif VECTOR_BYTES == 64 || (VECTOR_BYTES == 32 && !defined(MTL_IN_DOUBLE))
+INLINE vec vec_zip_low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+INLINE vec vec_zip_high(vec a, vec b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#elif VECTOR_BYTES == 32 || !defined(MTL_IN_DOUBLE)
+INLINE vec vec_zip_low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+INLINE vec vec_zip_high(vec a, vec b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#else
+INLINE vec vec_zip_low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 2); }
+INLINE vec vec_zip_high(vec a, vec b) { return __builtin_shufflevector(a, b, 1, 3); }
+#endif
+
+/* LANES vectors as a square matrix: log2(LANES) perfect shuffles of its rows. */
+INLINE void vec_transpose(vec *rows) {
+    for (int round = 1; round < LANES; round *= 2) {
+        vec next[LANES];
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = vec_zip_low(rows[i], rows[i + LANES / 2]);
+            next[2 * i + 1] = vec_zip_high(rows[i], rows[i + LANES / 2]);
+        }
+        for (int i = 0; i < LANES; i++) rows[i] = next[i];
+    }
+}
 
 /* ---- reductions, in a fixed order --------------------------------------------------------------------------------------- */
 
