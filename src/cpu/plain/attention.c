@@ -1,0 +1,80 @@
+/* O = softmax(scale Q K^T + mask) V, with an online softmax. SPDX-License-Identifier: MIT
+ *
+ *   for each row (query of a head) and each key that it sees, in order:
+ *       score = scale q.k; capped; biased by the mask
+ *       largest' = max(largest, score); both sums are multiplied by exp(largest - largest')
+ *       sum += exp(score - largest'); values += exp(score - largest') v
+ *   out = values / sum                              (Milakov & Gimelshein 2018, arXiv:1805.02867)
+ *
+ * A block of keys and values is widened into scratch once for a block of rows. The row's state (cpu/attention.h) is in double, so that
+ * rounding does not grow with the number of keys. A hidden key is left out of every sum, and so is one whose weight has underflowed to
+ * 0 or whose score is -infinity: 0 times an infinite or NaN value would be NaN. */
+#include "cpu/attention.h"
+#include "cpu/plain/real.h"
+
+/* Features of operand[batch][head][time], widened. */
+static void read_features(real *to, const mtl_attention_operand *operand, int64_t batch, int64_t head, int64_t time, int64_t length) {
+    const char *from = operand->data + batch * operand->stride[0] + head * operand->stride[1] + time * operand->stride[2];
+    for (int64_t i = 0; i < length; i++) to[i] = real_load(from + i * operand->stride[3], operand->dtype);
+}
+
+/* Adds the mask to the score; false where the key is hidden. */
+static bool sees(const mtl_attention_args *args, int64_t batch, int64_t head, int64_t query, int64_t key, double *score) {
+    if (key < query + args->first_visible || key > query + args->last_visible) return false;
+    if (args->key_mask.data) {
+        const char *at = args->key_mask.data + batch * args->key_mask.stride[0] + key * args->key_mask.stride[1];
+        if (mtl_load_integer(at, args->key_mask.dtype) == 0) return false;
+    }
+    if (!args->mask.data) return true;
+    const int64_t *stride = args->mask.stride;
+    const char *at = args->mask.data + batch * stride[0] + head * stride[1] + query * stride[2] + key * stride[3];
+    if (args->mask.dtype == MTL_BOOL) return mtl_load_integer(at, MTL_BOOL) != 0;
+    double bias = mtl_load_double(at, args->mask.dtype);
+    *score += bias;
+    return bias != -INFINITY;
+}
+
+void REAL(mtl_plain_attention)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
+    const mtl_attention_args *args = arguments;
+    int64_t head_dim = args->head_dim, value_dim = args->value_dim, state_length = mtl_attention_state_length(args);
+    double *states = scratch;
+    real *queries = (real *)(states + args->cut.rows * state_length);
+    real *keys = queries + args->cut.rows * head_dim, *values = keys + MTL_ATTENTION_KEYS * head_dim;
+    for (int64_t index = begin; index < end; index++) {
+        mtl_attention_item item = mtl_attention_item_at(args, index);
+        for (int64_t r = 0; r < item.rows; r++) {
+            int64_t query = mtl_attention_query(args, item.first_row + r), head = mtl_attention_head(args, item.kv_head, item.first_row + r);
+            read_features(queries + r * head_dim, &args->q, item.batch, head, query, head_dim);
+            for (int64_t i = 0; i < state_length; i++) states[r * state_length + i] = i == MTL_STATE_LARGEST ? -INFINITY : 0;
+        }
+        for (int64_t first = item.first_key; first < item.end_key; first += MTL_ATTENTION_KEYS) {
+            int64_t count = item.end_key - first < MTL_ATTENTION_KEYS ? item.end_key - first : MTL_ATTENTION_KEYS;
+            for (int64_t key = 0; key < count; key++) {
+                read_features(keys + key * head_dim, &args->k, item.batch, item.kv_head, first + key, head_dim);
+                read_features(values + key * value_dim, &args->v, item.batch, item.kv_head, first + key, value_dim);
+            }
+            for (int64_t r = 0; r < item.rows; r++) {
+                int64_t query = mtl_attention_query(args, item.first_row + r);
+                int64_t head = mtl_attention_head(args, item.kv_head, item.first_row + r);
+                double *state = states + r * state_length;
+                for (int64_t key = 0; key < count; key++) {
+                    double score = 0;
+                    for (int64_t i = 0; i < head_dim; i++) score += (double)queries[r * head_dim + i] * (double)keys[key * head_dim + i];
+                    score *= args->scale;
+                    if (args->softcap > 0) score = args->softcap * tanh(score / args->softcap);
+                    if (!sees(args, item.batch, head, query, first + key, &score) || score == -INFINITY) continue;
+                    mtl_attention_raise(state, state_length, score);
+                    double weight = exp(score - state[MTL_STATE_LARGEST]);
+                    if (weight == 0) continue;
+                    state[MTL_STATE_SUM] += weight;
+                    for (int64_t i = 0; i < value_dim; i++) state[MTL_STATE_VALUES + i] += weight * (double)values[key * value_dim + i];
+                }
+            }
+        }
+        for (int64_t r = 0; r < item.rows; r++) {
+            double *state = states + r * state_length;
+            if (item.states) memcpy(item.states + r * state_length, state, (size_t)state_length * sizeof *state);
+            else mtl_attention_finish(args, item.batch, item.kv_head, item.first_row + r, state);
+        }
+    }
+}
