@@ -129,10 +129,10 @@ typedef struct metalloid_rope_options {
 
     /* Frequencies, exactly one of: */
     double base;               /* inv_freq[i] = base^(-2i/dims); finite and > 0, or 0 for none */
-    const DLTensor *freqs;     /* {dims/2} real: inv_freq[i] = 1 / freqs[i] (MLX); +inf leaves its pair unrotated */
+    const DLTensor *freqs;     /* {dims/2} real: inv_freq[i] = 1 / freqs[i] (MLX); +inf leaves its pair unrotated, 0 has no angle: NaN */
     const DLTensor *inv_freqs; /* {dims/2} real (floating or integer), used as given */
 
-    /* Positions, exactly one of (offset is 0 where a tensor is given). Each position lies in int32's range. */
+    /* Positions, one of (offset is 0 where a tensor is given). Each position lies in int32's range. */
     int64_t offset;               /* position of time step t is offset + t */
     const DLTensor *offsets;      /* {}, {1} or {B}, integer: a start for the batch or for each row of it */
     const DLTensor *position_ids; /* {B, T}, integer: a position for each token, in any order */
@@ -236,7 +236,7 @@ METALLOID_API metalloid_status metalloid_cross_entropy(metalloid_context *contex
  *   S <- S gamma_t;  S <- S + beta_t (v_t - S k_t) k_t^T;  out_t = S q_t
  * q, k {B, T, H_k, D_k}; v, out {B, T, H_v, D_v}; gamma (the decay itself, not its log) {B, T, H_v} or a channel's own
  * {B, T, H_v, D_k}; beta {B, T, H_v}; floating. H_v is a multiple of H_k: value head h reads q/k head h / (H_v / H_k).
- * initial_state {B, H_v, D_v, D_k} floating or NULL (zeros); state {B, H_v, D_v, D_k} float32 (float64 for float64), may be
+ * initial_state {B, H_v, D_v, D_k} floating or NULL (zeros); state {B, H_v, D_v, D_k} float32 or float64, may be
  * initial_state. mask {B, T} bool or integer or NULL: a step of mask 0 leaves S as it was and gives 0. */
 METALLOID_API metalloid_status metalloid_gated_delta_update(metalloid_context *context, const DLTensor *q,
                                                             const DLTensor *k, const DLTensor *v, const DLTensor *gamma,

@@ -45,7 +45,7 @@ static metalloid_status set_visible(mtl_attention_args *args, const metalloid_at
     if (offset == METALLOID_CAUSAL_OFFSET_DEFAULT) offset = args->kv_len - args->q_len;
     args->first_visible = lowest;
     args->last_visible = highest;
-    if (options->causal || options->window) args->last_visible = clamp(offset, lowest, highest);
+    if (mtl_option_flag(&options->causal) || options->window) args->last_visible = clamp(offset, lowest, highest);
     if (options->window) {
         bool overflow = __builtin_sub_overflow(offset, options->window - 1, &first);
         args->first_visible = overflow ? lowest : clamp(first, lowest, highest);

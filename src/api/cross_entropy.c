@@ -41,7 +41,7 @@ metalloid_status metalloid_cross_entropy(metalloid_context *context, const DLTen
                                    .logits = mtl_row_of(&logits_view),
                                    .targets = {targets_view.data, 0, targets_view.dtype},
                                    .loss = {loss_view.data, 0, loss_view.dtype},
-                                   .has_ignore_index = options.has_ignore_index,
+                                   .has_ignore_index = mtl_option_flag(&options.has_ignore_index),
                                    .ignore_index = options.ignore_index,
                                    .in_double = mtl_any_double(all, 3)};
     const mtl_view *in_rows[] = {

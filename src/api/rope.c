@@ -42,10 +42,12 @@ metalloid_status mtl_rope_read_options(mtl_rope_args *args, mtl_rope_tensors *te
 
 int mtl_rope_time_axis(const mtl_view *x, metalloid_time_axis time_axis) { return time_axis == METALLOID_TIME_AXIS_1 ? 1 : x->rank - 2; }
 
-/* Every position lies in int32's range: `last` is what is added to a start for the last time step. */
-static metalloid_status check_position(int64_t position, int64_t last, const char *name, const char *op) {
-    MTL_REQUIRE(position >= INT32_MIN && position <= INT32_MAX && last <= INT32_MAX - position, op,
-                "%s must keep positions within int32, got %lld for %lld time steps", name, (long long)position, (long long)last + 1);
+/* Every position lies in int32's range: those of `steps` time steps from `position` on. */
+static metalloid_status check_positions(int64_t position, int64_t steps, const char *name, const char *op) {
+    bool inside = position >= INT32_MIN && position <= INT32_MAX && steps - 1 <= INT32_MAX - position;
+    MTL_REQUIRE(inside || steps > 1, op, "%s must be positions within int32, got %lld", name, (long long)position);
+    MTL_REQUIRE(inside, op, "%s must keep positions within int32, got %lld for %lld time steps", name, (long long)position,
+                (long long)steps);
     return METALLOID_OK;
 }
 
@@ -59,7 +61,7 @@ metalloid_status mtl_rope_check_extents(mtl_rope_args *args, const mtl_rope_tens
 
     const mtl_view *positions = &tensors->positions;
     if (!mtl_present(positions)) {
-        return args->batch && args->time ? check_position(angles->offset, args->time - 1, "offset", op) : METALLOID_OK;
+        return args->batch && args->time ? check_positions(angles->offset, args->time, "offset", op) : METALLOID_OK;
     }
     if (angles->positions.each_token) {
         MTL_TRY(mtl_check_shape(positions, op, 2, (int64_t[]){args->batch, args->time}));
@@ -73,11 +75,13 @@ metalloid_status mtl_rope_check_extents(mtl_rope_args *args, const mtl_rope_tens
     angles->positions.batch_stride = positions->rank ? positions->stride[0] : 0;
     if (args->batch == 0 || args->time == 0) return METALLOID_OK;
 
-    int64_t starts = angles->positions.each_token ? args->time : 1, last = angles->positions.each_token ? 0 : args->time - 1;
-    for (int64_t batch = 0; batch < args->batch; batch++) {
-        for (int64_t time = 0; time < starts; time++) {
-            const char *at = positions->data + batch * angles->positions.batch_stride + time * angles->positions.time_stride;
-            MTL_TRY(check_position(mtl_load_integer(at, positions->dtype), last, positions->name, op));
+    /* A broadcast axis, which may be of any length, is looked at once. */
+    int64_t rows = angles->positions.batch_stride ? args->batch : 1, starts = angles->positions.time_stride ? args->time : 1;
+    int64_t steps = angles->positions.each_token ? 1 : args->time;
+    for (int64_t row = 0; row < rows; row++) {
+        for (int64_t start = 0; start < starts; start++) {
+            const char *at = positions->data + row * angles->positions.batch_stride + start * angles->positions.time_stride;
+            MTL_TRY(check_positions(mtl_load_integer(at, positions->dtype), steps, positions->name, op));
         }
     }
     return METALLOID_OK;

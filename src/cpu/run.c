@@ -22,7 +22,7 @@ static void run_part(void *argument, int part, int worker) {
     const job *j = argument;
     int64_t each = j->items / j->parts, more = j->items % j->parts; /* the first `more` parts have one item more */
     int64_t begin = each * part + (part < more ? part : more), end = begin + each + (part < more);
-    j->kernel(j->args, begin, end, j->scratch + (size_t)worker * j->scratch_size);
+    j->kernel(j->args, begin, end, j->scratch ? j->scratch + (size_t)worker * j->scratch_size : NULL);
 }
 
 static metalloid_status run_alone(const metalloid_context *context, const char *op, mtl_kernel kernel, const void *args, int64_t items,
