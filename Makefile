@@ -1,0 +1,58 @@
+# Shortcuts. CMake does the building (see CMakePresets.json), tools/setup brings what is missing.
+PREFIX ?= /usr/local
+FUZZ_SECONDS ?= 60
+ARGS ?=
+
+all:
+	@tools/setup build
+	cmake --preset release
+	cmake --build --preset release
+
+install: all
+	cmake --install build/release --prefix $(PREFIX)
+
+# A language model answers a prompt; make demo ARGS='--prompt "Why is the sky blue?" --compare'
+demo:
+	@tools/setup demo
+	@tools/install_python
+	@.venv/bin/python examples/generate $(ARGS)
+
+test:
+	@tools/setup test
+	@tools/install_python
+	cmake --preset test
+	cmake --build --preset test
+	ctest --preset test
+	.venv/bin/python -m pytest tests/python
+
+sanitize:
+	@tools/setup sanitize
+	@tools/sanitize
+
+fuzz:
+	@tools/setup fuzz
+	@tools/fuzz $(FUZZ_SECONDS)
+
+C_FILES = $(shell find include src cli bindings tests bench -name '*.[ch]')
+
+lint:
+	@tools/setup lint
+	.venv/bin/clang-format --dry-run --Werror $(C_FILES)
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	cmake --preset debug
+	cmake --build --preset debug
+	run-clang-tidy -quiet -p build/debug '/(src|cli)/.*\.c$$' 2>/dev/null
+	cppcheck --quiet --error-exitcode=1 --suppressions-list=.cppcheck -Iinclude -Isrc src cli
+
+format:
+	@tools/setup lint
+	.venv/bin/clang-format -i $(C_FILES)
+	.venv/bin/ruff format
+	.venv/bin/ruff check --fix
+
+clean:
+	rm -rf build
+
+.PHONY: all install demo test sanitize fuzz lint format clean
+.NOTPARALLEL:
