@@ -1,0 +1,27 @@
+# The shared library exports what the header declares with METALLOID_API and nothing else; the static one, whose symbols all share a
+# program's name space, has only names that start with metalloid_ or mtl_.
+file(READ ${HEADER} text)
+string(REGEX MATCHALL "METALLOID_API [a-z_ *]*[ *]metalloid_[a-z0-9_]+\\(" declared "${text}")
+list(TRANSFORM declared REPLACE ".*[ *](metalloid_[a-z0-9_]+)\\($" "\\1")
+list(SORT declared)
+list(LENGTH declared count)
+if(count LESS 20)
+    message(FATAL_ERROR "found only ${count} declarations in ${HEADER}")
+endif()
+
+execute_process(COMMAND ${NM} -D --defined-only ${SHARED} OUTPUT_VARIABLE text COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL " [A-Zu-w] [^\n]+" exported "${text}")
+list(TRANSFORM exported REPLACE "^ . " "")
+list(SORT exported)
+if(NOT exported STREQUAL declared)
+    message(FATAL_ERROR "declared: ${declared}\nexported: ${exported}")
+endif()
+
+execute_process(COMMAND ${NM} -g --defined-only ${STATIC} OUTPUT_VARIABLE text COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL " [A-Zu-w] [^\n]+" global "${text}")
+list(TRANSFORM global REPLACE "^ . " "")
+list(FILTER global EXCLUDE REGEX "^(metalloid|mtl)_")
+if(global)
+    message(FATAL_ERROR "global names of no prefix of ours in the static library: ${global}")
+endif()
+message(STATUS "${count} symbols, as declared")

@@ -1,0 +1,259 @@
+/* gated_delta_update. SPDX-License-Identifier: MIT */
+#include "every_operation.h"
+
+#include <math.h>
+#include <string.h>
+
+typedef struct delta_case {
+    int64_t batch, time, k_heads, v_heads, key_dim, value_dim;
+    tensor *q, *k, *v, *gamma, *beta, *initial_state, *mask, *out, *state;
+} delta_case;
+
+/* S <- S gamma_t;  S <- S + beta_t (v_t - S k_t) k_t^T;  out_t = S q_t, one step after the other, in long double. */
+static void reference(const delta_case *c, double *out, double *final) {
+    const double *q = values(c->q), *k = values(c->k), *v = values(c->v), *gamma = values(c->gamma), *beta = values(c->beta);
+    const double *mask = c->mask ? values(c->mask) : NULL, *initial = c->initial_state ? values(c->initial_state) : NULL;
+    int64_t size = c->value_dim * c->key_dim, group = c->k_heads ? c->v_heads / c->k_heads : 1;
+    bool by_channel = c->gamma->rank == 4;
+    for (int64_t b = 0; b < c->batch; b++) {
+        for (int64_t h = 0; h < c->v_heads; h++) {
+            double *s = final + (b * c->v_heads + h) * size;
+            for (int64_t i = 0; i < size; i++) s[i] = initial ? initial[(b * c->v_heads + h) * size + i] : 0;
+            for (int64_t t = 0; t < c->time; t++) {
+                int64_t at = b * c->time + t, head = at * c->v_heads + h, k_head = at * c->k_heads + h / group;
+                if (mask && mask[at] == 0) continue; /* out is 0 */
+                for (int64_t row = 0; row < c->value_dim; row++) {
+                    long double dot = 0, result = 0;
+                    double *line = s + row * c->key_dim;
+                    for (int64_t i = 0; i < c->key_dim; i++) {
+                        line[i] *= gamma[by_channel ? head * c->key_dim + i : head];
+                        dot += (long double)line[i] * k[k_head * c->key_dim + i];
+                    }
+                    long double change = beta[head] * (v[head * c->value_dim + row] - dot);
+                    for (int64_t i = 0; i < c->key_dim; i++) {
+                        line[i] = (double)(line[i] + change * k[k_head * c->key_dim + i]);
+                        result += (long double)line[i] * q[k_head * c->key_dim + i];
+                    }
+                    out[head * c->value_dim + row] = (double)result;
+                }
+            }
+        }
+    }
+}
+
+/* Keys of length about 1, as the models have them: else the rule does not contract. */
+static void fill_like_a_model(delta_case *c) {
+    fill_normal(c->k, 0, 1 / sqrt((double)(c->key_dim ? c->key_dim : 1)));
+    fill_normal(c->q, 0, 1 / sqrt((double)(c->key_dim ? c->key_dim : 1)));
+    fill_normal(c->v, 0, 1);
+    fill_uniform(c->gamma, 0.6, 1);
+    fill_uniform(c->beta, 0, 0.9);
+    if (c->initial_state && !c->initial_state->output) fill_normal(c->initial_state, 0, 1);
+}
+
+static void run(metalloid_context *context, delta_case *c) {
+    double *out = new_doubles(c->out->elements), *final = new_doubles(c->state->elements);
+    reference(c, out, final);
+    snapshot();
+    expect_ok(metalloid_gated_delta_update(context, dl(c->q), dl(c->k), dl(c->v), dl(c->gamma), dl(c->beta), dl(c->initial_state),
+                                           dl(c->mask), dl(c->out), dl(c->state)));
+    expect_only_outputs_written();
+    double out_size = largest(out, c->out->elements), state_size = largest(final, c->state->elements);
+    if (c->out->elements) expect_close("out", GATED_DELTA, c->out, out, &out_size, c->out->elements);
+    if (c->state->elements) expect_close("state", GATED_DELTA, c->state, final, &state_size, c->state->elements);
+}
+
+static void matches_the_recurrence_on_random_calls(void **state) {
+    (void)state;
+    int count = scaled(1500);
+    for (int i = 0; i < count; i++) {
+        seed(13000000 + (uint64_t)i);
+        describe("case %d", i);
+        delta_case c = {0};
+        c.batch = random_int(1, 3);
+        c.time = one_in(3) ? 1 : one_in(4) ? random_int(60, 140) : random_int(1, 30);
+        c.k_heads = random_int(1, 2);
+        c.v_heads = c.k_heads * random_int(1, 3);
+        c.key_dim = one_in(4) ? 32 : random_int(1, 24);
+        c.value_dim = one_in(4) ? 32 : random_int(1, 24);
+        bool in_double = one_in(6);
+#define RANDOM_TYPE() (in_double && one_in(2) ? F64 : random_float_below_64())
+        c.q = new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.time, c.k_heads, c.key_dim));
+        c.k = new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.time, c.k_heads, c.key_dim));
+        c.v = new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.time, c.v_heads, c.value_dim));
+        bool by_channel = one_in(2);
+        c.gamma = by_channel ? new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.time, c.v_heads, c.key_dim))
+                             : new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.time, c.v_heads));
+        c.beta = new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.time, c.v_heads));
+        element_type state_type = in_double ? F64 : F32;
+        c.state = new_output(state_type, OUTPUT, SHAPE(c.batch, c.v_heads, c.value_dim, c.key_dim));
+        if (one_in(2)) c.initial_state = new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.v_heads, c.value_dim, c.key_dim));
+        fill_like_a_model(&c);
+        if (one_in(4)) { /* in place */
+            fill_normal(c.state, 0, 1);
+            c.initial_state = c.state;
+        }
+        if (one_in(3)) {
+            c.mask = new_tensor(one_in(2) ? BOOL : random_integer(), INPUT, SHAPE(c.batch, c.time));
+            fill_integers(c.mask, 0, c.mask->type == BOOL || one_in(2) ? 1 : 3);
+        }
+        c.out = new_output(in_double ? random_floating() : random_float_below_64(), OUTPUT, SHAPE(c.batch, c.time, c.v_heads, c.value_dim));
+        run(random_context(), &c);
+        release_all();
+    }
+    report("random calls", count);
+}
+
+static void a_thousand_steps_keep_the_accuracy(void **state) {
+    (void)state;
+    for (int by_channel = 0; by_channel < 2; by_channel++) {
+        for (int type = F32; type <= F64; type++) {
+            seed((uint64_t)type);
+            element_type t = (element_type)type;
+            delta_case c = {.batch = 1, .time = 1024, .k_heads = 1, .v_heads = 2, .key_dim = 32, .value_dim = 24};
+            c.q = new_tensor(t, ROWS, SHAPE(1, 1024, 1, 32));
+            c.k = new_tensor(t, ROWS, SHAPE(1, 1024, 1, 32));
+            c.v = new_tensor(t, ROWS, SHAPE(1, 1024, 2, 24));
+            c.gamma = by_channel ? new_tensor(t, ROWS, SHAPE(1, 1024, 2, 32)) : new_tensor(t, ROWS, SHAPE(1, 1024, 2));
+            c.beta = new_tensor(t, ROWS, SHAPE(1, 1024, 2));
+            c.out = new_output(t, ROWS, SHAPE(1, 1024, 2, 24));
+            c.state = new_output(t == F64 ? F64 : F32, ROWS, SHAPE(1, 2, 24, 32));
+            fill_like_a_model(&c);
+            fill_uniform(c.gamma, 0.97, 1);
+            describe("T = 1024 in %s", dtype_name(t));
+            run(random_context(), &c);
+            release_all();
+        }
+    }
+}
+
+/* Decays from none at all to a clean slate: products over many steps underflow, and must not turn into NaN. */
+static void extreme_decays_stay_finite(void **state) {
+    (void)state;
+    static const double decays[] = {0, 1e-30, 1e-3, 1};
+    for (int i = 0; i < 4; i++) {
+        for (int by_channel = 0; by_channel < 2; by_channel++) {
+            seed((uint64_t)i);
+            delta_case c = {.batch = 1, .time = 130, .k_heads = 1, .v_heads = 1, .key_dim = 16, .value_dim = 16};
+            c.q = new_tensor(F32, ROWS, SHAPE(1, 130, 1, 16));
+            c.k = new_tensor(F32, ROWS, SHAPE(1, 130, 1, 16));
+            c.v = new_tensor(F32, ROWS, SHAPE(1, 130, 1, 16));
+            c.gamma = by_channel ? new_tensor(F32, ROWS, SHAPE(1, 130, 1, 16)) : new_tensor(F32, ROWS, SHAPE(1, 130, 1));
+            c.beta = new_tensor(F32, ROWS, SHAPE(1, 130, 1));
+            c.initial_state = new_tensor(F32, ROWS, SHAPE(1, 1, 16, 16));
+            c.out = new_output(F32, ROWS, SHAPE(1, 130, 1, 16));
+            c.state = new_output(F32, ROWS, SHAPE(1, 1, 16, 16));
+            fill_like_a_model(&c);
+            for (int64_t e = 0; e < c.gamma->elements; e++) {
+                if (!one_in(3)) set(c.gamma, e, decays[i]);
+            }
+            describe("decay %g", decays[i]);
+            run(random_context(), &c);
+            release_all();
+        }
+    }
+}
+
+/* What a masked step holds, even NaN, leaves no trace. */
+static void masked_steps_do_not_touch_the_state(void **state) {
+    (void)state;
+    for (int round = 0; round < 20; round++) {
+        seed((uint64_t)round);
+        int64_t time = random_int(1, 90);
+        delta_case c = {.batch = 2, .time = time, .k_heads = 1, .v_heads = 2, .key_dim = 8, .value_dim = 5};
+        c.q = new_tensor(F32, STRIDED, SHAPE(2, time, 1, 8));
+        c.k = new_tensor(F32, ROWS, SHAPE(2, time, 1, 8));
+        c.v = new_tensor(F32, ROWS, SHAPE(2, time, 2, 5));
+        c.gamma = one_in(2) ? new_tensor(F32, ROWS, SHAPE(2, time, 2)) : new_tensor(F32, ROWS, SHAPE(2, time, 2, 8));
+        c.beta = new_tensor(F32, ROWS, SHAPE(2, time, 2));
+        c.initial_state = new_tensor(F32, ROWS, SHAPE(2, 2, 5, 8));
+        c.mask = new_tensor(BOOL, ROWS, SHAPE(2, time));
+        c.out = new_output(F32, ROWS, SHAPE(2, time, 2, 5));
+        c.state = new_output(F32, ROWS, SHAPE(2, 2, 5, 8));
+        fill_like_a_model(&c);
+        bool nothing = one_in(4);
+        for (int64_t step = 0; step < 2 * time; step++) {
+            bool live = !nothing && one_in(2);
+            set(c.mask, step, live);
+            if (live) continue;
+            for (int64_t i = 0; i < 8; i++) set(c.q, step * 8 + i, NAN), set(c.k, step * 8 + i, NAN);
+            for (int64_t i = 0; i < 10; i++) set(c.v, step * 10 + i, NAN);
+            for (int64_t i = 0; i < 2; i++) set(c.beta, step * 2 + i, NAN);
+            for (int64_t i = 0; i < c.gamma->elements / (2 * time); i++) set(c.gamma, step * (c.gamma->elements / (2 * time)) + i, NAN);
+        }
+        describe("masked steps, round %d", round);
+        run(random_context(), &c);
+        if (nothing) {
+            for (int64_t i = 0; i < c.state->elements; i++) assert_true(get(c.state, i) == get(c.initial_state, i));
+        }
+        release_all();
+    }
+}
+
+static void refuses_bad_arguments_and_writes_nothing(void **state) {
+    (void)state;
+    int refused = 0;
+    for (int round = 0; round < scaled(4); round++) {
+        seed((uint64_t)round);
+        operation op = sample_gated_delta(SMALL);
+        refused += expect_bad_tensors_refused(&op);
+        release_all();
+    }
+    seed(5);
+    operation op = sample_gated_delta(SMALL), bad = op;
+    bad.given[8] = dl(new_output(F16, ROWS, SHAPE(2, 4, 6, 5)));
+    expect_refused(&bad, "state", "a float16 state");
+    bad = op;
+    bad.given[8] = dl(new_output(BF16, ROWS, SHAPE(2, 4, 6, 5)));
+    expect_refused(&bad, "state", "a bfloat16 state");
+    bad = op; /* 3 value heads over 2 key heads */
+    bad.given[2] = dl(new_normal(F32, ROWS, SHAPE(2, 3, 3, 6)));
+    bad.given[3] = dl(new_normal(F32, ROWS, SHAPE(2, 3, 3)));
+    bad.given[4] = dl(new_normal(F32, ROWS, SHAPE(2, 3, 3)));
+    bad.given[5] = NULL;
+    bad.given[7] = dl(new_output(F32, ROWS, SHAPE(2, 3, 3, 6)));
+    bad.given[8] = dl(new_output(F32, ROWS, SHAPE(2, 3, 6, 5)));
+    expect_refused(&bad, "v", "3 value heads over 2");
+    release_all();
+    report("bad calls refused", refused + 3);
+}
+
+/* T = 0 gives the initial state or zeros, no key features give zeros; what is empty itself is left alone. */
+static void zero_extents_give_the_initial_state(void **state) {
+    (void)state;
+    for (int which = 1; which < 32; which++) {
+        for (int with_state = 0; with_state < 2; with_state++) {
+            seed((uint64_t)which);
+            int64_t b = which & 1 ? 0 : 2, t = which & 2 ? 0 : 3, h = which & 4 ? 0 : 2, dk = which & 8 ? 0 : 4, dv = which & 16 ? 0 : 5;
+            delta_case c = {.batch = b, .time = t, .k_heads = h, .v_heads = h, .key_dim = dk, .value_dim = dv};
+            c.q = new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h, dk));
+            c.k = new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h, dk));
+            c.v = new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h, dv));
+            c.gamma = which % 3 ? new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h)) : new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h, dk));
+            c.beta = new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h));
+            c.initial_state = with_state ? new_tensor(F16, CONTIGUOUS, SHAPE(b, h, dv, dk)) : NULL;
+            c.out = new_output(F32, CONTIGUOUS, SHAPE(b, t, h, dv));
+            c.state = new_output(F32, CONTIGUOUS, SHAPE(b, h, dv, dk));
+            tensor *all[] = {c.q, c.k, c.v, c.gamma, c.beta, c.initial_state, c.out, c.state};
+            for (int i = 0; i < 8; i++) {
+                if (all[i] && all[i]->elements == 0) all[i]->dl.data = NULL;
+            }
+            fill_like_a_model(&c);
+            describe("B %d T %d H %d D_k %d D_v %d", (int)b, (int)t, (int)h, (int)dk, (int)dv);
+            run(NULL, &c);
+            release_all();
+        }
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(matches_the_recurrence_on_random_calls),
+        cmocka_unit_test(a_thousand_steps_keep_the_accuracy),
+        cmocka_unit_test(extreme_decays_stay_finite),
+        cmocka_unit_test(masked_steps_do_not_touch_the_state),
+        cmocka_unit_test(refuses_bad_arguments_and_writes_nothing),
+        cmocka_unit_test(zero_extents_give_the_initial_state),
+    };
+    return cmocka_run_group_tests_name("gated_delta_update", tests, NULL, NULL);
+}
