@@ -1,0 +1,19 @@
+"""The functions of ``mlx.core.fast``, with the same signatures: ``mx.fast.X(...)`` becomes ``metalloid.fast.X(...)``."""
+
+from metalloid._native import (
+    cross_entropy,
+    gated_delta_update,
+    layer_norm,
+    rms_norm,
+    rope,
+    scaled_dot_product_attention,
+)
+
+__all__ = [
+    "cross_entropy",
+    "gated_delta_update",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "scaled_dot_product_attention",
+]

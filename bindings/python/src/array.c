@@ -1,0 +1,513 @@
+/* Python arrays as DLPack views. SPDX-License-Identifier: MIT
+ *
+ * Three ways lead from an object to its DLTensor, the fastest that it has is taken:
+ * - a NumPy array is read through NumPy's C interface, which alone gives bfloat16 (of ml_dtypes), read-only arrays and no
+ *   allocation;
+ * - a type with DLPack's table of C functions (__dlpack_c_exchange_api__: PyTorch) fills a DLTensor without Python code;
+ * - anything else with __dlpack__ hands over a capsule, versioned (DLPack 1.x) or not. */
+#include "array.h"
+
+#define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
+#define NPY_TARGET_VERSION NPY_1_23_API_VERSION
+#include <numpy/arrayobject.h>
+
+/* ---- DLPack 1.x, which older headers lack --------------------------------------------------------------------------- */
+
+typedef struct dlpack_version {
+    uint32_t major, minor;
+} dlpack_version;
+
+typedef struct versioned_tensor {
+    dlpack_version version;
+    void *manager_ctx;
+    void (*deleter)(struct versioned_tensor *self);
+    uint64_t flags;
+    DLTensor dl_tensor;
+} versioned_tensor;
+
+enum { FLAG_READ_ONLY = 1, FLAG_IS_COPIED = 2 };
+
+typedef struct exchange_header {
+    dlpack_version version;
+    struct exchange_header *previous;
+} exchange_header;
+
+typedef struct exchange_api {
+    exchange_header header;
+    int (*allocate)(DLTensor *prototype, versioned_tensor **out, void *error_ctx,
+                    void (*set_error)(void *error_ctx, const char *kind, const char *message));
+    int (*managed_from_object)(void *object, versioned_tensor **out);
+    int (*managed_to_object)(versioned_tensor *tensor, void **object);
+    int (*tensor_from_object)(void *object, DLTensor *out);
+    int (*current_work_stream)(DLDeviceType device_type, int32_t device_id, void **stream);
+} exchange_api;
+
+static const char versioned_name[] = "dltensor_versioned", used_versioned_name[] = "used_dltensor_versioned";
+static const char unversioned_name[] = "dltensor", used_unversioned_name[] = "used_dltensor";
+
+/* ---- errors ----------------------------------------------------------------------------------------------------------- */
+
+static bool refuse_to_write(const char *op, const char *name) {
+    PyErr_Format(PyExc_ValueError, "%s: %s is read-only", op, name);
+    return false;
+}
+
+/* Turns what the array's library raised into a ValueError that names the argument and keeps the other as its cause. */
+static bool refuse_export(const char *op, const char *name) {
+    if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError)) return false;
+    PyObject *type, *cause, *traceback;
+    PyErr_Fetch(&type, &cause, &traceback);
+    PyErr_NormalizeException(&type, &cause, &traceback);
+    if (traceback) PyException_SetTraceback(cause, traceback);
+    Py_DECREF(type);
+    Py_XDECREF(traceback);
+
+    PyErr_Format(PyExc_ValueError, "%s: the memory of %s cannot be shared: %S", op, name, cause);
+    PyObject *error;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
+    PyException_SetCause(error, cause); /* takes the reference */
+    PyErr_Restore(type, error, traceback);
+    return false;
+}
+
+/* A new reference in *value, or NULL where there is no such attribute; false on any other error. */
+static bool optional_attribute(PyObject *object, PyObject *name, PyObject **value) {
+    *value = PyObject_GetAttr(object, name);
+    if (*value) return true;
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return false;
+    PyErr_Clear();
+    return true;
+}
+
+/* ---- from an object to its DLTensor ------------------------------------------------------------------------------------- */
+
+static bool numpy_dtype(const PyArray_Descr *descr, DLDataType *dtype) {
+    npy_intp size = PyDataType_ELSIZE(descr);
+    DLDataTypeCode code;
+    switch (descr->kind) {
+    case 'f': code = kDLFloat; break;
+    case 'i': code = kDLInt; break;
+    case 'u': code = kDLUInt; break;
+    case 'b': code = (DLDataTypeCode)METALLOID_DL_BOOL; break;
+    case 'V': { /* where user-defined types stand */
+        const char *name = descr->typeobj->tp_name, *dot = strrchr(name, '.');
+        if (size != 2 || strcmp(dot ? dot + 1 : name, "bfloat16") != 0) return false;
+        code = kDLBfloat;
+        break;
+    }
+    default: return false;
+    }
+    if (size > 8) return false;
+    *dtype = (DLDataType){(uint8_t)code, (uint8_t)(8 * size), 1};
+    return true;
+}
+
+static bool open_numpy(mtl_array *opened, PyArrayObject *numpy, bool writable, const char *op, const char *name) {
+    DLTensor *tensor = &opened->tensor;
+    PyArray_Descr *descr = PyArray_DESCR(numpy);
+    if (!numpy_dtype(descr, &tensor->dtype) || PyArray_ISBYTESWAPPED(numpy)) {
+        PyErr_Format(PyExc_ValueError, "%s: %s has the dtype %S, which no operation takes", op, name, descr);
+        return false;
+    }
+    if (writable && !PyArray_ISWRITEABLE(numpy)) return refuse_to_write(op, name);
+    int size = tensor->dtype.bits / 8, shift = size == 1 ? 0 : size == 2 ? 1 : size == 4 ? 2 : 3;
+    const npy_intp *shape = PyArray_DIMS(numpy), *strides = PyArray_STRIDES(numpy);
+    tensor->data = PyArray_DATA(numpy);
+    tensor->device = (DLDevice){kDLCPU, 0};
+    tensor->ndim = PyArray_NDIM(numpy);
+    tensor->byte_offset = 0;
+    tensor->shape = opened->shape;
+    tensor->strides = opened->strides;
+    for (int axis = 0; axis < tensor->ndim; axis++) {
+        if (strides[axis] & (size - 1) && shape[axis] > 1) {
+            PyErr_Format(PyExc_ValueError, "%s: axis %d of %s has a stride of %zd bytes, no multiple of the %d of an element", op, axis, name,
+                         strides[axis], size);
+            return false;
+        }
+        opened->shape[axis] = shape[axis];
+        opened->strides[axis] = strides[axis] >> shift;
+    }
+    return true;
+}
+
+/* Copies the description, which in the object's own memory would be at the mercy of other threads. */
+static bool take_tensor(mtl_array *opened, const DLTensor *tensor, const char *op, const char *name) {
+    if (tensor->ndim < 0 || tensor->ndim > MAX_RANK) {
+        PyErr_Format(PyExc_ValueError, "%s: %s must have rank 0 to %d, got %d", op, name, (int)MAX_RANK, (int)tensor->ndim);
+        return false;
+    }
+    opened->tensor = *tensor;
+    if (tensor->ndim == 0) return true;
+    if (!tensor->shape) {
+        PyErr_Format(PyExc_ValueError, "%s: %s has rank %d but no shape", op, name, (int)tensor->ndim);
+        return false;
+    }
+    memcpy(opened->shape, tensor->shape, (size_t)tensor->ndim * sizeof opened->shape[0]);
+    opened->tensor.shape = opened->shape;
+    if (tensor->strides) {
+        memcpy(opened->strides, tensor->strides, (size_t)tensor->ndim * sizeof opened->strides[0]);
+        opened->tensor.strides = opened->strides;
+    }
+    return true;
+}
+
+static bool take_versioned(mtl_array *opened, versioned_tensor *managed, bool writable, const char *op, const char *name) {
+    opened->managed = managed;
+    opened->versioned = true;
+    if (managed->version.major != 1) {
+        PyErr_Format(PyExc_ValueError, "%s: %s comes by DLPack %u, only 1 is known", op, name, (unsigned)managed->version.major);
+        return false;
+    }
+    if (writable && managed->flags & FLAG_READ_ONLY) return refuse_to_write(op, name);
+    if (writable && managed->flags & FLAG_IS_COPIED) {
+        PyErr_Format(PyExc_ValueError, "%s: %s was exported as a copy, which nobody would see written", op, name);
+        return false;
+    }
+    return take_tensor(opened, &managed->dl_tensor, op, name);
+}
+
+static bool open_exchange(mtl_array *opened, PyObject *capsule, PyObject *object, bool writable, const char *op, const char *name) {
+    const exchange_api *api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    if (!api) return refuse_export(op, name);
+    if (!writable && api->tensor_from_object) {
+        DLTensor tensor;
+        if (api->tensor_from_object(object, &tensor) != 0) return refuse_export(op, name);
+        return take_tensor(opened, &tensor, op, name);
+    }
+    versioned_tensor *managed; /* says whether it may be written */
+    if (api->managed_from_object(object, &managed) != 0) return refuse_export(op, name);
+    return take_versioned(opened, managed, writable, op, name);
+}
+
+/* Whether the table is one of DLPack 1.x; NULL for none. */
+static bool usable_exchange(PyObject *capsule) {
+    const exchange_header *header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    if (!header) PyErr_Clear();
+    return header && header->version.major == 1;
+}
+
+static bool open_capsule(mtl_array *opened, module_state *state, PyObject *method, bool writable, const char *op, const char *name) {
+    PyObject *capsule = PyObject_Vectorcall(method, &state->max_version, 0, state->max_version_name);
+    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* an exporter older than DLPack 1.0 */
+        PyErr_Clear();
+        capsule = PyObject_CallNoArgs(method);
+    }
+    if (!capsule) return refuse_export(op, name);
+
+    bool done = false;
+    if (PyCapsule_IsValid(capsule, versioned_name)) {
+        versioned_tensor *managed = PyCapsule_GetPointer(capsule, versioned_name);
+        PyCapsule_SetName(capsule, used_versioned_name);
+        done = take_versioned(opened, managed, writable, op, name);
+    } else if (PyCapsule_IsValid(capsule, unversioned_name)) {
+        DLManagedTensor *managed = PyCapsule_GetPointer(capsule, unversioned_name);
+        PyCapsule_SetName(capsule, used_unversioned_name);
+        opened->managed = managed;
+        opened->versioned = false;
+        done = take_tensor(opened, &managed->dl_tensor, op, name);
+    } else {
+        PyErr_Format(PyExc_ValueError, "%s: __dlpack__ of %s returned no DLPack capsule", op, name);
+    }
+    Py_DECREF(capsule);
+    return done;
+}
+
+/* A PyTorch tensor that records gradients: fine where recording is off, an error where the gradient would get lost. */
+static bool detach(mtl_array *opened, PyObject **object, const char *op, const char *name) {
+    PyObject *modules = PyImport_GetModuleDict(), *torch = PyDict_GetItemString(modules, "torch");
+    if (!torch) return true;
+    PyObject *enabled = PyObject_CallMethod(torch, "is_grad_enabled", NULL);
+    if (!enabled) return false;
+    Py_DECREF(enabled);
+    if (enabled == Py_True) {
+        PyErr_Format(PyExc_ValueError, "%s: %s requires gradients, which this function does not record: pass %s.detach(), or call it under "
+                     "torch.no_grad()", op, name, name);
+        return false;
+    }
+    opened->detached = PyObject_CallMethod(*object, "detach", NULL);
+    *object = opened->detached;
+    return opened->detached != NULL;
+}
+
+bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool writable, const char *op, const char *name) {
+    opened->object = object;
+    opened->detached = NULL;
+    opened->managed = NULL;
+    if (PyArray_Check(object)) return open_numpy(opened, (PyArrayObject *)object, writable, op, name);
+
+    PyObject *attribute;
+    if (!optional_attribute(object, state->requires_grad, &attribute)) return false;
+    Py_XDECREF(attribute);
+    if (attribute == Py_True && !detach(opened, &object, op, name)) return false;
+
+    if (!optional_attribute((PyObject *)Py_TYPE(object), state->exchange_api, &attribute)) return false;
+    if (attribute && usable_exchange(attribute)) {
+        bool done = open_exchange(opened, attribute, object, writable, op, name);
+        Py_DECREF(attribute);
+        return done;
+    }
+    Py_XDECREF(attribute);
+
+    if (PyType_Check(object) || !optional_attribute(object, state->dlpack, &attribute)) attribute = NULL;
+    if (attribute) {
+        bool done = open_capsule(opened, state, attribute, writable, op, name);
+        Py_DECREF(attribute);
+        return done;
+    }
+    if (!PyErr_Occurred()) {
+        PyErr_Format(PyExc_TypeError, "%s: %s must be an array of NumPy or another library with __dlpack__, got %.200s", op, name,
+                     Py_TYPE(object)->tp_name);
+    }
+    return false;
+}
+
+void array_close(mtl_array *opened) {
+    if (!opened->managed && !opened->detached) return;
+    PyObject *type, *value, *traceback; /* a deleter may run Python code */
+    PyErr_Fetch(&type, &value, &traceback);
+    if (opened->managed && opened->versioned) {
+        versioned_tensor *managed = opened->managed;
+        if (managed->deleter) managed->deleter(managed);
+    } else if (opened->managed) {
+        DLManagedTensor *managed = opened->managed;
+        if (managed->deleter) managed->deleter(managed);
+    }
+    Py_XDECREF(opened->detached);
+    PyErr_Restore(type, value, traceback);
+}
+
+/* ---- results for a library known by its protocols alone ------------------------------------------------------------------ */
+
+/* Memory that another library takes over by its from_dlpack: an array of NumPy's with the dtype that its bits stand for. */
+typedef struct memory {
+    PyObject_VAR_HEAD
+    PyArrayObject *bits;
+    DLDataType dtype;
+    int64_t shape[1]; /* ob_size of them */
+} memory;
+
+static void memory_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF(((memory *)self)->bits);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* What a capsule owns: both forms of DLPack in one block, the shape behind. */
+typedef struct exported {
+    union {
+        DLManagedTensor unversioned;
+        versioned_tensor versioned;
+    } managed;
+    PyArrayObject *bits;
+    int64_t shape[];
+} exported;
+
+static void exported_delete(exported *block) {
+    PyGILState_STATE gil = PyGILState_Ensure(); /* consumers may call from any thread */
+    Py_DECREF(block->bits);
+    PyMem_Free(block);
+    PyGILState_Release(gil);
+}
+
+static void versioned_delete(versioned_tensor *self) { exported_delete(self->manager_ctx); }
+static void unversioned_delete(DLManagedTensor *self) { exported_delete(self->manager_ctx); }
+
+static void capsule_delete(PyObject *capsule) {
+    if (PyCapsule_IsValid(capsule, versioned_name) || PyCapsule_IsValid(capsule, unversioned_name)) {
+        exported_delete(PyCapsule_GetContext(capsule));
+    }
+}
+
+static PyObject *memory_dlpack(PyObject *self, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"stream", "max_version", "dl_device", "copy", NULL};
+    PyObject *stream = NULL, *max_version = NULL, *device = NULL, *copy = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO", names, &stream, &max_version, &device, &copy)) return NULL;
+    if (copy == Py_True) {
+        PyErr_SetString(PyExc_BufferError, "the memory of a result is not copied");
+        return NULL;
+    }
+    unsigned major = 0, minor = 0;
+    if (max_version && max_version != Py_None && !PyArg_ParseTuple(max_version, "II", &major, &minor)) return NULL;
+
+    memory *source = (memory *)self;
+    size_t rank = (size_t)Py_SIZE(self);
+    exported *block = PyMem_Malloc(sizeof *block + rank * sizeof block->shape[0]);
+    if (!block) return PyErr_NoMemory();
+    memcpy(block->shape, source->shape, rank * sizeof block->shape[0]);
+    DLTensor tensor = {.data = PyArray_DATA(source->bits), .device = {kDLCPU, 0}, .ndim = (int)rank, .dtype = source->dtype, .shape = block->shape};
+    const char *name = unversioned_name;
+    if (major >= 1) {
+        block->managed.versioned =
+            (versioned_tensor){.version = {1, 0}, .manager_ctx = block, .deleter = versioned_delete, .dl_tensor = tensor};
+        name = versioned_name;
+    } else {
+        block->managed.unversioned = (DLManagedTensor){.dl_tensor = tensor, .manager_ctx = block, .deleter = unversioned_delete};
+    }
+    block->bits = source->bits;
+    PyObject *capsule = PyCapsule_New(&block->managed, name, NULL);
+    if (!capsule) {
+        PyMem_Free(block);
+        return NULL;
+    }
+    Py_INCREF(block->bits);
+    PyCapsule_SetContext(capsule, block);
+    PyCapsule_SetDestructor(capsule, capsule_delete);
+    return capsule;
+}
+
+static PyObject *memory_dlpack_device(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return Py_BuildValue("ii", (int)kDLCPU, 0);
+}
+
+static PyMethodDef memory_methods[] = {
+    {"__dlpack__", (PyCFunction)(void (*)(void))memory_dlpack, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"__dlpack_device__", memory_dlpack_device, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot memory_slots[] = {
+    {Py_tp_dealloc, (void *)memory_dealloc},
+    {Py_tp_methods, memory_methods},
+    {Py_tp_doc, "Memory of a result, on its way into the caller's array library."},
+    {0, NULL},
+};
+
+static PyType_Spec memory_spec = {
+    .name = "metalloid._native.Memory",
+    .basicsize = offsetof(memory, shape),
+    .itemsize = sizeof(int64_t),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = memory_slots,
+};
+
+static PyObject *allocate_memory(mtl_array *opened, module_state *state, DLDataType dtype, int rank, const int64_t *shape) {
+    npy_intp extents[MAX_RANK];
+    for (int axis = 0; axis < rank; axis++) extents[axis] = (npy_intp)shape[axis];
+    PyObject *bits = PyArray_SimpleNew(rank, extents, dtype.bits == 16 ? NPY_UINT16 : dtype.bits == 32 ? NPY_UINT32 : NPY_UINT64);
+    if (!bits) return NULL;
+    memory *result = (memory *)state->memory_type->tp_alloc(state->memory_type, rank);
+    if (!result) {
+        Py_DECREF(bits);
+        return NULL;
+    }
+    result->bits = (PyArrayObject *)bits;
+    result->dtype = dtype;
+    memcpy(result->shape, shape, (size_t)rank * sizeof shape[0]);
+    opened->tensor = (DLTensor){.data = PyArray_DATA(result->bits), .device = {kDLCPU, 0}, .ndim = rank, .dtype = dtype, .shape = opened->shape};
+    memcpy(opened->shape, shape, (size_t)rank * sizeof shape[0]);
+    opened->object = (PyObject *)result;
+    opened->detached = opened->managed = NULL;
+    return (PyObject *)result;
+}
+
+/* ---- memory for results --------------------------------------------------------------------------------------------------- */
+
+static PyObject *allocate_numpy(const mtl_array *like, DLDataType dtype, int rank, const int64_t *shape) {
+    int type;
+    if (dtype.code == kDLBfloat) type = PyArray_TYPE((PyArrayObject *)like->object); /* only bfloat16 gives bfloat16 */
+    else type = dtype.bits == 16 ? NPY_HALF : dtype.bits == 32 ? NPY_FLOAT : NPY_DOUBLE;
+    npy_intp extents[MAX_RANK];
+    for (int axis = 0; axis < rank; axis++) extents[axis] = (npy_intp)shape[axis];
+    return PyArray_SimpleNew(rank, extents, type);
+}
+
+static PyObject *allocate_torch(PyObject *torch, DLDataType dtype, int rank, const int64_t *shape) {
+    PyObject *result = NULL, *empty = NULL, *type = NULL, *names = NULL, *extents = PyTuple_New(rank);
+    if (!extents) return NULL;
+    for (int axis = 0; axis < rank; axis++) {
+        PyObject *extent = PyLong_FromLongLong(shape[axis]);
+        if (!extent) goto done;
+        PyTuple_SET_ITEM(extents, axis, extent);
+    }
+    type = PyObject_GetAttrString(torch, dtype.code == kDLBfloat  ? "bfloat16"
+                                         : dtype.bits == 16 ? "float16"
+                                         : dtype.bits == 32 ? "float32"
+                                                            : "float64");
+    empty = PyObject_GetAttrString(torch, "empty");
+    names = Py_BuildValue("(s)", "dtype");
+    if (type && empty && names) result = PyObject_Vectorcall(empty, (PyObject *[]){extents, type}, 1, names);
+done:
+    Py_XDECREF(names);
+    Py_XDECREF(empty);
+    Py_XDECREF(type);
+    Py_DECREF(extents);
+    return result;
+}
+
+/* 1: a tensor of PyTorch, whose module goes to *torch (borrowed); 0: not; -1: error. */
+static int is_torch(PyObject *object, PyObject **torch) {
+    *torch = PyDict_GetItemString(PyImport_GetModuleDict(), "torch");
+    if (!*torch) return 0;
+    PyObject *tensor = PyObject_GetAttrString(*torch, "Tensor");
+    if (!tensor) {
+        PyErr_Clear(); /* another module of that name */
+        return 0;
+    }
+    int is = PyObject_IsInstance(object, tensor);
+    Py_DECREF(tensor);
+    return is;
+}
+
+PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype, int rank, const int64_t *shape,
+                         const char *op) {
+    PyObject *result, *torch;
+    if (PyArray_Check(like->object)) {
+        result = allocate_numpy(like, dtype, rank, shape);
+    } else {
+        DLDeviceType device = like->tensor.device.device_type;
+        if (device != kDLCPU && device != kDLCUDAHost) {
+            PyErr_Format(PyExc_RuntimeError, "%s: the arrays are on a device of DLPack type %d, which no backend of this build serves", op,
+                         (int)device);
+            return NULL;
+        }
+        int is = is_torch(like->object, &torch);
+        if (is < 0) return NULL;
+        if (!is) return allocate_memory(opened, state, dtype, rank, shape);
+        result = allocate_torch(torch, dtype, rank, shape);
+    }
+    if (result && !array_open(opened, state, result, true, op, "out")) {
+        array_close(opened);
+        Py_CLEAR(result);
+    }
+    return result;
+}
+
+PyObject *array_finish(PyObject *allocated, module_state *state, const mtl_array *like, const char *op) {
+    if (Py_TYPE(allocated) != state->memory_type) return allocated;
+    PyObject *result = NULL, *namespace = PyObject_CallMethod(like->object, "__array_namespace__", NULL);
+    if (namespace) {
+        result = PyObject_CallMethod(namespace, "from_dlpack", "O", allocated);
+        Py_DECREF(namespace);
+    } else if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        PyErr_Format(PyExc_ValueError, "%s: results cannot be allocated as %.200s, which has no __array_namespace__: pass out=", op,
+                     Py_TYPE(like->object)->tp_name);
+    }
+    Py_DECREF(allocated);
+    return result;
+}
+
+/* ---- set-up --------------------------------------------------------------------------------------------------------------- */
+
+bool arrays_init(PyObject *module, module_state *state) {
+    if (PyArray_ImportNumPyAPI() < 0) return false;
+    state->dlpack = PyUnicode_InternFromString("__dlpack__");
+    state->exchange_api = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+    state->requires_grad = PyUnicode_InternFromString("requires_grad");
+    state->max_version_name = Py_BuildValue("(s)", "max_version");
+    state->max_version = Py_BuildValue("(ii)", 1, 3);
+    state->memory_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &memory_spec, NULL);
+    return state->dlpack && state->exchange_api && state->requires_grad && state->max_version_name && state->max_version &&
+           state->memory_type;
+}
+
+void arrays_clear(module_state *state) {
+    Py_CLEAR(state->dlpack);
+    Py_CLEAR(state->exchange_api);
+    Py_CLEAR(state->requires_grad);
+    Py_CLEAR(state->max_version_name);
+    Py_CLEAR(state->max_version);
+    Py_CLEAR(state->memory_type);
+}
