@@ -20,13 +20,6 @@ enum {
     FEW_ROWS = 8,
 };
 
-#ifdef MTL_IN_DOUBLE
-#define PLAIN mtl_plain_attention_f64
-#else
-#define PLAIN mtl_plain_attention_f32
-#endif
-void PLAIN(const void *, int64_t, int64_t, void *);
-
 /* One item's working set; rows of `q` are head_padded long, of `sums` value_padded, of `scores` KEYS. */
 typedef struct {
     const mtl_attention_args *args;
@@ -34,6 +27,7 @@ typedef struct {
     int64_t head_padded, value_padded; /* to whole vectors and to whole tiles */
     real *q, *keys, *values, *scores, *sums;
     real largest[ROWS], sum[ROWS], factor[ROWS];
+    bool one_by_one; /* leave weights of 0 out of the sums */
 } block_state;
 
 /* ---- products ----------------------------------------------------------------------------------------------------------- */
@@ -59,6 +53,19 @@ INLINE void multiply_tile(int rows, const real *a, int64_t a_stride, const real 
         }
         vec_store(to, sum[r][0]);
         vec_store(to + LANES, sum[r][1]);
+    }
+}
+
+/* multiply_tile for one row of weights, where a weight (or factor) of 0 drops what it would multiply. */
+static void multiply_visible(const real *weights, const real *b, int64_t b_stride, int64_t depth, real *c, real factor) {
+    vec sum[2] = {vec_zero(), vec_zero()};
+    for (int64_t i = 0; i < depth; i++) {
+        if (weights[i] == 0) continue;
+        sum[0] = vec_fma(vec_set(weights[i]), vec_load(b + i * b_stride), sum[0]);
+        sum[1] = vec_fma(vec_set(weights[i]), vec_load(b + i * b_stride + LANES), sum[1]);
+    }
+    for (int j = 0; j < 2; j++) {
+        vec_store(c + j * LANES, factor == 0 ? sum[j] : vec_fma(vec_load(c + j * LANES), vec_set(factor), sum[j]));
     }
 }
 
@@ -324,7 +331,16 @@ static void attend_block(block_state *s, int64_t first, int64_t count) {
     for (int64_t r = 0; r < rows; r++) weigh_row(s, r);
     int64_t value_stride;
     const real *values = bring_values(s, first, count, &value_stride);
-    multiply(rows, s->scores, KEYS, values, value_stride, count, s->sums, s->value_padded, s->value_padded, s->factor);
+    if (!s->one_by_one) {
+        multiply(rows, s->scores, KEYS, values, value_stride, count, s->sums, s->value_padded, s->value_padded, s->factor);
+        return;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t column = 0; column < s->value_padded; column += TILE) {
+            real *sums = s->sums + r * s->value_padded + column;
+            multiply_visible(s->scores + r * KEYS, values + column, value_stride, count, sums, s->factor[r]);
+        }
+    }
 }
 
 static bool has_nan(const real *row, int64_t length) {
@@ -377,6 +393,13 @@ static void hand_over_row(block_state *s, int64_t r) {
     for (int64_t i = 0; i < s->args->value_dim; i++) state[MTL_STATE_VALUES + i] = (double)s->sums[r * s->value_padded + i];
 }
 
+static void attend(block_state *s) {
+    bring_queries(s);
+    for (int64_t first = s->item.first_key; first < s->item.end_key; first += KEYS) {
+        attend_block(s, first, s->item.end_key - first < KEYS ? s->item.end_key - first : KEYS);
+    }
+}
+
 void SIMD(attention)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
     block_state state = {.args = arguments}, *s = &state;
     s->head_padded = (s->args->head_dim + LANES - 1) / LANES * LANES;
@@ -388,14 +411,11 @@ void SIMD(attention)(const void *arguments, int64_t begin, int64_t end, void *sc
     s->sums = s->scores + s->args->cut.rows * KEYS;
     for (int64_t index = begin; index < end; index++) {
         s->item = mtl_attention_item_at(s->args, index);
-        bring_queries(s);
-        for (int64_t first = s->item.first_key; first < s->item.end_key; first += KEYS) {
-            attend_block(s, first, s->item.end_key - first < KEYS ? s->item.end_key - first : KEYS);
-        }
-        bool again = has_nan(s->sum, s->item.rows) || has_nan(s->sums, s->item.rows * s->value_padded);
-        if (again) {
-            PLAIN(arguments, index, index + 1, scratch);
-            continue;
+        s->one_by_one = false;
+        attend(s);
+        if (has_nan(s->sums, s->item.rows * s->value_padded)) {
+            s->one_by_one = true;
+            attend(s);
         }
         for (int64_t r = 0; r < s->item.rows; r++) {
             if (s->item.states) hand_over_row(s, r);

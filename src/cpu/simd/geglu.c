@@ -8,14 +8,14 @@
 #include "cpu/simd/math.h"
 
 #ifdef MTL_IN_DOUBLE
-#define C1 (-0x1.9884533d43651p+0)
+#define C1     (-0x1.9884533d43651p+0)
 #define C1_LOW 0x1.cbc0d30ebfd15p-54
-#define C3 (-0x1.2444f2a4d8b4bp-4)
+#define C3     (-0x1.2444f2a4d8b4bp-4)
 #define C3_LOW 0x1.6c843a29d1c70p-61
 #else
-#define C1 (-0x1.988454p+0f)
+#define C1     (-0x1.988454p+0f)
 #define C1_LOW 0x1.857936p-25f
-#define C3 (-0x1.2444f2p-4f)
+#define C3     (-0x1.2444f2p-4f)
 #define C3_LOW (-0x1.49b16ap-29f)
 #endif
 

@@ -3,7 +3,7 @@
  * Three passes over a row that is in the cache after the first. The mean of the first pass, rounded to a real, is only a shift: the
  * second pass sums d = x - shift and d^2, so that with delta = mean(d), var = mean(d^2) - delta^2 and x - mean = d - delta. A
  * mean of 1e4 deviations, whose own rounding is a visible part of a deviation, does no harm that way. */
-#include "cpu/simd/vec.h"
+#include "cpu/simd/sums.h"
 
 /* Deviations whose squares leave float32's normal range. */
 static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, const char *bias, mtl_dtype bias_dtype,
@@ -26,44 +26,24 @@ static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_d
 INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, const char *bias, mtl_dtype bias_dtype,
                      char *out, int64_t length, double eps) {
     int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype), bias_size = mtl_dtype_size(bias_dtype), i = 0;
-    vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
-    for (; i + 4 * LANES <= length; i += 4 * LANES) {
-        for (int j = 0; j < 4; j++) sum[j] += vec_load_as(x + (i + j * LANES) * size, x_dtype);
-    }
-    for (; i < length; i += LANES) sum[0] += vec_load_upto(x + i * size, x_dtype, length - i);
-    vec shift = vec_set((real)((double)vec_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / (double)length));
-
-    vec squares[2] = {vec_zero(), vec_zero()};
-    sum[0] = sum[1] = vec_zero();
-    for (i = 0; i + 2 * LANES <= length; i += 2 * LANES) {
-        for (int j = 0; j < 2; j++) {
-            vec d = vec_load_as(x + (i + j * LANES) * size, x_dtype) - shift;
-            sum[j] += d;
-            squares[j] = vec_fma(d, d, squares[j]);
-        }
-    }
-    for (; i < length; i += LANES) {
-        vec d = vec_load_upto(x + i * size, x_dtype, length - i) - shift;
-        if (length - i < LANES) d = vec_select(vec_first(length - i), d, vec_zero());
-        sum[0] += d;
-        squares[0] = vec_fma(d, d, squares[0]);
-    }
-    double delta = (double)vec_sum(sum[0] + sum[1]) / (double)length;
-    double variance = (double)vec_sum(squares[0] + squares[1]) / (double)length - delta * delta;
+    real shift = (real)(sum_row(x, x_dtype, length, 0).sum / (double)length);
+    row_sums deviations = sum_row(x, x_dtype, length, shift);
+    double delta = deviations.sum / (double)length;
+    double variance = deviations.squares / (double)length - delta * delta;
     variance = (variance < 0 ? 0 : variance) + eps;
     if (variance < 1e-28) {
         tiny_row(x, x_dtype, weight, weight_dtype, bias, bias_dtype, out, length, eps);
         return;
     }
     double inverse = 1 / sqrt(variance);
-    vec offset = vec_set((real)delta), factor = vec_set((real)inverse);
-    for (i = 0; i + LANES <= length; i += LANES) {
-        vec d = (vec_load_as(x + i * size, x_dtype) - shift) - offset;
+    vec minus = vec_set(shift), offset = vec_set((real)delta), factor = vec_set((real)inverse);
+    for (; i + LANES <= length; i += LANES) {
+        vec d = (vec_load_as(x + i * size, x_dtype) - minus) - offset;
         vec v = vec_fma(d * factor, vec_load_as(weight + i * weight_size, weight_dtype), vec_load_as(bias + i * bias_size, bias_dtype));
         vec_store_as(out + i * size, x_dtype, v);
     }
     if (i < length) {
-        vec d = (vec_load_part(x + i * size, x_dtype, length - i) - shift) - offset;
+        vec d = (vec_load_part(x + i * size, x_dtype, length - i) - minus) - offset;
         vec v = vec_fma(d * factor, vec_load_part(weight + i * weight_size, weight_dtype, length - i),
                         vec_load_part(bias + i * bias_size, bias_dtype, length - i));
         vec_store_part(out + i * size, x_dtype, v, length - i);

@@ -1,9 +1,8 @@
 /* y = x / sqrt(mean(x^2) + eps) * weight, of x or of x + residual. SPDX-License-Identifier: MIT
  *
- * Traffic: each byte of x once from memory and once from the cache, each of out once. The sum of squares runs in 4 LANES partial
- * sums, so that its rounding error grows with length / (4 LANES) at most. A row so small that its squares leave float32's normal
- * range is done again in double. */
-#include "cpu/simd/vec.h"
+ * Traffic: each byte of x once from memory and once from the cache, each of out once. A row so small that its squares leave
+ * float32's normal range is done again in double. */
+#include "cpu/simd/sums.h"
 
 static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, char *out, int64_t length, double eps) {
     int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype);
@@ -20,24 +19,13 @@ INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_d
                      char *out, int64_t length, double eps) {
     (void)bias, (void)bias_dtype;
     int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype), i = 0;
-    vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
-    for (; i + 4 * LANES <= length; i += 4 * LANES) {
-        for (int j = 0; j < 4; j++) {
-            vec v = vec_load_as(x + (i + j * LANES) * size, x_dtype);
-            sum[j] = vec_fma(v, v, sum[j]);
-        }
-    }
-    for (; i < length; i += LANES) {
-        vec v = vec_load_upto(x + i * size, x_dtype, length - i);
-        sum[0] = vec_fma(v, v, sum[0]);
-    }
-    double mean_square = (double)vec_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / (double)length + eps;
+    double mean_square = sum_row(x, x_dtype, length, 0).squares / (double)length + eps;
     if (mean_square < 1e-28) {
         tiny_row(x, x_dtype, weight, weight_dtype, out, length, eps);
         return;
     }
     vec inverse = vec_set((real)(1 / sqrt(mean_square)));
-    for (i = 0; i + LANES <= length; i += LANES) {
+    for (; i + LANES <= length; i += LANES) {
         vec v = vec_load_as(x + i * size, x_dtype) * inverse * vec_load_as(weight + i * weight_size, weight_dtype);
         vec_store_as(out + i * size, x_dtype, v);
     }

@@ -4,7 +4,7 @@
  * subtracts without error worth naming up to 2^30; beyond, and for float64 tensors, the C library's functions serve. sin and cos of r are
  * polynomials (minimax, relative error 5e-12 and 1e-13), rounded to real. A block of time steps has its table made once for all
  * heads; its rows are then turned in the order in which they lie in memory. */
-#include "cpu/simd/vec.h"
+#include "cpu/simd/sums.h"
 
 #ifdef MTL_IN_DOUBLE
 typedef long double angle_real;
@@ -141,12 +141,7 @@ INLINE void turn(const char *x, char *out, mtl_dtype dtype, const mtl_rope_angle
 }
 
 static void norm_head(real *head, int64_t length, const real *weight, double eps) {
-    vec sum = vec_zero();
-    for (int64_t i = 0; i < length; i += LANES) {
-        vec v = vec_load_upto(head + i, REAL_DTYPE, length - i);
-        sum = vec_fma(v, v, sum);
-    }
-    double mean_square = (double)vec_sum(sum) / (double)length + eps;
+    double mean_square = sum_row((const char *)head, REAL_DTYPE, length, 0).squares / (double)length + eps;
     if (mean_square < 1e-28) { /* squares out of float32's normal range */
         mean_square = 0;
         for (int64_t i = 0; i < length; i++) mean_square += (double)head[i] * (double)head[i];
