@@ -13,20 +13,21 @@ typedef struct attention_case {
     double scale, softcap;
     bool causal;
     int64_t causal_offset, window;
-    const double *q, *k, *v;  /* {B, N, T, D}, row-major */
-    const double *added;      /* {B, N_q, T_q, T_kv}, -inf hides; NULL: none */
-    const double *key_mask;   /* {B, T_kv}; NULL: none */
-    const double *sinks;      /* {N_q}; NULL: none */
-    double *out, *logsumexp;  /* results */
-    double *v_size;           /* {B, N_q, T_q}: the largest |v| that the query sees */
-    double *score_size;       /* {B, N_q, T_q}: the largest |score| that it sees, sink included */
-    double *term_size;        /* {B, N_q, T_q}: likewise of the sums of |terms| that the scores are */
+    const double *q, *k, *v; /* {B, N, T, D}, row-major */
+    const double *added;     /* {B, N_q, T_q, T_kv}, -inf hides; NULL: none */
+    const double *key_mask;  /* {B, T_kv}; NULL: none */
+    const double *sinks;     /* {N_q}; NULL: none */
+    double *out, *logsumexp; /* results */
+    double *v_size;          /* {B, N_q, T_q}: the largest |v| that the query sees */
+    double *score_size;      /* {B, N_q, T_q}: the largest |score| that it sees, sink included */
+    double *term_size;       /* {B, N_q, T_q}: likewise of the sums of |terms| that the scores are */
 } attention_case;
 
 static inline bool sees(const attention_case *c, int64_t b, int64_t h, int64_t i, int64_t j) {
     if (c->key_mask && c->key_mask[b * c->kv_len + j] == 0) return false;
     if (c->added && c->added[((b * c->q_heads + h) * c->q_len + i) * c->kv_len + j] == -(double)INFINITY) return false;
-    long double offset = (long double)(c->causal_offset == METALLOID_CAUSAL_OFFSET_DEFAULT ? c->kv_len - c->q_len : c->causal_offset);
+    long double offset =
+        (long double)(c->causal_offset == METALLOID_CAUSAL_OFFSET_DEFAULT ? c->kv_len - c->q_len : c->causal_offset);
     if ((c->causal || c->window) && j > i + offset) return false;
     return !c->window || j > i + offset - c->window;
 }
@@ -39,8 +40,8 @@ static inline void reference_attention(attention_case *c) {
     c->score_size = new_doubles(rows);
     c->term_size = new_doubles(rows);
     double *score = new_doubles(c->kv_len);
-    long double *sum = (long double *)(void *)new_doubles(2 * c->value_dim + 2);
-    sum = (long double *)(((uintptr_t)sum + 15) / 16 * 16);
+    long double sum[1024];
+    assert_true(c->value_dim <= 1024);
     for (int64_t row = 0; row < rows; row++) {
         int64_t b = row / c->q_len / c->q_heads, h = row / c->q_len % c->q_heads, i = row % c->q_len;
         int64_t kv = b * c->kv_heads + h / (c->q_heads / c->kv_heads);

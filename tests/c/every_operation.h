@@ -28,17 +28,18 @@ static inline metalloid_status call_layer_norm(const operation *op) {
 }
 
 static inline metalloid_status call_add_rms_norm(const operation *op) {
-    return metalloid_add_rms_norm(op->context, op->given[0], op->given[1], op->given[2], op->eps, op->given[3], op->given[4]);
+    return metalloid_add_rms_norm(op->context, op->given[0], op->given[1], op->given[2], op->eps, op->given[3],
+                                  op->given[4]);
 }
 
 static inline metalloid_status call_add_layer_norm(const operation *op) {
-    return metalloid_add_layer_norm(op->context, op->given[0], op->given[1], op->given[2], op->given[3], op->eps, op->given[4],
-                                    op->given[5]);
+    return metalloid_add_layer_norm(op->context, op->given[0], op->given[1], op->given[2], op->given[3], op->eps,
+                                    op->given[4], op->given[5]);
 }
 
 /* `added`: with residual and sum; `centred`: layer norm, with bias. */
-static inline operation sample_norm(const char *name, metalloid_status (*call)(const operation *), bool added, bool centred,
-                                    sample_size size) {
+static inline operation sample_norm(const char *name, metalloid_status (*call)(const operation *), bool added,
+                                    bool centred, sample_size size) {
     operation op = new_operation(name, call);
     const int64_t large[] = {12, 4501}, small[] = {3, 2, 7};
     const int64_t *shape = size == LARGE ? large : small;
@@ -46,7 +47,9 @@ static inline operation sample_norm(const char *name, metalloid_status (*call)(c
     int64_t length = shape[rank - 1];
     int x = takes(&op, "x", new_normal(random_floating(), ROWS, rank, shape), REQUIRED | TAKES_FLOATING);
     unsigned aliases = 1u << x;
-    if (added) aliases |= 1u << takes(&op, "residual", new_normal(random_floating(), STRIDED, rank, shape), REQUIRED | TAKES_FLOATING);
+    if (added)
+        aliases |= 1u << takes(&op, "residual", new_normal(random_floating(), STRIDED, rank, shape),
+                               REQUIRED | TAKES_FLOATING);
     takes(&op, "weight", new_normal(random_floating(), ROWS, 1, &length), TAKES_FLOATING);
     if (centred) takes(&op, "bias", new_normal(random_floating(), STRIDED, 1, &length), TAKES_FLOATING);
     if (added) {
@@ -94,23 +97,23 @@ static inline operation sample_gated(const char *name, metalloid_status (*call)(
     return op;
 }
 
-static inline operation sample_swiglu(sample_size size) {
-    return sample_gated("swiglu", call_swiglu, size);
-}
+static inline operation sample_swiglu(sample_size size) { return sample_gated("swiglu", call_swiglu, size); }
 
-static inline operation sample_geglu(sample_size size) {
-    return sample_gated("geglu", call_geglu, size);
-}
+static inline operation sample_geglu(sample_size size) { return sample_gated("geglu", call_geglu, size); }
 
 /* ---- rope ----------------------------------------------------------------------------------------------------------- */
 
 /* Arguments 1 to 4 of rope, 4 to 7 of qk_norm_rope. */
-static inline void rope_tensors_taken(operation *op, int64_t batch, int64_t time, int64_t pairs, bool inverse, bool each_token) {
+static inline void rope_tensors_taken(operation *op, int64_t batch, int64_t time, int64_t pairs, bool inverse,
+                                      bool each_token) {
     takes(op, "freqs", inverse ? NULL : new_tensor(random_floating(), ROWS, 1, &pairs), TAKES_FLOATING | TAKES_INTEGER);
-    takes(op, "inv_freqs", inverse ? new_tensor(random_floating(), STRIDED, 1, &pairs) : NULL, TAKES_FLOATING | TAKES_INTEGER);
+    takes(op, "inv_freqs", inverse ? new_tensor(random_floating(), STRIDED, 1, &pairs) : NULL,
+          TAKES_FLOATING | TAKES_INTEGER);
     fill_uniform(op->argument[op->count - (inverse ? 1 : 2)].tensor, 0.5, 4);
-    takes(op, "offsets", each_token ? NULL : new_tensor(random_integer(), ROWS, 1, &batch), TAKES_INTEGER | RANK_MAY_DROP);
-    takes(op, "position_ids", each_token ? new_tensor(random_integer(), STRIDED, SHAPE(batch, time)) : NULL, TAKES_INTEGER);
+    takes(op, "offsets", each_token ? NULL : new_tensor(random_integer(), ROWS, 1, &batch),
+          TAKES_INTEGER | RANK_MAY_DROP);
+    takes(op, "position_ids", each_token ? new_tensor(random_integer(), STRIDED, SHAPE(batch, time)) : NULL,
+          TAKES_INTEGER);
     fill_integers(op->argument[op->count - (each_token ? 1 : 2)].tensor, 0, 100);
     op->rope.base = 0;
 }
@@ -133,21 +136,21 @@ static inline operation sample_rope_with(sample_size size, bool inverse, bool ea
     operation op = new_operation("rope", call_rope);
     int64_t batch = 3, heads = size == LARGE ? 8 : 2, time = size == LARGE ? 33 : 5, head_dim = size == LARGE ? 128 : 8;
     op.dims = head_dim - 2;
-    takes(&op, "x", new_normal(random_floating(), ROWS, SHAPE(batch, heads, time, head_dim)), REQUIRED | TAKES_FLOATING);
+    takes(&op, "x", new_normal(random_floating(), ROWS, SHAPE(batch, heads, time, head_dim)),
+          REQUIRED | TAKES_FLOATING);
     rope_tensors_taken(&op, batch, time, op.dims / 2, inverse, each_token);
-    int out = takes(&op, "out", new_tensor(F32, ROWS, SHAPE(batch, heads, time, head_dim)), REQUIRED | WRITTEN | TAKES_FLOATING);
+    int out = takes(&op, "out", new_tensor(F32, ROWS, SHAPE(batch, heads, time, head_dim)),
+                    REQUIRED | WRITTEN | TAKES_FLOATING);
     op.argument[out].may_be_input = 1;
     return op;
 }
 
-static inline operation sample_rope(sample_size size) {
-    return sample_rope_with(size, false, true);
-}
+static inline operation sample_rope(sample_size size) { return sample_rope_with(size, false, true); }
 
 static inline metalloid_status call_qk_norm_rope(const operation *op) {
     metalloid_rope_options options = rope_options_of(op, 4);
-    return metalloid_qk_norm_rope(op->context, op->given[0], op->given[1], op->given[2], op->given[3], op->eps, op->dims,
-                                  op->no_options ? NULL : &options, op->given[8], op->given[9]);
+    return metalloid_qk_norm_rope(op->context, op->given[0], op->given[1], op->given[2], op->given[3], op->eps,
+                                  op->dims, op->no_options ? NULL : &options, op->given[8], op->given[9]);
 }
 
 static inline operation sample_qk_norm_rope_with(sample_size size, bool inverse, bool each_token) {
@@ -155,21 +158,23 @@ static inline operation sample_qk_norm_rope_with(sample_size size, bool inverse,
     int64_t batch = 3, time = size == LARGE ? 33 : 5, head_dim = size == LARGE ? 128 : 8;
     int64_t q_heads = size == LARGE ? 8 : 4, kv_heads = 2;
     op.dims = head_dim - 2;
-    takes(&op, "q", new_normal(random_floating(), ROWS, SHAPE(batch, q_heads, time, head_dim)), REQUIRED | TAKES_FLOATING);
-    takes(&op, "k", new_normal(random_floating(), ROWS, SHAPE(batch, kv_heads, time, head_dim)), REQUIRED | TAKES_FLOATING);
+    takes(&op, "q", new_normal(random_floating(), ROWS, SHAPE(batch, q_heads, time, head_dim)),
+          REQUIRED | TAKES_FLOATING);
+    takes(&op, "k", new_normal(random_floating(), ROWS, SHAPE(batch, kv_heads, time, head_dim)),
+          REQUIRED | TAKES_FLOATING);
     takes(&op, "q_weight", new_normal(random_floating(), ROWS, 1, &head_dim), TAKES_FLOATING);
     takes(&op, "k_weight", new_normal(random_floating(), STRIDED, 1, &head_dim), TAKES_FLOATING);
     rope_tensors_taken(&op, batch, time, op.dims / 2, inverse, each_token);
-    int q = takes(&op, "q_out", new_tensor(F32, ROWS, SHAPE(batch, q_heads, time, head_dim)), REQUIRED | WRITTEN | TAKES_FLOATING);
-    int k = takes(&op, "k_out", new_tensor(F32, ROWS, SHAPE(batch, kv_heads, time, head_dim)), REQUIRED | WRITTEN | TAKES_FLOATING);
+    int q = takes(&op, "q_out", new_tensor(F32, ROWS, SHAPE(batch, q_heads, time, head_dim)),
+                  REQUIRED | WRITTEN | TAKES_FLOATING);
+    int k = takes(&op, "k_out", new_tensor(F32, ROWS, SHAPE(batch, kv_heads, time, head_dim)),
+                  REQUIRED | WRITTEN | TAKES_FLOATING);
     op.argument[q].may_be_input = 1;
     op.argument[k].may_be_input = 2;
     return op;
 }
 
-static inline operation sample_qk_norm_rope(sample_size size) {
-    return sample_qk_norm_rope_with(size, false, true);
-}
+static inline operation sample_qk_norm_rope(sample_size size) { return sample_qk_norm_rope_with(size, false, true); }
 
 /* ---- attention ------------------------------------------------------------------------------------------------------ */
 
@@ -190,23 +195,23 @@ static inline operation sample_attention_with(sample_size size, element_type mas
     takes(&op, "q", new_normal(F16, ROWS, SHAPE(batch, q_heads, q_len, head_dim)), REQUIRED | TAKES_FLOATING);
     takes(&op, "k", new_normal(F32, ROWS, SHAPE(batch, kv_heads, kv_len, head_dim)), REQUIRED | TAKES_FLOATING);
     takes(&op, "v", new_normal(BF16, STRIDED, SHAPE(batch, kv_heads, kv_len, value_dim)), REQUIRED | TAKES_FLOATING);
-    int m = takes(&op, "mask", new_tensor(mask, ROWS, SHAPE(batch, q_heads, q_len, kv_len)), TAKES_FLOATING | TAKES_INTEGER | TAKES_BOOL);
+    int m = takes(&op, "mask", new_tensor(mask, ROWS, SHAPE(batch, q_heads, q_len, kv_len)),
+                  TAKES_FLOATING | TAKES_INTEGER | TAKES_BOOL);
     fill_integers(op.argument[m].tensor, 0, 1);
     int key_mask = takes(&op, "key_mask", new_tensor(BOOL, ROWS, SHAPE(batch, kv_len)), TAKES_INTEGER | TAKES_BOOL);
     fill_integers(op.argument[key_mask].tensor, 0, 1);
     takes(&op, "sinks", new_normal(F16, ROWS, SHAPE(q_heads)), TAKES_FLOATING);
     takes(&op, "logsumexp", new_tensor(F32, STRIDED, SHAPE(batch, q_heads, q_len)), WRITTEN | TAKES_FLOATING);
-    takes(&op, "out", new_tensor(F32, ROWS, SHAPE(batch, q_heads, q_len, value_dim)), REQUIRED | WRITTEN | TAKES_FLOATING);
+    takes(&op, "out", new_tensor(F32, ROWS, SHAPE(batch, q_heads, q_len, value_dim)),
+          REQUIRED | WRITTEN | TAKES_FLOATING);
     return op;
 }
 
-static inline operation sample_attention(sample_size size) {
-    return sample_attention_with(size, F16);
-}
+static inline operation sample_attention(sample_size size) { return sample_attention_with(size, F16); }
 
 static inline metalloid_status call_kv_cache(const operation *op) {
-    return metalloid_kv_cache_sdpa_update(op->context, op->given[0], op->given[1], op->given[2], op->given[3], op->given[4], op->offset,
-                                          op->given[5], op->scale, op->given[6]);
+    return metalloid_kv_cache_sdpa_update(op->context, op->given[0], op->given[1], op->given[2], op->given[3],
+                                          op->given[4], op->offset, op->given[5], op->scale, op->given[6]);
 }
 
 static inline operation sample_kv_cache(sample_size size) {
@@ -217,18 +222,22 @@ static inline operation sample_kv_cache(sample_size size) {
     takes(&op, "q", new_normal(F32, ROWS, SHAPE(batch, q_len, q_heads, head_dim)), REQUIRED | TAKES_FLOATING);
     takes(&op, "new_k", new_normal(F16, ROWS, SHAPE(batch, q_len, kv_heads, head_dim)), REQUIRED | TAKES_FLOATING);
     takes(&op, "new_v", new_normal(BF16, ROWS, SHAPE(batch, q_len, kv_heads, value_dim)), REQUIRED | TAKES_FLOATING);
-    takes(&op, "k_cache", new_normal(F16, ROWS, SHAPE(batch, longest, kv_heads, head_dim)), REQUIRED | WRITTEN | TAKES_FLOATING);
-    takes(&op, "v_cache", new_normal(BF16, ROWS, SHAPE(batch, longest, kv_heads, value_dim)), REQUIRED | WRITTEN | TAKES_FLOATING);
+    takes(&op, "k_cache", new_normal(F16, ROWS, SHAPE(batch, longest, kv_heads, head_dim)),
+          REQUIRED | WRITTEN | TAKES_FLOATING);
+    takes(&op, "v_cache", new_normal(BF16, ROWS, SHAPE(batch, longest, kv_heads, value_dim)),
+          REQUIRED | WRITTEN | TAKES_FLOATING);
     int key_mask = takes(&op, "key_mask", new_tensor(I32, ROWS, SHAPE(batch, longest)), TAKES_INTEGER | TAKES_BOOL);
     fill_integers(op.argument[key_mask].tensor, 0, 2);
-    takes(&op, "out", new_tensor(F32, ROWS, SHAPE(batch, q_heads, q_len, value_dim)), REQUIRED | WRITTEN | TAKES_FLOATING);
+    takes(&op, "out", new_tensor(F32, ROWS, SHAPE(batch, q_heads, q_len, value_dim)),
+          REQUIRED | WRITTEN | TAKES_FLOATING);
     return op;
 }
 
 /* ---- cross entropy -------------------------------------------------------------------------------------------------- */
 
 static inline metalloid_status call_cross_entropy(const operation *op) {
-    return metalloid_cross_entropy(op->context, op->given[0], op->given[1], op->no_options ? NULL : &op->cross_entropy, op->given[2]);
+    return metalloid_cross_entropy(op->context, op->given[0], op->given[1], op->no_options ? NULL : &op->cross_entropy,
+                                   op->given[2]);
 }
 
 static inline operation sample_cross_entropy(sample_size size) {
@@ -245,8 +254,8 @@ static inline operation sample_cross_entropy(sample_size size) {
 /* ---- gated delta rule ----------------------------------------------------------------------------------------------- */
 
 static inline metalloid_status call_gated_delta(const operation *op) {
-    return metalloid_gated_delta_update(op->context, op->given[0], op->given[1], op->given[2], op->given[3], op->given[4], op->given[5],
-                                        op->given[6], op->given[7], op->given[8]);
+    return metalloid_gated_delta_update(op->context, op->given[0], op->given[1], op->given[2], op->given[3],
+                                        op->given[4], op->given[5], op->given[6], op->given[7], op->given[8]);
 }
 
 static inline operation sample_gated_delta(sample_size size) {
@@ -257,15 +266,19 @@ static inline operation sample_gated_delta(sample_size size) {
     int k = takes(&op, "k", new_tensor(F16, ROWS, SHAPE(batch, time, k_heads, key_dim)), REQUIRED | TAKES_FLOATING);
     fill_uniform(op.argument[k].tensor, -0.1, 0.1);
     takes(&op, "v", new_normal(BF16, ROWS, SHAPE(batch, time, v_heads, value_dim)), REQUIRED | TAKES_FLOATING);
-    int gamma = takes(&op, "gamma", new_tensor(F32, STRIDED, SHAPE(batch, time, v_heads, key_dim)), REQUIRED | TAKES_FLOATING | RANK_MAY_DROP);
+    int gamma = takes(&op, "gamma", new_tensor(F32, STRIDED, SHAPE(batch, time, v_heads, key_dim)),
+                      REQUIRED | TAKES_FLOATING | RANK_MAY_DROP);
     fill_uniform(op.argument[gamma].tensor, 0.5, 1);
     int beta = takes(&op, "beta", new_tensor(F16, ROWS, SHAPE(batch, time, v_heads)), REQUIRED | TAKES_FLOATING);
     fill_uniform(op.argument[beta].tensor, 0, 1);
-    int initial = takes(&op, "initial_state", new_normal(F32, ROWS, SHAPE(batch, v_heads, value_dim, key_dim)), TAKES_FLOATING);
+    int initial =
+        takes(&op, "initial_state", new_normal(F32, ROWS, SHAPE(batch, v_heads, value_dim, key_dim)), TAKES_FLOATING);
     int mask = takes(&op, "mask", new_tensor(BOOL, ROWS, SHAPE(batch, time)), TAKES_INTEGER | TAKES_BOOL);
     fill_integers(op.argument[mask].tensor, 0, 1);
-    takes(&op, "out", new_tensor(F32, ROWS, SHAPE(batch, time, v_heads, value_dim)), REQUIRED | WRITTEN | TAKES_FLOATING);
-    int state = takes(&op, "state", new_tensor(F32, ROWS, SHAPE(batch, v_heads, value_dim, key_dim)), REQUIRED | WRITTEN | TAKES_FLOATING);
+    takes(&op, "out", new_tensor(F32, ROWS, SHAPE(batch, time, v_heads, value_dim)),
+          REQUIRED | WRITTEN | TAKES_FLOATING);
+    int state = takes(&op, "state", new_tensor(F32, ROWS, SHAPE(batch, v_heads, value_dim, key_dim)),
+                      REQUIRED | WRITTEN | TAKES_FLOATING);
     op.argument[state].may_be_input = 1u << initial;
     return op;
 }
@@ -276,8 +289,9 @@ enum { OPERATIONS = 12 };
 
 static inline void sample_every_operation(operation all[OPERATIONS], sample_size size) {
     operation (*const sample[OPERATIONS])(sample_size) = {
-        sample_rms_norm, sample_layer_norm, sample_add_rms_norm, sample_add_layer_norm, sample_swiglu,        sample_geglu,
-        sample_rope,     sample_attention,  sample_qk_norm_rope, sample_kv_cache,       sample_cross_entropy, sample_gated_delta,
+        sample_rms_norm,     sample_layer_norm, sample_add_rms_norm,  sample_add_layer_norm,
+        sample_swiglu,       sample_geglu,      sample_rope,          sample_attention,
+        sample_qk_norm_rope, sample_kv_cache,   sample_cross_entropy, sample_gated_delta,
     };
     for (int i = 0; i < OPERATIONS; i++) all[i] = sample[i](size);
 }

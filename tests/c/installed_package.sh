@@ -35,5 +35,10 @@ objdump -p by_pkg_config | grep -q 'NEEDED *libmetalloid.so.0$'
 says_five cmake/consumer_shared
 LD_LIBRARY_PATH= says_five cmake/consumer_static
 
+# The C example of the README, word for word.
+awk '/^```c$/ { on = 1; next } /^```/ { on = 0 } on' "$here/../../README.md" >readme.c
+cc $warn readme.c $(pkg-config --cflags --libs metalloid) -o readme
+[ "$(./readme)" = "ok: 0.8485 1.1314" ] || { ./readme; exit 1; }
+
 [ "$(LD_LIBRARY_PATH= prefix/bin/metalloid --version)" = "metalloid $(pkg-config --modversion metalloid)" ]
 echo "installed package: pkg-config and CMake, shared and static, C and C++"

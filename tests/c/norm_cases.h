@@ -12,8 +12,9 @@
  * slack[i] is what the condition of the row may cost beside the ordinary bound. A row with |mean| > 100 deviations has section 3's
  * bound, and the roundings of its mean's sum, which is all there is to see in a constant row. `sum_rounding`, 0 where x is an input, is that of
  * x = x + residual in the arithmetic of the call, which the subtraction of the mean magnifies. */
-static inline void reference_norm(const double *x, const double *weight, const double *bias, double eps, bool centred, int64_t rows,
-                                  int64_t length, double mean_rounding, double sum_rounding, double *y, double *slack) {
+static inline void reference_norm(const double *x, const double *weight, const double *bias, double eps, bool centred,
+                                  int64_t rows, int64_t length, double mean_rounding, double sum_rounding, double *y,
+                                  double *slack) {
     for (int64_t row = 0; row < rows; row++, x += length, y += length, slack += length) {
         long double mean = 0, square = 0;
         for (int64_t i = 0; i < length; i++) mean += x[i];
@@ -31,13 +32,6 @@ static inline void reference_norm(const double *x, const double *weight, const d
             if (large_mean) slack[i] += 1e-3 * fabs(y[i]) + mean_rounding * mean_size * steepness;
         }
     }
-}
-
-static inline bool writable(const tensor *t) {
-    for (int axis = 0; axis < t->rank; axis++) {
-        if (t->stride[axis] == 0 && t->shape[axis] > 1) return false;
-    }
-    return true;
 }
 
 static inline int64_t random_length(void) {
@@ -85,8 +79,8 @@ static inline void random_norm_case(const char *name, bool added, bool centred) 
     for (int i = 0; i < 6; i++) {
         if (operands[i] && operands[i]->type == F64) rounding = 0x1p-53;
     }
-    reference_norm(total, weight ? values(weight) : NULL, bias ? values(bias) : NULL, eps, centred, x->elements / length, length,
-                   (double)(length + 4) * rounding, added ? rounding : 0, y, slack);
+    reference_norm(total, weight ? values(weight) : NULL, bias ? values(bias) : NULL, eps, centred,
+                   x->elements / length, length, (double)(length + 4) * rounding, added ? rounding : 0, y, slack);
     for (int64_t row = 0; row < x->elements / length; row++) m[row] = largest(y + row * length, length);
 
     metalloid_context *context = random_context();
@@ -150,7 +144,8 @@ static inline void empty_norm_tensors(bool added, bool centred) {
         if (added) {
             tensor *sum = new_output(F32, CONTIGUOUS, 3, shape), *residual = new_tensor(F32, CONTIGUOUS, 3, shape);
             snapshot();
-            expect_ok(centred ? metalloid_add_layer_norm(NULL, dl(x), dl(residual), dl(weight), dl(weight), 1e-5, dl(sum), dl(out))
+            expect_ok(centred ? metalloid_add_layer_norm(NULL, dl(x), dl(residual), dl(weight), dl(weight), 1e-5,
+                                                         dl(sum), dl(out))
                               : metalloid_add_rms_norm(NULL, dl(x), dl(residual), dl(weight), 1e-5, dl(sum), dl(out)));
         } else {
             expect_ok(centred ? metalloid_layer_norm(NULL, dl(x), dl(weight), dl(weight), 1e-5, dl(out))

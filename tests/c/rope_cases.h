@@ -22,7 +22,8 @@ static inline int64_t rope_position(const rope_case *c, int64_t batch, int64_t t
 
 /* x of any rank >= 3, row-major. slack: float64, in which the contract has the angle computed, knows an angle to 2^-53 of itself in each
  * of its few operations. */
-static inline void reference_rope(const rope_case *c, const double *x, const int64_t *shape, int rank, double *y, double *m, double *slack) {
+static inline void reference_rope(const rope_case *c, const double *x, const int64_t *shape, int rank, double *y,
+                                  double *m, double *slack) {
     int time_axis = c->options.time_axis == METALLOID_TIME_AXIS_1 ? 1 : rank - 2;
     int64_t head_dim = shape[rank - 1], rows = 1, after_time = 1, pairs = c->dims / 2;
     for (int axis = 0; axis < rank - 1; axis++) rows *= shape[axis];
@@ -99,22 +100,15 @@ static inline rope_case random_rope_case(int64_t batch, int64_t times, int64_t h
     return c;
 }
 
-static inline bool writable(const tensor *t) {
-    for (int axis = 0; axis < t->rank; axis++) {
-        if (t->stride[axis] == 0 && t->shape[axis] > 1) return false;
-    }
-    return true;
-}
-
 /* What both operations must refuse beside bad tensors. Returns how many calls were refused. */
 static inline int refuse_rope_options(operation (*sample)(sample_size, bool inverse, bool each_token), int first) {
     int refused = 0;
-#define REFUSE_OPTION(name, what, ...)              \
-    do {                                            \
-        operation bad = op;                         \
-        __VA_ARGS__;                                \
-        expect_refused(&bad, name, what);           \
-        refused++;                                  \
+#define REFUSE_OPTION(name, what, ...)    \
+    do {                                  \
+        operation bad = op;               \
+        __VA_ARGS__;                      \
+        expect_refused(&bad, name, what); \
+        refused++;                        \
     } while (0)
 
     for (int form = 0; form < 4; form++) {
@@ -122,7 +116,8 @@ static inline int refuse_rope_options(operation (*sample)(sample_size, bool inve
         operation op = sample(SMALL, form & 1, form & 2);
         int64_t head_dim = op.argument[0].tensor->shape[3];
         static const int64_t bad_dims[] = {0, 1, 3, 7, -2, -4, INT64_MIN, INT64_MAX};
-        for (size_t i = 0; i < sizeof bad_dims / sizeof *bad_dims; i++) REFUSE_OPTION("dims", "bad dims", bad.dims = bad_dims[i]);
+        for (size_t i = 0; i < sizeof bad_dims / sizeof *bad_dims; i++)
+            REFUSE_OPTION("dims", "bad dims", bad.dims = bad_dims[i]);
         operation by_base = op;
         by_base.given[first] = by_base.given[first + 1] = NULL;
         by_base.rope.base = 10000;
@@ -140,7 +135,9 @@ static inline int refuse_rope_options(operation (*sample)(sample_size, bool inve
             }
         }
         REFUSE_OPTION(form & 1 ? "inv_freqs" : "freqs", "base and a table", bad.rope.base = 10000);
-        REFUSE_OPTION("freqs", "both tables", bad.given[first] = bad.given[first + 1] = op.given[first] ? op.given[first] : op.given[first + 1]);
+        REFUSE_OPTION("freqs", "both tables",
+                      bad.given[first] = bad.given[first + 1] =
+                          op.given[first] ? op.given[first] : op.given[first + 1]);
         REFUSE_OPTION("freqs", "no frequencies", bad.given[first] = bad.given[first + 1] = NULL);
         REFUSE_OPTION("offset", "an offset and a tensor of positions", bad.rope.offset = 1);
         REFUSE_OPTION("position_ids", "both tensors of positions", {
@@ -150,14 +147,16 @@ static inline int refuse_rope_options(operation (*sample)(sample_size, bool inve
         const double bad_scale[] = {INFINITY, -INFINITY, NAN};
         for (int i = 0; i < 3; i++) REFUSE_OPTION("scale", "a bad scale", bad.rope.scale = bad_scale[i]);
         const int bad_axis[] = {-1, 2, 1000};
-        for (int i = 0; i < 3; i++) REFUSE_OPTION("time_axis", "a bad time axis", memcpy(&bad.rope.time_axis, &bad_axis[i], sizeof(int)));
+        for (int i = 0; i < 3; i++)
+            REFUSE_OPTION("time_axis", "a bad time axis", memcpy(&bad.rope.time_axis, &bad_axis[i], sizeof(int)));
         const size_t bad_size[] = {0, 4, 7, (size_t)1 << 40, SIZE_MAX};
         for (int i = 0; i < 5; i++) REFUSE_OPTION("options", "a bad size", bad.rope.size = bad_size[i]);
 
         /* Positions outside of int32. */
         operation by_offset = op;
         by_offset.given[first + 2] = by_offset.given[first + 3] = NULL;
-        const int64_t bad_offset[] = {(int64_t)INT32_MAX - 3, (int64_t)INT32_MAX + 1, (int64_t)INT32_MIN - 1, INT64_MAX, INT64_MIN};
+        const int64_t bad_offset[] = {(int64_t)INT32_MAX - 3, (int64_t)INT32_MAX + 1, (int64_t)INT32_MIN - 1, INT64_MAX,
+                                      INT64_MIN};
         for (int i = 0; i < 5; i++, refused++) { /* 5 time steps */
             operation bad = by_offset;
             bad.rope.offset = bad_offset[i];
@@ -165,8 +164,10 @@ static inline int refuse_rope_options(operation (*sample)(sample_size, bool inve
         }
         bool each_token = form & 2;
         int64_t batch = op.argument[0].tensor->shape[0], times = op.argument[0].tensor->shape[2];
-        tensor *wide = each_token ? new_tensor(I64, STRIDED, SHAPE(batch, times)) : new_tensor(I64, STRIDED, SHAPE(batch));
-        tensor *huge = each_token ? new_tensor(U64, STRIDED, SHAPE(batch, times)) : new_tensor(U64, STRIDED, SHAPE(batch));
+        tensor *wide =
+            each_token ? new_tensor(I64, STRIDED, SHAPE(batch, times)) : new_tensor(I64, STRIDED, SHAPE(batch));
+        tensor *huge =
+            each_token ? new_tensor(U64, STRIDED, SHAPE(batch, times)) : new_tensor(U64, STRIDED, SHAPE(batch));
         const double bad_position[] = {0x1p31, -0x1p31 - 1, 0x1p62, -0x1p63, 0x1p32};
         for (int i = 0; i < 5; i++, refused++) {
             fill(wide, 0);

@@ -21,7 +21,7 @@
 #ifdef WITH_ASAN
 #include <sanitizer/asan_interface.h>
 #else
-#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#define ASAN_POISON_MEMORY_REGION(address, size)   ((void)(address), (void)(size))
 #define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
 #endif
 
@@ -31,9 +31,7 @@ enum { GUARD = 256, GUARD_BYTE = 0xA5 };
 
 static uint64_t random_state;
 
-void seed(uint64_t value) {
-    random_state = value;
-}
+void seed(uint64_t value) { random_state = value; }
 
 uint64_t random_bits(void) { /* splitmix64 */
     uint64_t z = random_state += 0x9e3779b97f4a7c15;
@@ -47,13 +45,9 @@ int64_t random_int(int64_t low, int64_t high) {
     return (int64_t)((uint64_t)low + (choices ? random_bits() % choices : random_bits()));
 }
 
-bool one_in(int n) {
-    return random_int(1, n) == 1;
-}
+bool one_in(int n) { return random_int(1, n) == 1; }
 
-double random_uniform(double low, double high) {
-    return low + (high - low) * (double)(random_bits() >> 11) * 0x1p-53;
-}
+double random_uniform(double low, double high) { return low + (high - low) * (double)(random_bits() >> 11) * 0x1p-53; }
 
 double random_normal(void) {
     double radius = sqrt(-2 * log(1 - random_uniform(0, 1)));
@@ -67,9 +61,7 @@ int scaled(int count) {
     return result > 1 ? result : 1;
 }
 
-void report(const char *what, int count) {
-    print_message("             %d %s\n", count, what);
-}
+void report(const char *what, int count) { print_message("             %d %s\n", count, what); }
 
 static char situation[512] = "";
 
@@ -114,9 +106,7 @@ element_type random_float_below_64(void) {
     return choice[random_int(0, 2)];
 }
 
-element_type random_integer(void) {
-    return (element_type)random_int(I8, U64);
-}
+element_type random_integer(void) { return (element_type)random_int(I8, U64); }
 
 static int exponent_of(element_type type, double value) {
     int exponent = value == 0 ? format_of[type].least : ilogb(value);
@@ -137,7 +127,8 @@ double half_ulp(element_type type, double value) {
 
 uint16_t encode_16(element_type type, double value) {
     int fraction_bits = format_of[type].precision - 1;
-    uint32_t sign = signbit(value) ? 0x8000 : 0, infinity = (uint32_t)((1 << (15 - fraction_bits)) - 1) << fraction_bits;
+    uint32_t sign = signbit(value) ? 0x8000 : 0, infinity = (uint32_t)((1 << (15 - fraction_bits)) - 1)
+                                                            << fraction_bits;
     double rounded = fabs(nearest(type, value));
     if (isnan(value)) return (uint16_t)(sign | infinity | 1u << (fraction_bits - 1));
     if (isinf(rounded)) return (uint16_t)(sign | infinity);
@@ -198,11 +189,20 @@ static void store(char *to, element_type type, double value) {
     uint64_t u64 = 0;
     const void *from = &integer; /* the low bytes of a little-endian integer are the narrower integer */
     switch (type) {
-    case F32: f32 = (float)value; from = &f32; break;
+    case F32:
+        f32 = (float)value;
+        from = &f32;
+        break;
     case F64: from = &value; break;
     case F16:
-    case BF16: u16 = encode_16(type, value); from = &u16; break;
-    case U64: u64 = (uint64_t)value; from = &u64; break;
+    case BF16:
+        u16 = encode_16(type, value);
+        from = &u16;
+        break;
+    case U64:
+        u64 = (uint64_t)value;
+        from = &u64;
+        break;
     default: integer = (int64_t)value; break;
     }
     memcpy(to, from, (size_t)dtype_size(type));
@@ -347,6 +347,13 @@ void random_shape(int64_t *shape, int rank, int64_t most) {
     for (int axis = 0; axis < rank; axis++) shape[axis] = random_int(1, most);
 }
 
+bool writable(const tensor *t) {
+    for (int axis = 0; axis < t->rank; axis++) {
+        if (t->stride[axis] == 0 && t->shape[axis] > 1) return false;
+    }
+    return true;
+}
+
 char *element(const tensor *t, int64_t index) {
     int64_t offset = 0;
     for (int axis = t->rank - 1; axis >= 0; axis--) {
@@ -356,13 +363,9 @@ char *element(const tensor *t, int64_t index) {
     return t->first + offset * dtype_size(t->type);
 }
 
-double get(const tensor *t, int64_t index) {
-    return load(element(t, index), t->type);
-}
+double get(const tensor *t, int64_t index) { return load(element(t, index), t->type); }
 
-void set(tensor *t, int64_t index, double value) {
-    store(element(t, index), t->type, value);
-}
+void set(tensor *t, int64_t index, double value) { store(element(t, index), t->type, value); }
 
 double *values(const tensor *t) {
     double *all = new_doubles(t->elements);
@@ -411,8 +414,9 @@ void snapshot(void) {
 static void expect_unchanged(const tensor *t, const char *before) {
     for (size_t i = 0; i < t->bytes; i++) {
         if (t->block[i] == before[i]) continue;
-        fail_msg("%s: byte %lld of an %s of %lld elements of %s was written", situation, (long long)(t->block + i - t->first),
-                 t->output ? "output (outside its elements)" : "input", (long long)t->elements, dtype_name(t->type));
+        fail_msg("%s: byte %lld of an %s of %lld elements of %s was written", situation,
+                 (long long)(t->block + i - t->first), t->output ? "output (outside its elements)" : "input",
+                 (long long)t->elements, dtype_name(t->type));
     }
 }
 
@@ -449,9 +453,10 @@ void expect_only_outputs_written(void) {
 double tolerance(accuracy of, element_type type, double reference, double m) {
     static const struct {
         double in_float, in_double;
-    } relative[ACCURACIES] = {[NORM] = {2e-6, 1e-13},          [ROPE] = {2e-6, 1e-13},        [GATED] = {2e-6, 1e-13},
-                              [ATTENTION] = {1e-5, 1e-12},     [CROSS_ENTROPY] = {1e-5, 1e-13}, [GATED_DELTA] = {1e-4, 1e-13},
-                              [LARGE_MEAN] = {1e-3, 1e-10}};
+    } relative[ACCURACIES] = {
+        [NORM] = {2e-6, 1e-13},      [ROPE] = {2e-6, 1e-13},          [GATED] = {2e-6, 1e-13},
+        [ATTENTION] = {1e-5, 1e-12}, [CROSS_ENTROPY] = {1e-5, 1e-13}, [GATED_DELTA] = {1e-4, 1e-13},
+        [LARGE_MEAN] = {1e-3, 1e-10}};
     double allowed = (type == F64 ? relative[of].in_double : relative[of].in_float) * (fabs(reference) + m);
     if (type == F16 || type == BF16) allowed += half_ulp(type, fabs(reference) + allowed);
     return allowed + (type == F64 ? DBL_MIN : (double)FLT_MIN); /* smaller results may be flushed to zero */
@@ -465,23 +470,26 @@ static bool acceptable(accuracy of, element_type type, double out, double refere
     double allowed = tolerance(of, type, reference, m) + slack;
     if (isinf(rounded) || isinf(out)) { /* at the edge of the range either side of it will do */
         double edge = ldexp(1, format_of[type].most + 1);
-        return fabs(reference) + allowed >= edge * (1 - ldexp(1, -format_of[type].precision)) && signbit(out) == signbit(reference) &&
+        return fabs(reference) + allowed >= edge * (1 - ldexp(1, -format_of[type].precision)) &&
+               signbit(out) == signbit(reference) &&
                fabs(out) + allowed >= edge * (1 - ldexp(1, 1 - format_of[type].precision));
     }
     return fabs(out - reference) <= allowed;
 }
 
-void expect_close_with_slack(const char *what, accuracy of, const tensor *out, const double *reference, const double *m, int64_t span,
-                             const double *slack) {
+void expect_close_with_slack(const char *what, accuracy of, const tensor *out, const double *reference, const double *m,
+                             int64_t span, const double *slack) {
     for (int64_t i = 0; i < out->elements; i++) {
         double got = get(out, i), extra = slack ? slack[i] : 0;
         if (acceptable(of, out->type, got, reference[i], m[i / span], extra)) continue;
-        fail_msg("%s: %s (%s): element %lld is %.17g instead of %.17g, off by %.3g, allowed %.3g", situation, what, dtype_name(out->type),
-                 (long long)i, got, reference[i], fabs(got - reference[i]), tolerance(of, out->type, reference[i], m[i / span]) + extra);
+        fail_msg("%s: %s (%s): element %lld is %.17g instead of %.17g, off by %.3g, allowed %.3g", situation, what,
+                 dtype_name(out->type), (long long)i, got, reference[i], fabs(got - reference[i]),
+                 tolerance(of, out->type, reference[i], m[i / span]) + extra);
     }
 }
 
-void expect_close(const char *what, accuracy of, const tensor *out, const double *reference, const double *m, int64_t span) {
+void expect_close(const char *what, accuracy of, const tensor *out, const double *reference, const double *m,
+                  int64_t span) {
     expect_close_with_slack(what, of, out, reference, m, span, NULL);
 }
 
@@ -522,9 +530,7 @@ int takes(operation *op, const char *name, tensor *t, unsigned flags) {
     return i;
 }
 
-static bool is_word(char c) {
-    return isalnum((unsigned char)c) || c == '_';
-}
+static bool is_word(char c) { return isalnum((unsigned char)c) || c == '_'; }
 
 /* As a whole word behind the operation's name. */
 static bool names(const char *message, const char *word) {
@@ -542,10 +548,12 @@ void expect_status(const operation *op, metalloid_status status, const char *arg
     expect_nothing_written();
     const char *message = metalloid_last_error();
     if (got != status) {
-        fail_msg("%s: %s instead of %s; last message: %s", situation, metalloid_status_string(got), metalloid_status_string(status), message);
+        fail_msg("%s: %s instead of %s; last message: %s", situation, metalloid_status_string(got),
+                 metalloid_status_string(status), message);
     }
     size_t length = strlen(op->name);
-    if (strncmp(message, op->name, length) != 0 || strncmp(message + length, ": ", 2) != 0 || strpbrk(message, "\r\n")) {
+    if (strncmp(message, op->name, length) != 0 || strncmp(message + length, ": ", 2) != 0 ||
+        strpbrk(message, "\r\n")) {
         fail_msg("%s: the message is not one line that starts with the operation: %s", situation, message);
     }
     bool named = argument && names(message, argument);
@@ -573,13 +581,13 @@ static void spoil(spoilt *s, const operation *op, int i) {
     s->op.given[i] = &s->dl;
 }
 
-#define REFUSED_WITH(status, op, i, name, what, ...)                  \
-    do {                                                              \
-        spoilt s;                                                     \
-        spoil(&s, op, i);                                             \
-        __VA_ARGS__;                                                  \
-        expect_status(&s.op, status, name, what);                     \
-        refused++;                                                    \
+#define REFUSED_WITH(status, op, i, name, what, ...) \
+    do {                                             \
+        spoilt s;                                    \
+        spoil(&s, op, i);                            \
+        __VA_ARGS__;                                 \
+        expect_status(&s.op, status, name, what);    \
+        refused++;                                   \
     } while (0)
 #define REFUSED(name, what, ...) REFUSED_WITH(METALLOID_INVALID_ARGUMENT, op, i, name, what, __VA_ARGS__)
 
@@ -619,7 +627,8 @@ static int refuse_shapes(const operation *op, int i) {
         REFUSED(name, "the most negative extent", s.shape[axis] = INT64_MIN);
         REFUSED(NULL, "an extent of 2^62", s.shape[axis] = huge; s.stride[axis] = 1);
         if (!(op->argument[i].free_axes >> axis & 1)) {
-            REFUSED(NULL, "an extent one too large", s.shape[axis]++; s.stride[axis] = op->argument[i].flags & WRITTEN ? s.stride[axis] : 0);
+            REFUSED(NULL, "an extent one too large", s.shape[axis]++;
+                    s.stride[axis] = op->argument[i].flags & WRITTEN ? s.stride[axis] : 0);
         }
         if (t->shape[axis] > 1) {
             if (dtype_size(t->type) > 1) REFUSED(name, "a stride of 2^62", s.stride[axis] = huge);
@@ -627,7 +636,8 @@ static int refuse_shapes(const operation *op, int i) {
         }
     }
     if (dtype_size(t->type) > 1 || t->rank > 1) {
-        REFUSED(name, "every extent 2^62", s.dl.strides = NULL; for (int axis = 0; axis < t->rank; axis++) s.shape[axis] = huge);
+        REFUSED(name, "every extent 2^62", s.dl.strides = NULL;
+                for (int axis = 0; axis < t->rank; axis++) s.shape[axis] = huge);
     }
     REFUSED(NULL, "a rank more", s.dl.ndim++);
     if (!(op->argument[i].flags & RANK_MAY_DROP)) REFUSED(NULL, "a rank less", s.dl.ndim--);

@@ -75,12 +75,16 @@ typedef struct tensor {
     struct tensor *next;
 } tensor;
 
-#define SHAPE(...) (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (int64_t[]){__VA_ARGS__}
+#define SHAPE(...) \
+    (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (int64_t[]) { __VA_ARGS__ }
 
 tensor *new_tensor(element_type type, layout how, int rank, const int64_t *shape);
 tensor *new_output(element_type type, layout how, int rank, const int64_t *shape);
 tensor *new_normal(element_type type, layout how, int rank, const int64_t *shape); /* filled with normal numbers */
-void random_shape(int64_t *shape, int rank, int64_t most); /* extents 1 to `most` */
+void random_shape(int64_t *shape, int rank, int64_t most);                         /* extents 1 to `most` */
+
+/* Whether each element has a place of its own, so that the tensor can be an output. */
+bool writable(const tensor *t);
 
 /* Elements by their row-major number. */
 char *element(const tensor *t, int64_t index);
@@ -93,9 +97,7 @@ void fill_normal(tensor *t, double mean, double deviation);
 void fill_uniform(tensor *t, double low, double high);
 void fill_integers(tensor *t, int64_t low, int64_t high);
 
-static inline DLTensor *dl(tensor *t) {
-    return t ? &t->dl : NULL;
-}
+static inline DLTensor *dl(tensor *t) { return t ? &t->dl : NULL; }
 
 /* NULL, or a context with 1 to 4 threads and any of the instruction sets that this machine has. Lives until release_all(). */
 metalloid_context *random_context(void);
@@ -115,9 +117,10 @@ typedef enum accuracy { NORM, ROPE, GATED, ATTENTION, CROSS_ENTROPY, GATED_DELTA
 double tolerance(accuracy of, element_type type, double reference, double m);
 
 /* Compares with the reference (row-major). m[i / span] is the m of element i. */
-void expect_close(const char *what, accuracy of, const tensor *out, const double *reference, const double *m, int64_t span);
-void expect_close_with_slack(const char *what, accuracy of, const tensor *out, const double *reference, const double *m, int64_t span,
-                             const double *slack);
+void expect_close(const char *what, accuracy of, const tensor *out, const double *reference, const double *m,
+                  int64_t span);
+void expect_close_with_slack(const char *what, accuracy of, const tensor *out, const double *reference, const double *m,
+                             int64_t span, const double *slack);
 /* m is max |ref| over each row of `span` elements. */
 void expect_close_by_row(const char *what, accuracy of, const tensor *out, const double *reference, int64_t span);
 double largest(const double *value, int64_t count); /* max |value|, of the finite ones */

@@ -108,7 +108,8 @@ static void results_do_not_depend_on_what_the_workspace_held(void **state) {
         for (int i = 0; i < OPERATIONS; i++) {
             meter m = {0};
             operation *op = &all[i];
-            if (strcmp(op->name, "kv_cache_sdpa_update") == 0) op->offset = 0; /* idempotent: writes the same keys again */
+            if (strcmp(op->name, "kv_cache_sdpa_update") == 0)
+                op->offset = 0; /* idempotent: writes the same keys again */
             op->context = metered_context(&m, 2, isas[isa]);
             describe("%s, %s", op->name, isas[isa]->name);
             expect_ok(op->call(op));
@@ -145,7 +146,8 @@ static void attention_stores_no_scores(void **state) {
         expect_ok(metalloid_context_create(&context));
         expect_ok(metalloid_context_set_threads(context, 1));
         int64_t kv_len = round ? 80000 : 20000;
-        tensor *q = new_normal(F32, CONTIGUOUS, SHAPE(1, 1, 70, 8)), *k = new_normal(F32, CONTIGUOUS, SHAPE(1, 1, kv_len, 8));
+        tensor *q = new_normal(F32, CONTIGUOUS, SHAPE(1, 1, 70, 8)),
+               *k = new_normal(F32, CONTIGUOUS, SHAPE(1, 1, kv_len, 8));
         tensor *out = new_output(F32, CONTIGUOUS, SHAPE(1, 1, 70, 8));
         metalloid_allocator allocator = {sized_allocate, sized_release, &bytes[round]};
         expect_ok(metalloid_context_set_allocator(context, &allocator));

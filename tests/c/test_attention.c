@@ -6,9 +6,7 @@ typedef struct attention_tensors {
     metalloid_attention_options options;
 } attention_tensors;
 
-static element_type promoted(element_type a, element_type b) {
-    return a == b ? a : a == F64 || b == F64 ? F64 : F32;
-}
+static element_type promoted(element_type a, element_type b) { return a == b ? a : a == F64 || b == F64 ? F64 : F32; }
 
 /* A floating dtype that promotes to `to`. */
 static element_type random_narrower(element_type to) {
@@ -37,7 +35,8 @@ static tensor *random_mask(const attention_case *c, element_type promoted_type, 
         int most = one_in(3) ? 1 : 3; /* a half or a quarter is hidden */
         for (int64_t i = 0; i < mask->elements; i++) set(mask, i, random_int(0, most) > 0);
     } else if (kind == 1) {
-        for (int64_t i = 0; i < mask->elements; i++) set(mask, i, one_in(4) ? -INFINITY : one_in(8) ? -1e4 : random_normal());
+        for (int64_t i = 0; i < mask->elements; i++)
+            set(mask, i, one_in(4) ? -INFINITY : one_in(8) ? -1e4 : random_normal());
     } else {
         fill_integers(mask, type >= U8 ? 0 : -3, 3);
     }
@@ -69,8 +68,10 @@ static void poison_hidden_keys(const attention_case *c, tensor *k, tensor *v) {
                 }
                 if (seen) continue;
                 int64_t row = (b * c->kv_heads + kv) * c->kv_len + j;
-                for (int64_t d = 0; d < c->head_dim; d++) set(k, row * c->head_dim + d, one_in(2) ? (double)NAN : (double)INFINITY);
-                for (int64_t d = 0; d < c->value_dim; d++) set(v, row * c->value_dim + d, one_in(2) ? (double)NAN : -(double)INFINITY);
+                for (int64_t d = 0; d < c->head_dim; d++)
+                    set(k, row * c->head_dim + d, one_in(2) ? (double)NAN : (double)INFINITY);
+                for (int64_t d = 0; d < c->value_dim; d++)
+                    set(v, row * c->value_dim + d, one_in(2) ? (double)NAN : -(double)INFINITY);
             }
         }
     }
@@ -82,7 +83,8 @@ static void run(metalloid_context *context, attention_case *c, attention_tensors
     c->v = values(t->v);
     reference_attention(c);
     snapshot();
-    expect_ok(metalloid_scaled_dot_product_attention(context, dl(t->q), dl(t->k), dl(t->v), c->scale, &t->options, dl(t->out)));
+    expect_ok(metalloid_scaled_dot_product_attention(context, dl(t->q), dl(t->k), dl(t->v), c->scale, &t->options,
+                                                     dl(t->out)));
     expect_only_outputs_written();
     bool in_double = t->q->type == F64 || t->k->type == F64 || t->v->type == F64 || t->out->type == F64;
     expect_close_with_slack("out", ATTENTION, t->out, c->out, c->v_size, c->value_dim, attention_slack(c, in_double));
@@ -105,7 +107,8 @@ static void random_case(void) {
     c.causal_offset = one_in(3) ? random_int(-10, 150) : METALLOID_CAUSAL_OFFSET_DEFAULT;
 
     attention_tensors t = {.options = METALLOID_ATTENTION_OPTIONS_INIT};
-    element_type q_type = random_floating(), k_type = one_in(2) ? q_type : random_floating(), v_type = one_in(2) ? k_type : random_floating();
+    element_type q_type = random_floating(), k_type = one_in(2) ? q_type : random_floating(),
+                 v_type = one_in(2) ? k_type : random_floating();
     element_type type = promoted(promoted(q_type, k_type), v_type);
     bool poison = one_in(3); /* writes to k and v key by key, which broadcast ones do not have */
     t.q = new_heads(q_type, INPUT, c.batch, c.q_heads, c.q_len, c.head_dim);
@@ -140,7 +143,7 @@ static void random_case(void) {
 
 static void matches_the_formula_on_random_calls(void **state) {
     (void)state;
-    int count = scaled(1500);
+    int count = scaled(1000);
     for (int i = 0; i < count; i++) {
         seed(11000000 + (uint64_t)i);
         describe("case %d", i);
@@ -158,8 +161,15 @@ static void the_head_dimensions_of_models(void **state) {
         for (int type = F32; type <= BF16; type++) {
             for (int decode = 0; decode < 2; decode++) {
                 seed(i);
-                attention_case c = {.batch = 1, .q_heads = 4, .kv_heads = 2, .q_len = decode ? 1 : 35, .kv_len = 150, .head_dim = dims[i][0],
-                                    .value_dim = dims[i][1], .scale = 1 / sqrt((double)dims[i][0]), .causal = true,
+                attention_case c = {.batch = 1,
+                                    .q_heads = 4,
+                                    .kv_heads = 2,
+                                    .q_len = decode ? 1 : 35,
+                                    .kv_len = 150,
+                                    .head_dim = dims[i][0],
+                                    .value_dim = dims[i][1],
+                                    .scale = 1 / sqrt((double)dims[i][0]),
+                                    .causal = true,
                                     .causal_offset = METALLOID_CAUSAL_OFFSET_DEFAULT};
                 attention_tensors t = {.options = METALLOID_ATTENTION_OPTIONS_INIT};
                 t.options.causal = true;
@@ -167,8 +177,8 @@ static void the_head_dimensions_of_models(void **state) {
                 t.k = new_heads((element_type)type, CONTIGUOUS, 1, 2, c.kv_len, c.head_dim);
                 t.v = new_heads((element_type)type, CONTIGUOUS, 1, 2, c.kv_len, c.value_dim);
                 t.out = new_output((element_type)type, CONTIGUOUS, SHAPE(1, 4, c.q_len, c.value_dim));
-                describe("D %lld, D_v %lld, T_q %lld, %s", (long long)c.head_dim, (long long)c.value_dim, (long long)c.q_len,
-                         dtype_name((element_type)type));
+                describe("D %lld, D_v %lld, T_q %lld, %s", (long long)c.head_dim, (long long)c.value_dim,
+                         (long long)c.q_len, dtype_name((element_type)type));
                 run(random_context(), &c, &t);
                 release_all();
             }
@@ -195,25 +205,25 @@ static void queries_that_see_no_key_give_zeros(void **state) {
                 t.options.logsumexp = dl(t.logsumexp);
                 t.sinks = with_sinks ? new_normal((element_type)type, ROWS, SHAPE(4)) : NULL;
                 t.options.sinks = dl(t.sinks);
-                if (form == 0) t.options.mask = dl(new_tensor(BOOL, CONTIGUOUS, 0, NULL));
-                if (form == 1) t.options.mask = dl(new_tensor((element_type)type, CONTIGUOUS, SHAPE(1, 1)));
-                if (form == 2) t.options.key_mask = dl(new_tensor(I64, CONTIGUOUS, SHAPE(2, 37)));
+                if (form == 0) t.mask = new_tensor(BOOL, CONTIGUOUS, 0, NULL);
+                if (form == 1) t.mask = new_tensor((element_type)type, CONTIGUOUS, SHAPE(1, 1));
+                if (form == 2) t.key_mask = new_tensor(I64, CONTIGUOUS, SHAPE(2, 37));
                 if (form == 3) t.options.causal = true, t.options.causal_offset = -100;
                 if (form == 4) t.options.window = 3, t.options.causal_offset = 1000;
-                if (form == 0) *(uint8_t *)((char *)t.options.mask->data + t.options.mask->byte_offset) = 0;
-                if (form == 1 || form == 2) {
-                    /* the newest tensor: fill through its descriptor's owner */
-                    tensor *mask = (tensor *)(void *)((char *)(form == 1 ? t.options.mask : t.options.key_mask) - offsetof(tensor, dl));
-                    fill(mask, form == 1 ? -INFINITY : 0);
-                }
+                if (t.mask) fill(t.mask, form == 0 ? 0 : -INFINITY);
+                if (t.key_mask) fill(t.key_mask, 0);
+                t.options.mask = dl(t.mask);
+                t.options.key_mask = dl(t.key_mask);
                 describe("form %d in %s", form, dtype_name((element_type)type));
                 snapshot();
-                expect_ok(metalloid_scaled_dot_product_attention(random_context(), dl(t.q), dl(t.k), dl(t.v), 1, &t.options, dl(t.out)));
+                expect_ok(metalloid_scaled_dot_product_attention(random_context(), dl(t.q), dl(t.k), dl(t.v), 1,
+                                                                 &t.options, dl(t.out)));
                 expect_only_outputs_written();
                 for (int64_t i = 0; i < t.out->elements; i++) assert_true(get(t.out, i) == 0);
                 for (int64_t i = 0; i < 40; i++) {
                     double expected = with_sinks ? get(t.sinks, i / 5 % 4) : -(double)INFINITY;
-                    assert_true(fabs(get(t.logsumexp, i) - expected) <= 1e-6 * fabs(expected) || get(t.logsumexp, i) == expected);
+                    assert_true(fabs(get(t.logsumexp, i) - expected) <= 1e-6 * fabs(expected) ||
+                                get(t.logsumexp, i) == expected);
                 }
                 release_all();
             }
@@ -237,7 +247,8 @@ static void large_finite_masks_are_ordinary_numbers(void **state) {
             t.mask = new_tensor(F32, ROWS, SHAPE(3, 70));
             fill(t.mask, numbers[i]);
             t.options.mask = dl(t.mask);
-            expect_ok(metalloid_scaled_dot_product_attention(random_context(), dl(t.q), dl(t.k), dl(t.v), 1, &t.options, dl(t.out)));
+            expect_ok(metalloid_scaled_dot_product_attention(random_context(), dl(t.q), dl(t.k), dl(t.v), 1, &t.options,
+                                                             dl(t.out)));
             double *v = values(t.v), y[96], m[96];
             for (int64_t e = 0; e < 96; e++) {
                 long double sum = 0;
@@ -255,7 +266,8 @@ static void large_finite_masks_are_ordinary_numbers(void **state) {
 static void no_features_mean_scores_of_zero(void **state) {
     (void)state;
     seed(1);
-    attention_case c = {.batch = 2, .q_heads = 2, .kv_heads = 1, .q_len = 3, .kv_len = 20, .head_dim = 0, .value_dim = 4, .scale = 1};
+    attention_case c = {
+        .batch = 2, .q_heads = 2, .kv_heads = 1, .q_len = 3, .kv_len = 20, .head_dim = 0, .value_dim = 4, .scale = 1};
     attention_tensors t = {.options = METALLOID_ATTENTION_OPTIONS_INIT};
     t.q = new_heads(F32, CONTIGUOUS, 2, 2, 3, 0);
     t.k = new_heads(F32, CONTIGUOUS, 2, 1, 20, 0);
@@ -273,7 +285,8 @@ static void empty_outputs_are_nothing_to_do(void **state) {
     (void)state;
     for (int which = 1; which < 16; which++) {
         seed((uint64_t)which);
-        int64_t batch = which & 1 ? 0 : 2, heads = which & 2 ? 0 : 2, q_len = which & 4 ? 0 : 3, value_dim = which & 8 ? 0 : 5;
+        int64_t batch = which & 1 ? 0 : 2, heads = which & 2 ? 0 : 2, q_len = which & 4 ? 0 : 3,
+                value_dim = which & 8 ? 0 : 5;
         attention_tensors t = {.options = METALLOID_ATTENTION_OPTIONS_INIT};
         t.q = new_heads(F32, CONTIGUOUS, batch, heads, q_len, 4);
         t.k = new_heads(F32, CONTIGUOUS, batch, heads, 6, 4);
@@ -290,7 +303,8 @@ static void empty_outputs_are_nothing_to_do(void **state) {
     }
     /* No features in v, but a logsumexp to write. */
     seed(2);
-    attention_case c = {.batch = 1, .q_heads = 1, .kv_heads = 1, .q_len = 3, .kv_len = 20, .head_dim = 4, .value_dim = 0, .scale = 1};
+    attention_case c = {
+        .batch = 1, .q_heads = 1, .kv_heads = 1, .q_len = 3, .kv_len = 20, .head_dim = 4, .value_dim = 0, .scale = 1};
     attention_tensors t = {.options = METALLOID_ATTENTION_OPTIONS_INIT};
     t.q = new_heads(F32, CONTIGUOUS, 1, 1, 3, 4);
     t.k = new_heads(F32, CONTIGUOUS, 1, 1, 20, 4);
@@ -312,8 +326,17 @@ static void extreme_offsets_and_windows_do_not_overflow(void **state) {
         for (size_t j = 0; j < sizeof windows / sizeof *windows; j++) {
             for (int causal = 0; causal < 2; causal++) {
                 seed(i);
-                attention_case c = {.batch = 1, .q_heads = 2, .kv_heads = 2, .q_len = 4, .kv_len = 9, .head_dim = 8, .value_dim = 8,
-                                    .scale = 0.3, .causal = causal, .causal_offset = offsets[i], .window = windows[j]};
+                attention_case c = {.batch = 1,
+                                    .q_heads = 2,
+                                    .kv_heads = 2,
+                                    .q_len = 4,
+                                    .kv_len = 9,
+                                    .head_dim = 8,
+                                    .value_dim = 8,
+                                    .scale = 0.3,
+                                    .causal = causal,
+                                    .causal_offset = offsets[i],
+                                    .window = windows[j]};
                 attention_tensors t = {.options = METALLOID_ATTENTION_OPTIONS_INIT};
                 t.options.causal = causal;
                 t.options.causal_offset = offsets[i];
@@ -358,7 +381,8 @@ static void partial_results_merge_by_their_logsumexp(void **state) {
         expect_ok(metalloid_scaled_dot_product_attention(NULL, dl(t.q), &k, &v, 0.2, &t.options, dl(out[part])));
     }
     for (int64_t i = 0; i < out[0]->elements; i++) {
-        double a = get(lse[1], i / 16), b = get(lse[2], i / 16), most = fmax(a, b), both = most + log(exp(a - most) + exp(b - most));
+        double a = get(lse[1], i / 16), b = get(lse[2], i / 16), most = fmax(a, b),
+               both = most + log(exp(a - most) + exp(b - most));
         assert_true(fabs(both - get(lse[0], i / 16)) < 1e-5);
         assert_true(fabs(get(out[1], i) * exp(a - both) + get(out[2], i) * exp(b - both) - get(out[0], i)) < 1e-5);
     }
@@ -370,16 +394,24 @@ static void a_visible_nan_stays_in_its_rows(void **state) {
     (void)state;
     for (int type = F32; type <= F64; type++) {
         seed(4);
-        attention_case c = {.batch = 1, .q_heads = 2, .kv_heads = 2, .q_len = 40, .kv_len = 40, .head_dim = 16, .value_dim = 16,
-                            .scale = 0.25, .causal = true, .causal_offset = 0};
+        attention_case c = {.batch = 1,
+                            .q_heads = 2,
+                            .kv_heads = 2,
+                            .q_len = 40,
+                            .kv_len = 40,
+                            .head_dim = 16,
+                            .value_dim = 16,
+                            .scale = 0.25,
+                            .causal = true,
+                            .causal_offset = 0};
         attention_tensors t = {.options = METALLOID_ATTENTION_OPTIONS_INIT};
         t.options.causal = true;
         t.options.causal_offset = 0;
         t.q = new_heads((element_type)type, ROWS, 1, 2, 40, 16);
         t.k = new_heads((element_type)type, ROWS, 1, 2, 40, 16);
         t.v = new_heads((element_type)type, ROWS, 1, 2, 40, 16);
-        set(t.k, 25 * 16 + 3, NAN);             /* head 0: rows from 25 on see it */
-        set(t.v, (40 + 30) * 16 + 7, NAN);      /* head 1: feature 7 of rows from 30 on */
+        set(t.k, 25 * 16 + 3, NAN);        /* head 0: rows from 25 on see it */
+        set(t.v, (40 + 30) * 16 + 7, NAN); /* head 1: feature 7 of rows from 30 on */
         t.out = new_output((element_type)type, ROWS, SHAPE(1, 2, 40, 16));
         describe("visible NaN in %s", dtype_name((element_type)type));
         run(random_context(), &c, &t);
@@ -396,7 +428,14 @@ static void large_scores_do_not_overflow(void **state) {
     (void)state;
     for (int round = 0; round < 6; round++) {
         seed((uint64_t)round);
-        attention_case c = {.batch = 1, .q_heads = 1, .kv_heads = 1, .q_len = 9, .kv_len = 80, .head_dim = 4, .value_dim = 8, .scale = 1};
+        attention_case c = {.batch = 1,
+                            .q_heads = 1,
+                            .kv_heads = 1,
+                            .q_len = 9,
+                            .kv_len = 80,
+                            .head_dim = 4,
+                            .value_dim = 8,
+                            .scale = 1};
         attention_tensors t = {.options = METALLOID_ATTENTION_OPTIONS_INIT};
         t.q = new_heads(F32, ROWS, 1, 1, 9, 4);
         t.k = new_heads(F32, ROWS, 1, 1, 80, 4);
@@ -414,12 +453,12 @@ static void large_scores_do_not_overflow(void **state) {
 
 static int refuse_options(void) {
     int refused = 0;
-#define REFUSE_OPTION(name, what, ...)            \
-    do {                                          \
-        operation bad = op;                       \
-        __VA_ARGS__;                              \
-        expect_refused(&bad, name, what);         \
-        refused++;                                \
+#define REFUSE_OPTION(name, what, ...)    \
+    do {                                  \
+        operation bad = op;               \
+        __VA_ARGS__;                      \
+        expect_refused(&bad, name, what); \
+        refused++;                        \
     } while (0)
     seed(1);
     operation op = sample_attention(SMALL);

@@ -10,9 +10,7 @@
 
 /* ThreadSanitizer would end a forked child that starts a thread. */
 __attribute__((visibility("default"))) const char *__tsan_default_options(void);
-const char *__tsan_default_options(void) {
-    return "die_after_fork=0:atexit_sleep_ms=0";
-}
+const char *__tsan_default_options(void) { return "die_after_fork=0:atexit_sleep_ms=0"; }
 
 enum { CALLERS = 8, MOST_OUTPUTS = 3 };
 
@@ -46,8 +44,10 @@ static void prepare(prepared *p, operation op) {
 static bool repeats(const prepared *p) {
     for (int i = 0; i < p->outputs; i++) {
         size_t size = (size_t)dtype_size(p->output[i]->type);
-        bool in_and_out = strstr(p->op.name, "kv_cache") && i < 2; /* the caches are inputs too; the call writes them again */
-        for (int64_t e = 0; e < p->output[i]->elements && !in_and_out; e++) memset(element(p->output[i], e), 0x3c, size);
+        bool in_and_out =
+            strstr(p->op.name, "kv_cache") && i < 2; /* the caches are inputs too; the call writes them again */
+        for (int64_t e = 0; e < p->output[i]->elements && !in_and_out; e++)
+            memset(element(p->output[i], e), 0x3c, size);
     }
     if (p->op.call(&p->op) != METALLOID_OK) return false;
     for (int i = 0; i < p->outputs; i++) {
@@ -151,7 +151,8 @@ static void eight_threads_call_different_operations_at_once(void **state) {
         }
     }
     pthread_t threads[CALLERS];
-    for (int i = 0; i < CALLERS; i++) assert_int_equal(pthread_create(&threads[i], NULL, call_everything, &callers[i]), 0);
+    for (int i = 0; i < CALLERS; i++)
+        assert_int_equal(pthread_create(&threads[i], NULL, call_everything, &callers[i]), 0);
     int wrong = 0, done = 0;
     for (int i = 0; i < CALLERS; i++) {
         assert_int_equal(pthread_join(threads[i], NULL), 0);

@@ -59,10 +59,12 @@ static void the_process_wide_count_is_set_and_reset(void **state) {
 
 static void every_status_has_words(void **state) {
     (void)state;
-    static const metalloid_status all[] = {METALLOID_OK, METALLOID_INVALID_ARGUMENT, METALLOID_OUT_OF_MEMORY, METALLOID_UNSUPPORTED};
+    static const metalloid_status all[] = {METALLOID_OK, METALLOID_INVALID_ARGUMENT, METALLOID_OUT_OF_MEMORY,
+                                           METALLOID_UNSUPPORTED};
     for (int i = 0; i < 4; i++) {
         assert_true(strlen(metalloid_status_string(all[i])) > 0);
-        for (int j = 0; j < i; j++) assert_string_not_equal(metalloid_status_string(all[i]), metalloid_status_string(all[j]));
+        for (int j = 0; j < i; j++)
+            assert_string_not_equal(metalloid_status_string(all[i]), metalloid_status_string(all[j]));
     }
     metalloid_status unknown;
     int number = 99;
@@ -73,7 +75,8 @@ static void every_status_has_words(void **state) {
 static void the_version_is_the_header_s(void **state) {
     (void)state;
     char expected[64];
-    snprintf(expected, sizeof expected, "%d.%d.%d", METALLOID_VERSION_MAJOR, METALLOID_VERSION_MINOR, METALLOID_VERSION_PATCH);
+    snprintf(expected, sizeof expected, "%d.%d.%d", METALLOID_VERSION_MAJOR, METALLOID_VERSION_MINOR,
+             METALLOID_VERSION_PATCH);
     assert_string_equal(metalloid_version(), expected);
 }
 
@@ -115,10 +118,14 @@ static void success_keeps_the_last_message(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(the_first_message_of_a_thread_is_empty), cmocka_unit_test(contexts_refuse_bad_arguments),
-        cmocka_unit_test(the_process_wide_count_is_set_and_reset), cmocka_unit_test(every_status_has_words),
-        cmocka_unit_test(the_version_is_the_header_s),            cmocka_unit_test(the_instruction_set_has_a_name),
-        cmocka_unit_test(messages_belong_to_their_thread),        cmocka_unit_test(success_keeps_the_last_message),
+        cmocka_unit_test(the_first_message_of_a_thread_is_empty),
+        cmocka_unit_test(contexts_refuse_bad_arguments),
+        cmocka_unit_test(the_process_wide_count_is_set_and_reset),
+        cmocka_unit_test(every_status_has_words),
+        cmocka_unit_test(the_version_is_the_header_s),
+        cmocka_unit_test(the_instruction_set_has_a_name),
+        cmocka_unit_test(messages_belong_to_their_thread),
+        cmocka_unit_test(success_keeps_the_last_message),
     };
     return cmocka_run_group_tests_name("context", tests, NULL, NULL);
 }

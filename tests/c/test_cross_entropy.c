@@ -16,9 +16,7 @@ static double reference(const double *logits, int64_t classes, int64_t target) {
     return (double)(((long double)logits[top] - logits[target]) + log1pl(rest));
 }
 
-static int64_t target_at(const tensor *targets, int64_t i) {
-    return (int64_t)get(targets, i);
-}
+static int64_t target_at(const tensor *targets, int64_t i) { return (int64_t)get(targets, i); }
 
 static void matches_the_formula_on_random_calls(void **state) {
     (void)state;
@@ -41,7 +39,9 @@ static void matches_the_formula_on_random_calls(void **state) {
         if (ignoring) {
             bool negative = targets->type >= I8 && targets->type <= I64 && one_in(2);
             options.has_ignore_index = true;
-            options.ignore_index = negative ? -100 : one_in(2) ? 127 : random_int(0, 5); /* outside the classes, or one of them */
+            options.ignore_index = negative    ? -100
+                                   : one_in(2) ? 127
+                                               : random_int(0, 5); /* outside the classes, or one of them */
             for (int64_t row = 0; row < targets->elements; row++) {
                 if (one_in(3)) set(targets, row, (double)options.ignore_index);
             }
@@ -53,7 +53,8 @@ static void matches_the_formula_on_random_calls(void **state) {
         }
         metalloid_context *context = random_context();
         snapshot();
-        expect_ok(metalloid_cross_entropy(context, dl(logits), dl(targets), ignoring || one_in(2) ? &options : NULL, dl(loss)));
+        expect_ok(metalloid_cross_entropy(context, dl(logits), dl(targets), ignoring || one_in(2) ? &options : NULL,
+                                          dl(loss)));
         expect_only_outputs_written();
         expect_close_by_row("loss", CROSS_ENTROPY, loss, y, rank > 1 ? shape[rank - 2] : 1);
         release_all();
@@ -151,7 +152,8 @@ static void large_logits_neither_overflow_nor_vanish(void **state) {
     static const double offsets[] = {1e4, -1e4, 6e4, -6e4};
     for (int type = F32; type <= F64; type++) {
         for (int i = 0; i < 4; i++) {
-            tensor *logits = new_tensor((element_type)type, ROWS, SHAPE(5, 77)), *targets = new_tensor(I64, ROWS, SHAPE(5));
+            tensor *logits = new_tensor((element_type)type, ROWS, SHAPE(5, 77)),
+                   *targets = new_tensor(I64, ROWS, SHAPE(5));
             tensor *loss = new_output(F32, ROWS, SHAPE(5));
             fill_normal(logits, offsets[i], 1);
             fill_integers(targets, 0, 76);
@@ -171,7 +173,8 @@ static void infinities_and_nan_stay_in_their_row(void **state) {
     for (int type = F32; type <= F64; type++) {
         for (int round = 0; round < 8; round++) {
             seed((uint64_t)round);
-            tensor *logits = new_normal((element_type)type, OUTPUT, SHAPE(6, 33)), *targets = new_tensor(I64, ROWS, SHAPE(6));
+            tensor *logits = new_normal((element_type)type, OUTPUT, SHAPE(6, 33)),
+                   *targets = new_tensor(I64, ROWS, SHAPE(6));
             tensor *loss = new_output(F32, ROWS, SHAPE(6));
             fill_integers(targets, 0, 9);
             set(targets, 5, -100);
@@ -207,7 +210,8 @@ static void longer_option_structs_are_taken_when_their_new_fields_are_zero(void 
     operation op = sample_cross_entropy(SMALL);
     expect_ok(metalloid_cross_entropy(NULL, op.given[0], op.given[1], &options.known, op.given[2]));
     options.later[1] = 1;
-    assert_int_equal(metalloid_cross_entropy(NULL, op.given[0], op.given[1], &options.known, op.given[2]), METALLOID_INVALID_ARGUMENT);
+    assert_int_equal(metalloid_cross_entropy(NULL, op.given[0], op.given[1], &options.known, op.given[2]),
+                     METALLOID_INVALID_ARGUMENT);
     release_all();
 }
 

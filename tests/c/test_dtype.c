@@ -21,9 +21,7 @@ static uint16_t narrowed_double(element_type type, double x) {
     return bits;
 }
 
-static bool is_nan_16(element_type type, uint16_t bits) {
-    return (bits & 0x7fff) > (type == F16 ? 0x7c00 : 0x7f80);
-}
+static bool is_nan_16(element_type type, uint16_t bits) { return (bits & 0x7fff) > (type == F16 ? 0x7c00 : 0x7f80); }
 
 static void expect_bits(element_type type, double x, uint16_t got) {
     uint16_t wanted = encode_16(type, x);
@@ -62,13 +60,15 @@ static void ties_go_to_even_and_their_neighbours_do_not(void **state) {
         for (int i = 0; i < infinity; i++) {
             /* Past the largest number the middle is towards the power of two that infinity stands for. */
             double low = decode_16((element_type)type, (uint16_t)i);
-            double high = i + 1 == infinity ? ldexp(1, type == F16 ? 16 : 128) : decode_16((element_type)type, (uint16_t)(i + 1));
+            double high =
+                i + 1 == infinity ? ldexp(1, type == F16 ? 16 : 128) : decode_16((element_type)type, (uint16_t)(i + 1));
             double middle = low + (high - low) / 2;
             assert_true((double)(float)middle == middle);
             for (int sign = -1; sign <= 1; sign += 2, count++) {
                 float tie = (float)(sign * middle);
                 const float floats[] = {tie, nextafterf(tie, 0), nextafterf(tie, (float)sign * INFINITY)};
-                const double doubles[] = {sign * middle, nextafter(sign * middle, 0), nextafter(sign * middle, sign * INFINITY)};
+                const double doubles[] = {sign * middle, nextafter(sign * middle, 0),
+                                          nextafter(sign * middle, sign * INFINITY)};
                 for (int j = 0; j < 3; j++) {
                     expect_bits((element_type)type, (double)floats[j], narrowed((element_type)type, floats[j]));
                     expect_bits((element_type)type, doubles[j], narrowed_double((element_type)type, doubles[j]));
@@ -89,7 +89,8 @@ static void random_floats_round_once(void **state) {
         float x;
         memcpy(&x, &bits, sizeof x);
         if (isnan(x)) continue;
-        for (int type = F16; type <= BF16; type++) expect_bits((element_type)type, (double)x, narrowed((element_type)type, x));
+        for (int type = F16; type <= BF16; type++)
+            expect_bits((element_type)type, (double)x, narrowed((element_type)type, x));
     }
     report("random floats", count);
 }
@@ -146,7 +147,8 @@ static void integers_are_read_by_value(void **state) {
             for (int byte = 0; byte < bits / 8; byte++) bytes[byte] = (unsigned char)(raw >> 8 * byte);
             uint64_t low = bits == 64 ? raw : raw & (((uint64_t)1 << bits) - 1);
             bool negative = j < 4 && low >> (bits - 1) & 1;
-            int64_t value = negative ? (int64_t)(low | ~(bits == 64 ? UINT64_MAX : ((uint64_t)1 << bits) - 1)) : (int64_t)low;
+            int64_t value =
+                negative ? (int64_t)(low | ~(bits == 64 ? UINT64_MAX : ((uint64_t)1 << bits) - 1)) : (int64_t)low;
             if (j == 7 && low > INT64_MAX) { /* has no int64_t: saturates, and is never taken for a negative number */
                 assert_true(mtl_load_integer(bytes, type[j]) == INT64_MAX);
                 assert_true(mtl_load_double(bytes, type[j]) == (double)low);

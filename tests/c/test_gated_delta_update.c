@@ -11,8 +11,10 @@ typedef struct delta_case {
 
 /* S <- S gamma_t;  S <- S + beta_t (v_t - S k_t) k_t^T;  out_t = S q_t, one step after the other, in long double. */
 static void reference(const delta_case *c, double *out, double *final) {
-    const double *q = values(c->q), *k = values(c->k), *v = values(c->v), *gamma = values(c->gamma), *beta = values(c->beta);
-    const double *mask = c->mask ? values(c->mask) : NULL, *initial = c->initial_state ? values(c->initial_state) : NULL;
+    const double *q = values(c->q), *k = values(c->k), *v = values(c->v), *gamma = values(c->gamma),
+                 *beta = values(c->beta);
+    const double *mask = c->mask ? values(c->mask) : NULL,
+                 *initial = c->initial_state ? values(c->initial_state) : NULL;
     int64_t size = c->value_dim * c->key_dim, group = c->k_heads ? c->v_heads / c->k_heads : 1;
     bool by_channel = c->gamma->rank == 4;
     for (int64_t b = 0; b < c->batch; b++) {
@@ -55,8 +57,8 @@ static void run(metalloid_context *context, delta_case *c) {
     double *out = new_doubles(c->out->elements), *final = new_doubles(c->state->elements);
     reference(c, out, final);
     snapshot();
-    expect_ok(metalloid_gated_delta_update(context, dl(c->q), dl(c->k), dl(c->v), dl(c->gamma), dl(c->beta), dl(c->initial_state),
-                                           dl(c->mask), dl(c->out), dl(c->state)));
+    expect_ok(metalloid_gated_delta_update(context, dl(c->q), dl(c->k), dl(c->v), dl(c->gamma), dl(c->beta),
+                                           dl(c->initial_state), dl(c->mask), dl(c->out), dl(c->state)));
     expect_only_outputs_written();
     double out_size = largest(out, c->out->elements), state_size = largest(final, c->state->elements);
     if (c->out->elements) expect_close("out", GATED_DELTA, c->out, out, &out_size, c->out->elements);
@@ -87,7 +89,8 @@ static void matches_the_recurrence_on_random_calls(void **state) {
         c.beta = new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.time, c.v_heads));
         element_type state_type = in_double ? F64 : F32;
         c.state = new_output(state_type, OUTPUT, SHAPE(c.batch, c.v_heads, c.value_dim, c.key_dim));
-        if (one_in(2)) c.initial_state = new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.v_heads, c.value_dim, c.key_dim));
+        if (one_in(2))
+            c.initial_state = new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.v_heads, c.value_dim, c.key_dim));
         fill_like_a_model(&c);
         if (one_in(4)) { /* in place */
             fill_normal(c.state, 0, 1);
@@ -97,7 +100,8 @@ static void matches_the_recurrence_on_random_calls(void **state) {
             c.mask = new_tensor(one_in(2) ? BOOL : random_integer(), INPUT, SHAPE(c.batch, c.time));
             fill_integers(c.mask, 0, c.mask->type == BOOL || one_in(2) ? 1 : 3);
         }
-        c.out = new_output(in_double ? random_floating() : random_float_below_64(), OUTPUT, SHAPE(c.batch, c.time, c.v_heads, c.value_dim));
+        c.out = new_output(in_double ? random_floating() : random_float_below_64(), OUTPUT,
+                           SHAPE(c.batch, c.time, c.v_heads, c.value_dim));
         run(random_context(), &c);
         release_all();
     }
@@ -138,7 +142,8 @@ static void extreme_decays_stay_finite(void **state) {
             c.q = new_tensor(F32, ROWS, SHAPE(1, 130, 1, 16));
             c.k = new_tensor(F32, ROWS, SHAPE(1, 130, 1, 16));
             c.v = new_tensor(F32, ROWS, SHAPE(1, 130, 1, 16));
-            c.gamma = by_channel ? new_tensor(F32, ROWS, SHAPE(1, 130, 1, 16)) : new_tensor(F32, ROWS, SHAPE(1, 130, 1));
+            c.gamma =
+                by_channel ? new_tensor(F32, ROWS, SHAPE(1, 130, 1, 16)) : new_tensor(F32, ROWS, SHAPE(1, 130, 1));
             c.beta = new_tensor(F32, ROWS, SHAPE(1, 130, 1));
             c.initial_state = new_tensor(F32, ROWS, SHAPE(1, 1, 16, 16));
             c.out = new_output(F32, ROWS, SHAPE(1, 130, 1, 16));
@@ -179,7 +184,8 @@ static void masked_steps_do_not_touch_the_state(void **state) {
             for (int64_t i = 0; i < 8; i++) set(c.q, step * 8 + i, NAN), set(c.k, step * 8 + i, NAN);
             for (int64_t i = 0; i < 10; i++) set(c.v, step * 10 + i, NAN);
             for (int64_t i = 0; i < 2; i++) set(c.beta, step * 2 + i, NAN);
-            for (int64_t i = 0; i < c.gamma->elements / (2 * time); i++) set(c.gamma, step * (c.gamma->elements / (2 * time)) + i, NAN);
+            for (int64_t i = 0; i < c.gamma->elements / (2 * time); i++)
+                set(c.gamma, step * (c.gamma->elements / (2 * time)) + i, NAN);
         }
         describe("masked steps, round %d", round);
         run(random_context(), &c);
@@ -224,12 +230,14 @@ static void zero_extents_give_the_initial_state(void **state) {
     for (int which = 1; which < 32; which++) {
         for (int with_state = 0; with_state < 2; with_state++) {
             seed((uint64_t)which);
-            int64_t b = which & 1 ? 0 : 2, t = which & 2 ? 0 : 3, h = which & 4 ? 0 : 2, dk = which & 8 ? 0 : 4, dv = which & 16 ? 0 : 5;
+            int64_t b = which & 1 ? 0 : 2, t = which & 2 ? 0 : 3, h = which & 4 ? 0 : 2, dk = which & 8 ? 0 : 4,
+                    dv = which & 16 ? 0 : 5;
             delta_case c = {.batch = b, .time = t, .k_heads = h, .v_heads = h, .key_dim = dk, .value_dim = dv};
             c.q = new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h, dk));
             c.k = new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h, dk));
             c.v = new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h, dv));
-            c.gamma = which % 3 ? new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h)) : new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h, dk));
+            c.gamma = which % 3 ? new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h))
+                                : new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h, dk));
             c.beta = new_tensor(F32, CONTIGUOUS, SHAPE(b, t, h));
             c.initial_state = with_state ? new_tensor(F16, CONTIGUOUS, SHAPE(b, h, dv, dk)) : NULL;
             c.out = new_output(F32, CONTIGUOUS, SHAPE(b, t, h, dv));

@@ -55,9 +55,12 @@ static void extreme_gates_give_their_limits(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(erf_matches_the_formula_on_random_calls),  cmocka_unit_test(tanh_matches_the_formula_on_random_calls),
-        cmocka_unit_test(refuses_bad_arguments_and_writes_nothing), cmocka_unit_test(takes_empty_tensors_and_scalars),
-        cmocka_unit_test(every_gate_of_16_bits_is_right),           cmocka_unit_test(extreme_gates_give_their_limits),
+        cmocka_unit_test(erf_matches_the_formula_on_random_calls),
+        cmocka_unit_test(tanh_matches_the_formula_on_random_calls),
+        cmocka_unit_test(refuses_bad_arguments_and_writes_nothing),
+        cmocka_unit_test(takes_empty_tensors_and_scalars),
+        cmocka_unit_test(every_gate_of_16_bits_is_right),
+        cmocka_unit_test(extreme_gates_give_their_limits),
     };
     return cmocka_run_group_tests_name("geglu", tests, NULL, NULL);
 }

@@ -47,7 +47,8 @@ static void random_case(void) {
     tensor *new_v = new_normal(v_type, INPUT, SHAPE(c.batch, c.q_len, c.kv_heads, c.value_dim));
     tensor *k_cache = new_normal(k_type, OUTPUT, SHAPE(c.batch, c.kv_len, c.kv_heads, c.head_dim));
     tensor *v_cache = new_normal(v_type, OUTPUT, SHAPE(c.batch, c.kv_len, c.kv_heads, c.value_dim));
-    tensor *key_mask = one_in(3) ? NULL : new_tensor(one_in(2) ? BOOL : random_integer(), INPUT, SHAPE(c.batch, c.kv_len));
+    tensor *key_mask =
+        one_in(3) ? NULL : new_tensor(one_in(2) ? BOOL : random_integer(), INPUT, SHAPE(c.batch, c.kv_len));
     tensor *out = new_output(random_floating(), OUTPUT, SHAPE(c.batch, c.q_heads, c.q_len, c.value_dim));
     if (key_mask) {
         fill_integers(key_mask, 0, 1);
@@ -59,7 +60,8 @@ static void random_case(void) {
             if (c.key_mask[b * c.kv_len + t] != 0 || (t >= offset && t < offset + c.q_len)) continue;
             int64_t row = b * c.kv_len + t;
             for (int64_t i = 0; i < c.kv_heads * c.head_dim; i++) set(k_cache, row * c.kv_heads * c.head_dim + i, NAN);
-            for (int64_t i = 0; i < c.kv_heads * c.value_dim; i++) set(v_cache, row * c.kv_heads * c.value_dim + i, INFINITY);
+            for (int64_t i = 0; i < c.kv_heads * c.value_dim; i++)
+                set(v_cache, row * c.kv_heads * c.value_dim + i, INFINITY);
         }
     }
     double *k_after = values(k_cache), *v_after = values(v_cache);
@@ -73,8 +75,8 @@ static void random_case(void) {
     k_cache->output = v_cache->output = true;
     metalloid_context *context = random_context();
     snapshot();
-    expect_ok(metalloid_kv_cache_sdpa_update(context, dl(q), dl(new_k), dl(new_v), dl(k_cache), dl(v_cache), offset, dl(key_mask), c.scale,
-                                             dl(out)));
+    expect_ok(metalloid_kv_cache_sdpa_update(context, dl(q), dl(new_k), dl(new_v), dl(k_cache), dl(v_cache), offset,
+                                             dl(key_mask), c.scale, dl(out)));
     expect_only_outputs_written();
     expect_exactly("k_cache", k_cache, k_after);
     expect_exactly("v_cache", v_cache, v_after);
@@ -109,7 +111,8 @@ static void the_caches_get_the_bits_of_the_new_keys_and_values(void **state) {
             bits = i % 2 ? UINT64_MAX >> 1 : (uint64_t)1 << (8 * size - 1); /* a NaN with every payload bit, -0 */
             memcpy(element(new_v, i), &bits, size);
         }
-        expect_ok(metalloid_kv_cache_sdpa_update(NULL, dl(q), dl(new_k), dl(new_v), dl(k_cache), dl(v_cache), 3, NULL, 1, dl(out)));
+        expect_ok(metalloid_kv_cache_sdpa_update(NULL, dl(q), dl(new_k), dl(new_v), dl(k_cache), dl(v_cache), 3, NULL,
+                                                 1, dl(out)));
         for (int64_t i = 0; i < 16; i++) {
             assert_memory_equal(element(k_cache, 3 * 8 + i), element(new_k, i), size);
             assert_memory_equal(element(v_cache, 3 * 8 + i), element(new_v, i), size);
@@ -167,12 +170,15 @@ static void empty_calls_write_no_more_than_they_must(void **state) {
     /* T_q = 0: nothing new, nothing out. */
     seed(8);
     tensor *q = new_normal(F32, CONTIGUOUS, SHAPE(2, 0, 4, 6)), *new_k = new_normal(F32, CONTIGUOUS, SHAPE(2, 0, 2, 6));
-    tensor *new_v = new_normal(F32, CONTIGUOUS, SHAPE(2, 0, 2, 6)), *out = new_output(F32, CONTIGUOUS, SHAPE(2, 4, 0, 6));
-    tensor *k_cache = new_normal(F32, CONTIGUOUS, SHAPE(2, 5, 2, 6)), *v_cache = new_normal(F32, CONTIGUOUS, SHAPE(2, 5, 2, 6));
+    tensor *new_v = new_normal(F32, CONTIGUOUS, SHAPE(2, 0, 2, 6)),
+           *out = new_output(F32, CONTIGUOUS, SHAPE(2, 4, 0, 6));
+    tensor *k_cache = new_normal(F32, CONTIGUOUS, SHAPE(2, 5, 2, 6)),
+           *v_cache = new_normal(F32, CONTIGUOUS, SHAPE(2, 5, 2, 6));
     q->dl.data = new_k->dl.data = new_v->dl.data = out->dl.data = NULL;
     describe("T_q = 0");
     snapshot();
-    expect_ok(metalloid_kv_cache_sdpa_update(NULL, dl(q), dl(new_k), dl(new_v), dl(k_cache), dl(v_cache), 5, NULL, 1, dl(out)));
+    expect_ok(metalloid_kv_cache_sdpa_update(NULL, dl(q), dl(new_k), dl(new_v), dl(k_cache), dl(v_cache), 5, NULL, 1,
+                                             dl(out)));
     expect_nothing_written();
     release_all();
 
@@ -190,7 +196,8 @@ static void empty_calls_write_no_more_than_they_must(void **state) {
     put(k_after, new_k, 5, 1);
     put(v_after, new_v, 5, 1);
     describe("no query heads");
-    expect_ok(metalloid_kv_cache_sdpa_update(NULL, dl(q), dl(new_k), dl(new_v), dl(k_cache), dl(v_cache), 1, NULL, 1, dl(out)));
+    expect_ok(metalloid_kv_cache_sdpa_update(NULL, dl(q), dl(new_k), dl(new_v), dl(k_cache), dl(v_cache), 1, NULL, 1,
+                                             dl(out)));
     expect_exactly("k_cache", k_cache, k_after);
     expect_exactly("v_cache", v_cache, v_after);
     release_all();

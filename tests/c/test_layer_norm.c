@@ -57,8 +57,10 @@ static void constant_rows_give_the_bias(void **state) {
     (void)state;
     for (int type = F32; type <= F64; type++) {
         seed((uint64_t)type);
-        tensor *x = new_tensor((element_type)type, INPUT, SHAPE(3, 64)), *bias = new_normal((element_type)type, INPUT, SHAPE(64));
-        tensor *weight = new_normal((element_type)type, INPUT, SHAPE(64)), *out = new_output((element_type)type, OUTPUT, SHAPE(3, 64));
+        tensor *x = new_tensor((element_type)type, INPUT, SHAPE(3, 64)),
+               *bias = new_normal((element_type)type, INPUT, SHAPE(64));
+        tensor *weight = new_normal((element_type)type, INPUT, SHAPE(64)),
+               *out = new_output((element_type)type, OUTPUT, SHAPE(3, 64));
         fill(x, 0.75);
         expect_ok(metalloid_layer_norm(NULL, dl(x), dl(weight), dl(bias), 1e-5, dl(out)));
         for (int64_t i = 0; i < out->elements; i++) assert_true(get(out, i) == get(bias, i % 64));
@@ -70,7 +72,8 @@ static void a_nan_or_infinity_stays_in_its_row(void **state) {
     (void)state;
     for (int type = F32; type <= F64; type++) {
         seed(7);
-        tensor *x = new_normal((element_type)type, ROWS, SHAPE(3, 40)), *out = new_output((element_type)type, ROWS, SHAPE(3, 40));
+        tensor *x = new_normal((element_type)type, ROWS, SHAPE(3, 40)),
+               *out = new_output((element_type)type, ROWS, SHAPE(3, 40));
         double y[120], slack[120];
         reference_norm(values(x), NULL, NULL, 1e-5, true, 3, 40, 0, 0, y, slack);
         set(x, 40 + 17, NAN);

@@ -2,7 +2,8 @@
 #include "rope_cases.h"
 
 /* rms_norm of each head, unrounded, then rope; m is the largest normalized value of the row. */
-static void reference_side(const rope_case *c, const tensor *x, const tensor *weight, double eps, double *y, double *m, double *slack) {
+static void reference_side(const rope_case *c, const tensor *x, const tensor *weight, double eps, double *y, double *m,
+                           double *slack) {
     int64_t head_dim = x->shape[3], rows = x->elements / head_dim;
     double *normed = values(x), *pair_m = new_doubles(x->elements);
     for (int64_t row = 0; row < rows; row++) {
@@ -23,13 +24,15 @@ static void matches_norm_then_rotation_on_random_calls(void **state) {
         seed(10000000 + (uint64_t)i);
         describe("case %d", i);
         bool axis_1 = one_in(2);
-        int64_t batch = random_int(1, 3), times = random_int(1, 9), q_heads = random_int(1, 4), kv_heads = random_int(1, 3);
+        int64_t batch = random_int(1, 3), times = random_int(1, 9), q_heads = random_int(1, 4),
+                kv_heads = random_int(1, 3);
         int64_t head_dim = one_in(3) ? 64 : random_int(2, 50);
         int64_t q_shape[] = {batch, axis_1 ? times : q_heads, axis_1 ? q_heads : times, head_dim};
         int64_t k_shape[] = {batch, axis_1 ? times : kv_heads, axis_1 ? kv_heads : times, head_dim};
         rope_case c = random_rope_case(batch, times, head_dim, one_in(3) ? INT32_MAX : 4000);
         c.options.time_axis = axis_1 ? METALLOID_TIME_AXIS_1 : METALLOID_TIME_SECOND_TO_LAST;
-        tensor *q = new_normal(random_floating(), INPUT, 4, q_shape), *k = new_normal(random_floating(), INPUT, 4, k_shape);
+        tensor *q = new_normal(random_floating(), INPUT, 4, q_shape),
+               *k = new_normal(random_floating(), INPUT, 4, k_shape);
         tensor *q_weight = one_in(3) ? NULL : new_normal(random_floating(), INPUT, 1, &head_dim);
         tensor *k_weight = one_in(3) ? NULL : new_normal(random_floating(), INPUT, 1, &head_dim);
         tensor *q_out = writable(q) && one_in(3) ? q : new_tensor(random_floating(), OUTPUT, 4, q_shape);
@@ -43,7 +46,8 @@ static void matches_norm_then_rotation_on_random_calls(void **state) {
         reference_side(&c, k, k_weight, eps, k_y, k_m, k_slack);
         metalloid_context *context = random_context();
         snapshot();
-        expect_ok(metalloid_qk_norm_rope(context, dl(q), dl(k), dl(q_weight), dl(k_weight), eps, c.dims, &c.options, dl(q_out), dl(k_out)));
+        expect_ok(metalloid_qk_norm_rope(context, dl(q), dl(k), dl(q_weight), dl(k_weight), eps, c.dims, &c.options,
+                                         dl(q_out), dl(k_out)));
         expect_only_outputs_written();
         expect_close_with_slack("q_out", ROPE, q_out, q_y, q_m, head_dim, q_slack);
         expect_close_with_slack("k_out", ROPE, k_out, k_y, k_m, head_dim, k_slack);

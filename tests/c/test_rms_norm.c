@@ -39,7 +39,8 @@ static void takes_rank_64(void **state) {
 static void zero_rows_give_zeros_where_eps_is_positive(void **state) {
     (void)state;
     for (int type = F32; type <= F64; type++) {
-        tensor *x = new_tensor((element_type)type, STRIDED, SHAPE(2, 33)), *out = new_output((element_type)type, STRIDED, SHAPE(2, 33));
+        tensor *x = new_tensor((element_type)type, STRIDED, SHAPE(2, 33)),
+               *out = new_output((element_type)type, STRIDED, SHAPE(2, 33));
         fill(x, 0);
         expect_ok(metalloid_rms_norm(NULL, dl(x), NULL, 1e-6, dl(out)));
         for (int64_t i = 0; i < out->elements; i++) assert_true(get(out, i) == 0);
@@ -51,14 +52,16 @@ static void a_nan_or_infinity_stays_in_its_row(void **state) {
     (void)state;
     for (int type = F32; type <= F64; type++) {
         seed(7);
-        tensor *x = new_normal((element_type)type, ROWS, SHAPE(3, 40)), *out = new_output((element_type)type, ROWS, SHAPE(3, 40));
+        tensor *x = new_normal((element_type)type, ROWS, SHAPE(3, 40)),
+               *out = new_output((element_type)type, ROWS, SHAPE(3, 40));
         double y[120], slack[120];
         reference_norm(values(x), NULL, NULL, 1e-5, false, 3, 40, 0, 0, y, slack);
         set(x, 40 + 17, NAN);
         set(x, 80 + 5, INFINITY);
         expect_ok(metalloid_rms_norm(NULL, dl(x), NULL, 1e-5, dl(out)));
         for (int i = 40; i < 80; i++) y[i] = NAN;
-        for (int i = 80; i < 120; i++) y[i] = i == 85 ? (double)NAN : 0; /* infinity / infinity, and a number / infinity */
+        for (int i = 80; i < 120; i++)
+            y[i] = i == 85 ? (double)NAN : 0; /* infinity / infinity, and a number / infinity */
         describe("rows with NaN and infinity, %s", dtype_name((element_type)type));
         expect_close_by_row("out", NORM, out, y, 40);
         release_all();
@@ -71,10 +74,12 @@ static void extreme_magnitudes_keep_their_accuracy(void **state) {
     static const struct {
         element_type type;
         double magnitude;
-    } extremes[] = {{F16, 60000}, {F16, 1e-7}, {BF16, 1e18}, {F32, 1e18}, {F32, 1e-18}, {BF16, 1e-18}, {F64, 1e150}, {F64, 1e-150}};
+    } extremes[] = {{F16, 60000}, {F16, 1e-7},   {BF16, 1e18}, {F32, 1e18},
+                    {F32, 1e-18}, {BF16, 1e-18}, {F64, 1e150}, {F64, 1e-150}};
     for (size_t i = 0; i < sizeof extremes / sizeof *extremes; i++) {
         seed(i);
-        tensor *x = new_tensor(extremes[i].type, ROWS, SHAPE(4, 100)), *out = new_output(extremes[i].type, ROWS, SHAPE(4, 100));
+        tensor *x = new_tensor(extremes[i].type, ROWS, SHAPE(4, 100)),
+               *out = new_output(extremes[i].type, ROWS, SHAPE(4, 100));
         fill_uniform(x, -extremes[i].magnitude, extremes[i].magnitude);
         double y[400], slack[400];
         reference_norm(values(x), NULL, NULL, 0, false, 4, 100, 0, 0, y, slack);

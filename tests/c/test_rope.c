@@ -131,12 +131,14 @@ static void features_beyond_dims_pass_through(void **state) {
     (void)state;
     for (int type = F32; type <= F64; type++) {
         seed(4);
-        tensor *x = new_normal((element_type)type, ROWS, SHAPE(2, 7, 21)), *out = new_output((element_type)type, ROWS, SHAPE(2, 7, 21));
+        tensor *x = new_normal((element_type)type, ROWS, SHAPE(2, 7, 21)),
+               *out = new_output((element_type)type, ROWS, SHAPE(2, 7, 21));
         set(x, 20, INFINITY);
         set(x, 19, 1e-42);
         expect_ok(metalloid_rope(random_context(), dl(x), 10, NULL, dl(out)));
         for (int64_t i = 0; i < x->elements; i++) {
-            if (i % 21 >= 10) assert_memory_equal(element(x, i), element(out, i), (size_t)dtype_size((element_type)type));
+            if (i % 21 >= 10)
+                assert_memory_equal(element(x, i), element(out, i), (size_t)dtype_size((element_type)type));
         }
         release_all();
     }

@@ -83,7 +83,8 @@ static void overlap_is_what_brute_force_says(void **state) {
         shared += both;
         among_themselves += self;
     }
-    assert_true(count < 1000 || (shared > count / 20 && shared < count && among_themselves > count / 20 && among_themselves < count));
+    assert_true(count < 1000 ||
+                (shared > count / 20 && shared < count && among_themselves > count / 20 && among_themselves < count));
     report("pairs of layouts", count);
     report("of them share a byte", shared);
     report("first ones overlap themselves", among_themselves);
@@ -94,7 +95,8 @@ static void interleaved_slices_of_a_large_matrix_do_not_overlap(void **state) {
     (void)state;
     static float matrix[64];
     int64_t shape[] = {1 << 20, 1000, 3}, stride[] = {1000 * 8, 8, 2};
-    DLTensor dl_a = {.data = matrix, .device = {kDLCPU, 0}, .ndim = 3, .dtype = dtype_code(F32), .shape = shape, .strides = stride};
+    DLTensor dl_a = {
+        .data = matrix, .device = {kDLCPU, 0}, .ndim = 3, .dtype = dtype_code(F32), .shape = shape, .strides = stride};
     DLTensor dl_b = dl_a;
     dl_b.data = matrix + 1;
     mtl_view a, b;
@@ -162,7 +164,8 @@ static void null_strides_are_row_major(void **state) {
 static void strides_of_single_extents_are_ignored(void **state) {
     (void)state;
     int64_t shape[] = {1, 3, 1}, stride[] = {INT64_MIN, 1, INT64_MAX};
-    DLTensor dl = {.data = memory, .device = {kDLCPU, 0}, .ndim = 3, .dtype = dtype_code(F64), .shape = shape, .strides = stride};
+    DLTensor dl = {
+        .data = memory, .device = {kDLCPU, 0}, .ndim = 3, .dtype = dtype_code(F64), .shape = shape, .strides = stride};
     mtl_view view;
     expect_ok(mtl_view_required(&view, &dl, "test", "a", MTL_FLOATING));
     assert_int_equal(view.high, 24);
@@ -261,7 +264,11 @@ static void hostile_layouts_are_decided_quickly(void **state) {
         shape[axis] = 3;
         stride[axis] = 1000003 + 2 * (axis * axis + 7 * axis);
     }
-    DLTensor dl_a = {.data = (void *)(uintptr_t)(1 << 30), .device = {kDLCPU, 0}, .ndim = 20, .dtype = dtype_code(I8), .shape = shape,
+    DLTensor dl_a = {.data = (void *)(uintptr_t)(1 << 30),
+                     .device = {kDLCPU, 0},
+                     .ndim = 20,
+                     .dtype = dtype_code(I8),
+                     .shape = shape,
                      .strides = stride};
     DLTensor dl_b = dl_a;
     dl_b.data = (char *)dl_b.data + 999983;

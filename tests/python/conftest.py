@@ -15,7 +15,7 @@ settings.register_profile("ci", max_examples=60, derandomize=True, database=None
 settings.register_profile(
     "quick", parent=settings.get_profile("ci"), max_examples=12, phases=[Phase.explicit, Phase.generate]
 )
-settings.register_profile("thorough", max_examples=2000, **COMMON)
+settings.register_profile("thorough", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("METALLOID_TEST_PROFILE", "ci"))
 
 

@@ -294,8 +294,10 @@ def cross_entropy(logits, targets, *, ignore_index=None):
     chosen = np.where(ignored, 0, targets).astype(np.int64)[..., None]
     with np.errstate(all="ignore"):
         largest = logits.max(axis=-1, keepdims=True)
-        total = np.exp(np.where(logits == largest, 0, logits - largest)).sum(axis=-1)
-        loss = (largest - np.take_along_axis(logits, chosen, axis=-1))[..., 0] + np.log(total)
+        below = np.where(logits == largest, 0, logits - largest)
+        np.put_along_axis(below, logits.argmax(axis=-1, keepdims=True), -np.inf, axis=-1)
+        others = np.exp(below).sum(axis=-1)  # beside the largest, whose share is 1: a small loss keeps its digits
+        loss = (largest - np.take_along_axis(logits, chosen, axis=-1))[..., 0] + np.log1p(others)
     return np.where(ignored, 0, loss)
 
 

@@ -1,4 +1,4 @@
-"""What lies between Python and the C library: signatures, arrays of several libraries, dtypes of results, errors, memory."""
+"""What lies between Python and the C library: signatures, arrays of every library, dtypes of results, errors, memory."""
 
 import ctypes
 import doctest
@@ -85,7 +85,7 @@ def results_of(returned):
 OPERATIONS = sorted(every_call())
 
 
-# ---- signatures ---------------------------------------------------------------------------------------------------------
+# ---- signatures ------------------------------------------------------------------------------------------------------
 
 # mlx.core.fast of MLX 0.32: parameters without a default, "*" before keyword-only ones, then those with their default.
 MLX = {
@@ -164,7 +164,7 @@ def test_mlx_callers_arguments_are_accepted():
     assert len(fast.gated_delta_update(x, x, x, gates, gates, None, None, None)) == 2
 
 
-# ---- results ------------------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -175,7 +175,9 @@ def test_results_are_fresh_row_contiguous_numpy_arrays(name, dtype):
     assert type(returned) is (list if name == "gated_delta_update" else tuple if len(shapes) == 2 else np.ndarray)
     for result, shape in zip(results_of(returned), shapes, strict=True):
         assert type(result) is np.ndarray
-        assert result.shape == shape and result.flags.c_contiguous and result.flags.writeable
+        assert result.shape == shape
+        assert result.flags.c_contiguous
+        assert result.flags.writeable
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -211,7 +213,7 @@ def promoted(*dtypes):
 PAIRS = [(a, b) for a in FLOATING for b in FLOATING]
 
 
-@pytest.mark.parametrize("a,b", PAIRS, ids=str)
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=str)
 def test_dtype_of_results_is_that_of_mlx(a, b):
     x, y, w = ones(2, 8, dtype=a), ones(2, 8, dtype=b), ones(8, dtype=b)
     both = promoted(a, b)
@@ -260,11 +262,13 @@ def test_logsumexp_comes_second():
     q = normal(1, 2, 3, 8)
     outs = np.empty_like(q), np.empty((1, 2, 3), F32)
     returned = metalloid.scaled_dot_product_attention(q, q, q, scale=0.5, return_logsumexp=True, out=outs)
-    assert type(returned) is tuple and returned[0] is outs[0] and returned[1] is outs[1]
+    assert type(returned) is tuple
+    assert returned[0] is outs[0]
+    assert returned[1] is outs[1]
     np.testing.assert_allclose(outs[1], np.log(np.exp(0.5 * q @ q.swapaxes(2, 3)).sum(-1)), rtol=1e-5)
 
 
-# ---- arguments ----------------------------------------------------------------------------------------------------------
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 def test_mask_causal_is_causal_true_and_goes_with_an_array():
@@ -358,6 +362,8 @@ TYPE_ERRORS = [
     (lambda: metalloid.rms_norm(np.ndarray, None, 1e-5), "x must be an array .* got type"),
     (lambda: metalloid.rms_norm(X3, 1.0, 1e-5), "weight must be an array .* got float"),
     (lambda: metalloid.rms_norm(X3, None, "small"), "eps must be a real number, got str"),
+    (lambda: metalloid.rms_norm(X3, None, None), "eps must be a real number, got NoneType"),
+    (lambda: metalloid.rope(X3, None, **ROPE), "dims must be an integer, got NoneType"),
     (lambda: metalloid.rms_norm(X3, None, 1j), "eps must be a real number, got complex"),
     (lambda: metalloid.rms_norm(X3, None, 1e-5, out=[0.0]), "out must be an array .* got list"),
     (lambda: metalloid.rope(X3, 8.0, **ROPE), "dims must be an integer, got float"),
@@ -388,7 +394,7 @@ VALUE_ERRORS = [
     (lambda: metalloid.rms_norm(ones(3, dtype=np.complex64), None, 1e-5), "x has the dtype complex64"),
     (
         lambda: metalloid.rms_norm(ones(3, dtype=np.longdouble), None, 1e-5),
-        "x has the dtype float128|x must be float32",
+        "x has the dtype float128",
     ),
     (lambda: metalloid.rms_norm(ones(3, dtype=">f4"), None, 1e-5), "x has the dtype >f4"),
     (lambda: metalloid.rms_norm(np.array(["a"]), None, 1e-5), "x has the dtype <U1"),
@@ -396,14 +402,14 @@ VALUE_ERRORS = [
     (lambda: metalloid.rms_norm(np.zeros(3, "V2"), None, 1e-5), r"x has the dtype \|V2"),
     (
         lambda: metalloid.rms_norm(np.zeros(3, "i1,f4")["f1"], None, 1e-5),
-        "x has a stride of 5 bytes|axis 0 of x has a stride of 5",
+        "axis 0 of x has a stride of 5 bytes",
     ),
     (lambda: metalloid.rms_norm(np.frombuffer(bytes(9), np.uint8)[1:].view(F32), None, 1e-5), "x must be aligned"),
-    (lambda: metalloid.rms_norm(X3, ones(7), 1e-5), "weight must have shape {8}, got {7}"),
+    (lambda: metalloid.rms_norm(X3, ones(7), 1e-5), r"weight must have shape \{8\}, got \{7\}"),
     (lambda: metalloid.rms_norm(X3, None, -1.0), "eps must be finite"),
     (lambda: metalloid.rms_norm(X3, None, 10**400), "eps must fit in a float"),
-    (lambda: metalloid.rms_norm(np.float32(1).reshape(()), None, 1e-5), "x must have rank 1 or more|x must have"),
-    (lambda: metalloid.rms_norm(X3, None, 1e-5, out=ones(2, 8)), "out must have shape {1, 2, 8}, got {2, 8}"),
+    (lambda: metalloid.rms_norm(np.zeros((), F32), None, 1e-5), "x must have rank 1 or more, got 0"),
+    (lambda: metalloid.rms_norm(X3, None, 1e-5, out=ones(2, 8)), r"out must have shape \{1, 2, 8\}, got \{2, 8\}"),
     (lambda: metalloid.rms_norm(X3, None, 1e-5, out=np.broadcast_to(ones(8), (1, 2, 8))), "out is read-only"),
     (lambda: metalloid.rope(X3, 7, **ROPE), "dims must be even"),
     (lambda: metalloid.rope(X3, 2**64, **ROPE), "dims must fit in 64 bits, got 18446744073709551616"),
@@ -433,13 +439,13 @@ VALUE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("call,message", TYPE_ERRORS, ids=[m for _, m in TYPE_ERRORS])
+@pytest.mark.parametrize(("call", "message"), TYPE_ERRORS, ids=[m for _, m in TYPE_ERRORS])
 def test_type_error(call, message):
     with pytest.raises(TypeError, match=message):
         call()
 
 
-@pytest.mark.parametrize("call,message", VALUE_ERRORS, ids=[m for _, m in VALUE_ERRORS])
+@pytest.mark.parametrize(("call", "message"), VALUE_ERRORS, ids=[m for _, m in VALUE_ERRORS])
 def test_value_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -451,7 +457,8 @@ def test_read_only_caches_are_refused(which):
     caches[which].flags.writeable = False
     with pytest.raises(ValueError, match=f"kv_cache_sdpa_update: {which} is read-only"):
         metalloid.kv_cache_sdpa_update(X4, 2 * X4, 2 * X4, offset=0, key_mask=None, scale=1.0, **caches)
-    assert (caches["k_cache"] == 1).all() and (caches["v_cache"] == 1).all()
+    assert (caches["k_cache"] == 1).all()
+    assert (caches["v_cache"] == 1).all()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -492,7 +499,7 @@ def test_numpy_subclasses_give_plain_arrays():
     np.testing.assert_array_equal(result, metalloid.rms_norm(x, None, 1e-5))
 
 
-# ---- DLPack capsules ----------------------------------------------------------------------------------------------------
+# ---- DLPack capsules -------------------------------------------------------------------------------------------------
 
 
 class DLTensor(ctypes.Structure):
@@ -573,10 +580,10 @@ class Exporter:
             raise BufferError("only versioned capsules")
         assert not options or options["max_version"][0] == 1
         code = {"f": 2, "i": 0, "u": 1, "b": 6, "V": 4}[self.array.dtype.kind]
-        tensor = DLTensor(
-            self.array.ctypes.data - self.byte_offset, self.device, 0, self.array.ndim, code, 8 * self.array.itemsize, 1,
-            self.shape, None if self.null_strides else self.strides, self.byte_offset,
-        )  # fmt: skip
+        address = self.array.ctypes.data - self.byte_offset
+        strides = None if self.null_strides else self.strides
+        dtype = code, 8 * self.array.itemsize, 1
+        tensor = DLTensor(address, self.device, 0, self.array.ndim, *dtype, self.shape, strides, self.byte_offset)
         deleter = ctypes.cast(self.deleter, ctypes.c_void_p)
         if self.versioned:
             self.managed = ManagedVersioned(self.major, 0, None, deleter, self.flags, tensor)
@@ -635,13 +642,14 @@ def test_capsule_of_bool_and_integers_as_masks():
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("flags,message", [(1, "out is read-only"), (2, "out was exported as a copy")])
+@pytest.mark.parametrize(("flags", "message"), [(1, "out is read-only"), (2, "out was exported as a copy")])
 def test_capsule_that_must_not_be_written(flags, message):
     x, out = normal(3, 8), np.zeros((3, 8), F32)
     exporter = Exporter(out, flags=flags)
     with pytest.raises(ValueError, match=message):
         metalloid.rms_norm(x, None, 1e-5, out=exporter)
-    assert not out.any() and exporter.released == 1
+    assert not out.any()
+    assert exporter.released == 1
     reading = Exporter(x, flags=flags)
     np.testing.assert_array_equal(metalloid.rms_norm(reading, None, 1e-5, out=out), metalloid.rms_norm(x, None, 1e-5))
     assert reading.released == 1
@@ -649,10 +657,10 @@ def test_capsule_that_must_not_be_written(flags, message):
 
 def test_capsules_are_released_when_a_later_argument_fails():
     first, second = Exporter(normal(3, 8)), Exporter(normal(7))
-    with pytest.raises(ValueError, match="weight must have shape {8}, got {7}"):
+    with pytest.raises(ValueError, match=r"weight must have shape \{8\}, got \{7\}"):
         metalloid.rms_norm(first, second, 1e-5, out=np.empty((3, 8), F32))
     with pytest.raises(TypeError, match="eps"):
-        metalloid.rms_norm(first, second, None)
+        metalloid.rms_norm(first, second, "eps")
     with pytest.raises(TypeError, match="weight must be an array"):
         metalloid.rms_norm(first, "w", 1e-5)
     assert (first.exported, first.released, second.exported, second.released) == (3, 3, 2, 2)
@@ -666,12 +674,13 @@ def test_unknown_major_version_is_released_unread():
 
 
 def test_other_devices_are_a_runtime_error():
-    out = np.empty((3, 8), F32)
+    x, out = (Exporter(normal(3, 8), device=2) for _ in range(2))
     for options in ({}, {"out": out}):
-        exporter = Exporter(normal(3, 8), device=2)
-        with pytest.raises(RuntimeError, match="device of DLPack type 2"):
-            metalloid.rms_norm(exporter, None, 1e-5, **options)
-        assert exporter.released == 1
+        with pytest.raises(RuntimeError, match="device of DLPack type 2, which no backend of this build serves"):
+            metalloid.rms_norm(x, None, 1e-5, **options)
+    with pytest.raises(ValueError, match="out must be on the device of x"):
+        metalloid.rms_norm(x, None, 1e-5, out=np.empty((3, 8), F32))
+    assert (x.released, out.released) == (3, 1)
 
 
 def test_failure_to_export_is_a_value_error_with_its_cause():
@@ -712,7 +721,7 @@ def test_results_go_through_the_array_namespace():
     assert exporter.released == 1
 
 
-# ---- PyTorch ------------------------------------------------------------------------------------------------------------
+# ---- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
 def to_torch(array):
@@ -735,7 +744,9 @@ def test_torch_in_torch_out(name, dtype):
     call, shapes = every_call(dtype, to_torch)[name]
     want = results_of(every_call(dtype)[name][0]())
     for result, expected, shape in zip(results_of(call()), want, shapes, strict=True):
-        assert type(result) is torch.Tensor and tuple(result.shape) == shape and result.is_contiguous()
+        assert type(result) is torch.Tensor
+        assert tuple(result.shape) == shape
+        assert result.is_contiguous()
         assert to_numpy(result).dtype == expected.dtype
         np.testing.assert_array_equal(to_numpy(result), expected)
 
@@ -748,7 +759,8 @@ def test_torch_views_are_read_and_written_in_place(dtype):
     want = metalloid.rms_norm(view.contiguous(), None, 1e-5)
     before = buffer.clone()
     assert metalloid.rms_norm(view, None, 1e-5, out=view) is view
-    assert torch.equal(view, want) and torch.equal(buffer[::2], before[::2])
+    assert torch.equal(view, want)
+    assert torch.equal(buffer[::2], before[::2])
     out = np.empty((5, 3, 8), dtype)
     metalloid.rms_norm(before[1::2].transpose(0, 1), None, 1e-5, out=out)
     np.testing.assert_array_equal(out, to_numpy(want.contiguous()))
@@ -776,7 +788,8 @@ def test_torch_gradients_are_never_lost():
     weight = torch.nn.Parameter(torch.ones(8))
     with torch.no_grad():
         result = metalloid.rms_norm(x, weight, 1e-5)
-    assert type(result) is torch.Tensor and not result.requires_grad
+    assert type(result) is torch.Tensor
+    assert not result.requires_grad
     assert torch.equal(result, metalloid.rms_norm(x.detach(), weight.detach(), 1e-5))
     with torch.inference_mode():
         assert torch.equal(metalloid.rms_norm(x, weight, 1e-5), result)
@@ -784,7 +797,7 @@ def test_torch_gradients_are_never_lost():
 
 @needs_torch
 @pytest.mark.parametrize(
-    "make,error",
+    ("make", "error"),
     [
         (lambda: torch.ones(3, 8, dtype=torch.int32), "x must be float32"),
         (lambda: torch.ones(3, 8, dtype=torch.complex64), "x must be float32"),
@@ -802,10 +815,11 @@ def test_torch_tensors_that_are_refused(make, error):
 def test_torch_result_is_an_ordinary_tensor():
     result = metalloid.rms_norm(torch.ones(3, 8), None, 1e-5)
     result.resize_(5, 8)
-    assert result.device.type == "cpu" and not result.is_shared()
+    assert result.device.type == "cpu"
+    assert not result.is_shared()
 
 
-# ---- memory and threads -------------------------------------------------------------------------------------------------
+# ---- memory and threads ----------------------------------------------------------------------------------------------
 
 
 def leaked(call, times=10_000):
@@ -843,21 +857,29 @@ def test_calls_leave_nothing_behind(name):
 
 
 x_ok, x_short = normal(3, 8), normal(3, 7)
+exporter = Exporter(x_ok)
+
+
+def refused_export(*arguments, **options):
+    exporter.capsules.clear()
+    refused(metalloid.rms_norm, exporter, *arguments, **options)
+
+
 ERROR_PATHS = {
     "shape": lambda: refused(metalloid.rms_norm, x_ok, x_short[0], 1e-5),
     "second out": lambda: refused(metalloid.add_rms_norm, x_ok, x_ok, None, 1e-5, out=(np.empty_like(x_ok), x_short)),
     "no array": lambda: refused(metalloid.rms_norm, x_ok, [1.0], 1e-5),
     "keyword": lambda: refused(metalloid.rms_norm, x_ok, None, 1e-5, wrong=1),
     "value": lambda: refused(metalloid.rms_norm, x_ok, None, "eps"),
-    "capsule": lambda: refused(metalloid.rms_norm, Exporter(x_ok), x_short[0], 1e-5),
-    "no namespace": lambda: refused(metalloid.rms_norm, Exporter(x_ok), None, 1e-5),
+    "capsule": lambda: refused_export(x_short[0], 1e-5),
+    "no namespace": lambda: refused_export(None, 1e-5),
 }
 
 
 @pytest.mark.parametrize("path", ERROR_PATHS.values(), ids=ERROR_PATHS)
 def test_errors_leave_nothing_behind(path):
     counts = sys.getrefcount(x_ok), sys.getrefcount(x_short)
-    assert leaked(path, 2000 if path in (ERROR_PATHS["capsule"], ERROR_PATHS["no namespace"]) else 10_000) < 5000
+    assert leaked(path, 3000) < 5000
     assert (sys.getrefcount(x_ok), sys.getrefcount(x_short)) == counts
 
 
@@ -868,7 +890,7 @@ def test_results_by_namespace_leave_nothing_behind():
         source.capsules.clear()
         metalloid.rms_norm(source, None, 1e-5)
 
-    assert leaked(call, 2000) < 5000
+    assert leaked(call, 3000) < 5000
 
 
 @needs_torch

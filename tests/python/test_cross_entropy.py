@@ -63,7 +63,7 @@ def test_equal_logits_give_the_logarithm_of_their_number():
     np.testing.assert_allclose(out, np.log(151_936), rtol=1e-6)
 
 
-@pytest.mark.parametrize("margin", [1.0, 5.0, 10.0, 14.0, 20.0])
+@pytest.mark.parametrize("margin", [1.0, 5.0, 10.0, 14.0, 20.0, 40.0])
 def test_a_confident_row_keeps_its_small_loss(margin):
     logits = np.zeros((1, 9), np.float32)
     logits[0, 4] = margin

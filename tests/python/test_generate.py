@@ -65,7 +65,9 @@ def test_decoding_with_the_cache_is_the_whole_forward_pass(checkpoint, chat):
         stepwise.forward([0])
 
 
-@pytest.mark.parametrize("text", ["Hello, world!", "naïve café — 日本語 🦀👩‍👩‍👧", "1234567890", "  spaces\n\nand\ttabs ", "it's we'll I'D"])
+@pytest.mark.parametrize(
+    "text", ["Hello, world!", "naïve café — 日本語 🦀👩‍👩‍👧", "1234567890", "  spaces\n\nand\ttabs ", "it's we'll I'D"]
+)
 def test_tokens_give_their_text_back(chat, text):
     ids = chat.tokenizer.encode(text).ids
     assert chat.tokenizer.decode(ids) == text
@@ -81,13 +83,18 @@ def test_the_template_marks_the_roles(chat):
     ids = chat.encode("Hi")
     text = chat.tokenizer.decode(ids, skip_special_tokens=False)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert ids.count(chat.tokenizer.token_to_id("<|im_start|>")) == 3  # system, user, assistant: none is split into bytes
+    assert (
+        ids.count(chat.tokenizer.token_to_id("<|im_start|>")) == 3
+    )  # system, user, assistant: none is split into bytes
 
 
 def test_a_temperature_draws_by_the_seed_and_0_takes_the_likeliest():
     logits = np.array([0.0, 3.0, 1.0], dtype=np.float32)
     assert choose(logits, 0.0, np.random.default_rng(1)) == 1
-    draws = [[choose(logits, 5.0, generator) for _ in range(50)] for generator in (np.random.default_rng(7), np.random.default_rng(7))]
+    draws = [
+        [choose(logits, 5.0, generator) for _ in range(50)]
+        for generator in (np.random.default_rng(7), np.random.default_rng(7))
+    ]
     assert draws[0] == draws[1]
     assert set(draws[0]) == {0, 1, 2}
 
@@ -141,7 +148,10 @@ def test_a_prompt_longer_than_the_context_is_refused():
     assert "the context of the model only 8192" in one_line_and_exit_code_1(run("--prompt", "word " * 9000))
 
 
-@pytest.mark.parametrize("arguments", [["--max-tokens", "0"], ["--temperature", "-1"], ["--threads", "0"], ["--seed", "x"], ["--temperature", "nan"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--max-tokens", "0"], ["--temperature", "-1"], ["--threads", "0"], ["--seed", "x"], ["--temperature", "nan"]],
+)
 def test_bad_options_are_usage_errors(arguments):
     result = run(*arguments)
     assert result.returncode == 2 and arguments[0] in result.stderr and "Traceback" not in result.stderr

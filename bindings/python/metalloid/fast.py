@@ -1,4 +1,4 @@
-"""The functions of ``mlx.core.fast``, with the same signatures: ``mx.fast.X(...)`` becomes ``metalloid.fast.X(...)``."""
+"""The functions of ``mlx.core.fast``, with its signatures: ``mx.fast.X(...)`` becomes ``metalloid.fast.X(...)``."""
 
 from metalloid._native import (
     cross_entropy,

@@ -40,11 +40,11 @@ void call_begin(mtl_call *call, PyObject *module, const mtl_signature *signature
     call->failed = false;
     call->arrays = call->results = 0;
     call->elements = 0;
+    for (int i = 0; i < count; i++) call->given[i] = i < given ? arguments[i] : NULL;
     if (given > signature->positional) {
         call_fail(call, PyExc_TypeError, "%s() takes %d positional arguments but %zd were given", signature->name, signature->positional, given);
         return;
     }
-    for (int i = 0; i < count; i++) call->given[i] = i < given ? arguments[i] : NULL;
 
     Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
     int at = (int)given - 1;
@@ -98,8 +98,13 @@ void call_refuse_type(mtl_call *call, int parameter, const char *wanted) {
               Py_TYPE(call->given[parameter])->tp_name);
 }
 
+/* None stands for the default, where there is one. */
+static bool takes_default(const mtl_call *call, int parameter) {
+    return !call->given[parameter] || (call->given[parameter] == Py_None && parameter >= call->signature->required);
+}
+
 double call_real(mtl_call *call, int parameter, double fallback) {
-    if (call->failed || !call_has(call, parameter)) return fallback;
+    if (call->failed || takes_default(call, parameter)) return fallback;
     PyObject *given = call->given[parameter];
     if (PyFloat_CheckExact(given)) return PyFloat_AS_DOUBLE(given);
     double value = PyFloat_AsDouble(given);
@@ -128,7 +133,7 @@ bool call_is_array(const mtl_call *call, int parameter) {
 }
 
 int64_t call_integer(mtl_call *call, int parameter, int64_t fallback) {
-    if (call->failed || !call_has(call, parameter)) return fallback;
+    if (call->failed || takes_default(call, parameter)) return fallback;
     PyObject *given = call->given[parameter];
     if (PyBool_Check(given) || !call_is_integer(call, parameter)) {
         call_refuse_type(call, parameter, "an integer");

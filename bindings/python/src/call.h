@@ -43,7 +43,7 @@ DLTensor *call_array(mtl_call *call, int parameter);
 DLTensor *call_optional_array(mtl_call *call, int parameter); /* NULL also where not given */
 DLTensor *call_writable_array(mtl_call *call, int parameter);
 
-/* A Python or NumPy number; `fallback` where not given. */
+/* A Python or NumPy number; `fallback` where not given, or None for a parameter that has a default. */
 double call_real(mtl_call *call, int parameter, double fallback);
 int64_t call_integer(mtl_call *call, int parameter, int64_t fallback);
 bool call_bool(mtl_call *call, int parameter);

@@ -155,7 +155,7 @@ static metalloid_rope_options rope_options(mtl_call *call, int first, int rank) 
     metalloid_rope_options options = METALLOID_ROPE_OPTIONS_INIT;
     const char *name = call->signature->name;
     options.traditional = call_bool(call, first + ROPE_TRADITIONAL);
-    options.base = call_real(call, first + ROPE_BASE, 0);
+    options.base = call_has(call, first + ROPE_BASE) ? call_real(call, first + ROPE_BASE, 0) : 0;
     options.scale = call_real(call, first + ROPE_SCALE, 1);
     if (!call->failed && call_has(call, first + ROPE_BASE) && options.base == 0) {
         call_fail(call, PyExc_ValueError, "%s: base must be finite and positive, got 0", name);
