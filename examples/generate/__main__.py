@@ -1,6 +1,6 @@
 """A language model answers a prompt: every norm, RoPE, attention and SwiGLU by Metalloid, the matrix products by NumPy.
 
-    python examples/generate --prompt "Why is the sky blue?"
+python examples/generate --prompt "Why is the sky blue?"
 """
 
 from __future__ import annotations
@@ -32,13 +32,19 @@ def parse_arguments() -> argparse.Namespace:
         return value
 
     parser = argparse.ArgumentParser(prog="generate", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a GGUF file of the Llama architecture (default: SmolLM2-135M-Instruct)")
+    parser.add_argument(
+        "--model", type=Path, help="a GGUF file of the Llama architecture (default: SmolLM2-135M-Instruct)"
+    )
     parser.add_argument("--prompt", default="Explain in three sentences why the sky is blue.")
     parser.add_argument("--max-tokens", type=whole(1), default=128, help="of the answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 always takes the likeliest token (the default)")
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.0, help="0 always takes the likeliest token (the default)"
+    )
     parser.add_argument("--seed", type=whole(0), default=0, help="of the draws at a temperature above 0")
     parser.add_argument("--threads", type=whole(1), help="for Metalloid and NumPy alike (default: all CPUs)")
-    parser.add_argument("--compare", action="store_true", help="give the same answer through plain NumPy operations too")
+    parser.add_argument(
+        "--compare", action="store_true", help="give the same answer through plain NumPy operations too"
+    )
     return parser.parse_args()
 
 
@@ -64,7 +70,7 @@ def answer(checkpoint, chat, prompt: list[int], ops, arguments: argparse.Namespa
     model, generator = Llama(checkpoint, ops, len(prompt) + limit), np.random.default_rng(arguments.seed)
     stream = chat.stream()
     start = perf_counter()
-    tokens = [choose(model.logits(model.forward(prompt)[-1:])[0], arguments.temperature, generator)]
+    tokens = [choose(model.logits(model.read(prompt))[0], arguments.temperature, generator)]
     first = perf_counter()
     while tokens[-1] not in chat.ends:
         write(stream.step(chat.tokenizer, tokens[-1]) or "")
@@ -80,8 +86,14 @@ def load_with_bar(path: Path):
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = TextColumn("loading {task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    columns = (
+        TextColumn("loading {task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(path.name, total=None)
         return load(path, lambda done, total: progress.update(task, completed=done, total=total))
 
@@ -93,12 +105,17 @@ def run(arguments: argparse.Namespace) -> None:
     from operations import Metalloid, PlainNumPy
 
     if arguments.threads:
-        metalloid.set_num_threads(arguments.threads)
+        try:
+            metalloid.set_num_threads(arguments.threads)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
     checkpoint = load_with_bar(arguments.model or default_path())
     chat = Chat(checkpoint.metadata)
     prompt = chat.encode(arguments.prompt)
     if len(prompt) >= checkpoint.config.context:
-        raise CheckpointError(f"the prompt has {len(prompt)} tokens, but the context of the model only {checkpoint.config.context}")
+        raise CheckpointError(
+            f"the prompt has {len(prompt)} tokens, but the context of the model only {checkpoint.config.context}"
+        )
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -121,8 +138,11 @@ def main() -> int:
 
     try:
         run(arguments)
-    except CheckpointError as error:
-        print(f"generate: {error}", file=sys.stderr)
+    except (CheckpointError, MemoryError) as error:
+        print(f"generate: {' '.join(str(error).split()) or 'not enough memory'}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of the answer has gone: nothing is left to flush to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

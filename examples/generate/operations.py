@@ -65,4 +65,5 @@ class PlainNumPy:
         return weights @ np.repeat(v, group, axis=1)
 
     def swiglu(self, gate, up):
-        return gate / (1 + np.exp(-gate)) * up
+        with np.errstate(over="ignore"):  # a large negative gate: 0, as it should be
+            return gate / (1 + np.exp(-gate)) * up

@@ -1,4 +1,4 @@
-"""What lies between Python and the C library: signatures, arrays of every library, dtypes of results, errors, memory."""
+"""What lies between Python and the C library: signatures, arrays of any library, dtypes of results, errors, memory."""
 
 import ctypes
 import doctest
