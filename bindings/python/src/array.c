@@ -8,7 +8,7 @@
 #include "array.h"
 
 #define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
-#define NPY_TARGET_VERSION NPY_1_23_API_VERSION
+#define NPY_TARGET_VERSION    NPY_1_23_API_VERSION
 #include <numpy/arrayobject.h>
 
 /* ---- DLPack 1.x, which older headers lack --------------------------------------------------------------------------- */
@@ -121,8 +121,9 @@ static bool open_numpy(mtl_array *opened, PyArrayObject *numpy, bool writable, c
     tensor->strides = opened->strides;
     for (int axis = 0; axis < tensor->ndim; axis++) {
         if (strides[axis] & (size - 1) && shape[axis] > 1) {
-            PyErr_Format(PyExc_ValueError, "%s: axis %d of %s has a stride of %zd bytes, no multiple of the %d of an element", op, axis, name,
-                         strides[axis], size);
+            PyErr_Format(PyExc_ValueError,
+                         "%s: axis %d of %s has a stride of %zd bytes, no multiple of the %d of an element", op, axis,
+                         name, strides[axis], size);
             return false;
         }
         opened->shape[axis] = shape[axis];
@@ -134,7 +135,8 @@ static bool open_numpy(mtl_array *opened, PyArrayObject *numpy, bool writable, c
 /* Copies the description, which in the object's own memory would be at the mercy of other threads. */
 static bool take_tensor(mtl_array *opened, const DLTensor *tensor, const char *op, const char *name) {
     if (tensor->ndim < 0 || tensor->ndim > MAX_RANK) {
-        PyErr_Format(PyExc_ValueError, "%s: %s must have rank 0 to %d, got %d", op, name, (int)MAX_RANK, (int)tensor->ndim);
+        PyErr_Format(PyExc_ValueError, "%s: %s must have rank 0 to %d, got %d", op, name, (int)MAX_RANK,
+                     (int)tensor->ndim);
         return false;
     }
     opened->tensor = *tensor;
@@ -152,11 +154,13 @@ static bool take_tensor(mtl_array *opened, const DLTensor *tensor, const char *o
     return true;
 }
 
-static bool take_versioned(mtl_array *opened, versioned_tensor *managed, bool writable, const char *op, const char *name) {
+static bool take_versioned(mtl_array *opened, versioned_tensor *managed, bool writable, const char *op,
+                           const char *name) {
     opened->managed = managed;
     opened->versioned = true;
     if (managed->version.major != 1) {
-        PyErr_Format(PyExc_ValueError, "%s: %s comes by DLPack %u, only 1 is known", op, name, (unsigned)managed->version.major);
+        PyErr_Format(PyExc_ValueError, "%s: %s comes by DLPack %u, only 1 is known", op, name,
+                     (unsigned)managed->version.major);
         return false;
     }
     if (writable && managed->flags & FLAG_READ_ONLY) return refuse_to_write(op, name);
@@ -167,7 +171,8 @@ static bool take_versioned(mtl_array *opened, versioned_tensor *managed, bool wr
     return take_tensor(opened, &managed->dl_tensor, op, name);
 }
 
-static bool open_exchange(mtl_array *opened, PyObject *capsule, PyObject *object, bool writable, const char *op, const char *name) {
+static bool open_exchange(mtl_array *opened, PyObject *capsule, PyObject *object, bool writable, const char *op,
+                          const char *name) {
     const exchange_api *api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
     if (!api) return refuse_export(op, name);
     if (!writable && api->tensor_from_object) {
@@ -187,7 +192,8 @@ static bool usable_exchange(PyObject *capsule) {
     return header && header->version.major == 1;
 }
 
-static bool open_capsule(mtl_array *opened, module_state *state, PyObject *method, bool writable, const char *op, const char *name) {
+static bool open_capsule(mtl_array *opened, module_state *state, PyObject *method, bool writable, const char *op,
+                         const char *name) {
     PyObject *capsule = PyObject_Vectorcall(method, &state->max_version, 0, state->max_version_name);
     if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* an exporter older than DLPack 1.0 */
         PyErr_Clear();
@@ -221,8 +227,11 @@ static bool detach(mtl_array *opened, PyObject **object, const char *op, const c
     if (!enabled) return false;
     Py_DECREF(enabled);
     if (enabled == Py_True) {
-        PyErr_Format(PyExc_ValueError, "%s: %s requires gradients, which this function does not record: pass %s.detach(), or call it under "
-                     "torch.no_grad()", op, name, name);
+        PyErr_Format(
+            PyExc_ValueError,
+            "%s: %s requires gradients, which this function does not record: pass %s.detach(), or call it under "
+            "torch.no_grad()",
+            op, name, name);
         return false;
     }
     opened->detached = PyObject_CallMethod(*object, "detach", NULL);
@@ -230,7 +239,8 @@ static bool detach(mtl_array *opened, PyObject **object, const char *op, const c
     return opened->detached != NULL;
 }
 
-bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool writable, const char *op, const char *name) {
+bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool writable, const char *op,
+                const char *name) {
     opened->object = object;
     opened->detached = NULL;
     opened->managed = NULL;
@@ -256,8 +266,8 @@ bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool w
         return done;
     }
     if (!PyErr_Occurred()) {
-        PyErr_Format(PyExc_TypeError, "%s: %s must be an array of NumPy or another library with __dlpack__, got %.200s", op, name,
-                     Py_TYPE(object)->tp_name);
+        PyErr_Format(PyExc_TypeError, "%s: %s must be an array of NumPy or another library with __dlpack__, got %.200s",
+                     op, name, Py_TYPE(object)->tp_name);
     }
     return false;
 }
@@ -281,8 +291,7 @@ void array_close(mtl_array *opened) {
 
 /* Memory that another library takes over by its from_dlpack: an array of NumPy's with the dtype that its bits stand for. */
 typedef struct memory {
-    PyObject_VAR_HEAD
-    PyArrayObject *bits;
+    PyObject_VAR_HEAD PyArrayObject *bits;
     DLDataType dtype;
     int64_t shape[1]; /* ob_size of them */
 } memory;
@@ -336,14 +345,19 @@ static PyObject *memory_dlpack(PyObject *self, PyObject *args, PyObject *kwargs)
     exported *block = PyMem_Malloc(sizeof *block + rank * sizeof block->shape[0]);
     if (!block) return PyErr_NoMemory();
     memcpy(block->shape, source->shape, rank * sizeof block->shape[0]);
-    DLTensor tensor = {.data = PyArray_DATA(source->bits), .device = {kDLCPU, 0}, .ndim = (int)rank, .dtype = source->dtype, .shape = block->shape};
+    DLTensor tensor = {.data = PyArray_DATA(source->bits),
+                       .device = {kDLCPU, 0},
+                       .ndim = (int)rank,
+                       .dtype = source->dtype,
+                       .shape = block->shape};
     const char *name = unversioned_name;
     if (major >= 1) {
-        block->managed.versioned =
-            (versioned_tensor){.version = {1, 0}, .manager_ctx = block, .deleter = versioned_delete, .dl_tensor = tensor};
+        block->managed.versioned = (versioned_tensor){
+            .version = {1, 0}, .manager_ctx = block, .deleter = versioned_delete, .dl_tensor = tensor};
         name = versioned_name;
     } else {
-        block->managed.unversioned = (DLManagedTensor){.dl_tensor = tensor, .manager_ctx = block, .deleter = unversioned_delete};
+        block->managed.unversioned =
+            (DLManagedTensor){.dl_tensor = tensor, .manager_ctx = block, .deleter = unversioned_delete};
     }
     block->bits = source->bits;
     PyObject *capsule = PyCapsule_New(&block->managed, name, NULL);
@@ -383,10 +397,14 @@ static PyType_Spec memory_spec = {
     .slots = memory_slots,
 };
 
-static PyObject *allocate_memory(mtl_array *opened, module_state *state, DLDataType dtype, int rank, const int64_t *shape) {
+static PyObject *allocate_memory(mtl_array *opened, module_state *state, DLDataType dtype, int rank,
+                                 const int64_t *shape) {
     npy_intp extents[MAX_RANK];
     for (int axis = 0; axis < rank; axis++) extents[axis] = (npy_intp)shape[axis];
-    PyObject *bits = PyArray_SimpleNew(rank, extents, dtype.bits == 16 ? NPY_UINT16 : dtype.bits == 32 ? NPY_UINT32 : NPY_UINT64);
+    PyObject *bits = PyArray_SimpleNew(rank, extents,
+                                       dtype.bits == 16   ? NPY_UINT16
+                                       : dtype.bits == 32 ? NPY_UINT32
+                                                          : NPY_UINT64);
     if (!bits) return NULL;
     memory *result = (memory *)state->memory_type->tp_alloc(state->memory_type, rank);
     if (!result) {
@@ -396,7 +414,11 @@ static PyObject *allocate_memory(mtl_array *opened, module_state *state, DLDataT
     result->bits = (PyArrayObject *)bits;
     result->dtype = dtype;
     memcpy(result->shape, shape, (size_t)rank * sizeof shape[0]);
-    opened->tensor = (DLTensor){.data = PyArray_DATA(result->bits), .device = {kDLCPU, 0}, .ndim = rank, .dtype = dtype, .shape = opened->shape};
+    opened->tensor = (DLTensor){.data = PyArray_DATA(result->bits),
+                                .device = {kDLCPU, 0},
+                                .ndim = rank,
+                                .dtype = dtype,
+                                .shape = opened->shape};
     memcpy(opened->shape, shape, (size_t)rank * sizeof shape[0]);
     opened->object = (PyObject *)result;
     opened->detached = opened->managed = NULL;
@@ -422,10 +444,10 @@ static PyObject *allocate_torch(PyObject *torch, DLDataType dtype, int rank, con
         if (!extent) goto done;
         PyTuple_SET_ITEM(extents, axis, extent);
     }
-    type = PyObject_GetAttrString(torch, dtype.code == kDLBfloat  ? "bfloat16"
-                                         : dtype.bits == 16 ? "float16"
-                                         : dtype.bits == 32 ? "float32"
-                                                            : "float64");
+    type = PyObject_GetAttrString(torch, dtype.code == kDLBfloat ? "bfloat16"
+                                         : dtype.bits == 16      ? "float16"
+                                         : dtype.bits == 32      ? "float32"
+                                                                 : "float64");
     empty = PyObject_GetAttrString(torch, "empty");
     names = Py_BuildValue("(s)", "dtype");
     if (type && empty && names) result = PyObject_Vectorcall(empty, (PyObject *[]){extents, type}, 1, names);
@@ -451,15 +473,16 @@ static int is_torch(PyObject *object, PyObject **torch) {
     return is;
 }
 
-PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype, int rank, const int64_t *shape,
-                         const char *op) {
+PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype, int rank,
+                         const int64_t *shape, const char *op) {
     PyObject *result, *torch;
     if (PyArray_Check(like->object)) {
         result = allocate_numpy(like, dtype, rank, shape);
     } else {
         DLDeviceType device = like->tensor.device.device_type;
         if (device != kDLCPU && device != kDLCUDAHost) {
-            PyErr_Format(PyExc_RuntimeError, "%s: the arrays are on a device of DLPack type %d, which no backend of this build serves", op,
+            PyErr_Format(PyExc_RuntimeError,
+                         "%s: the arrays are on a device of DLPack type %d, which no backend of this build serves", op,
                          (int)device);
             return NULL;
         }
@@ -468,7 +491,7 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
         if (!is) return allocate_memory(opened, state, dtype, rank, shape);
         result = allocate_torch(torch, dtype, rank, shape);
     }
-    if (result && !array_open(opened, state, result, true, op, "out")) {
+    if (result && !array_open(opened, state, result, false, op, "out")) {
         array_close(opened);
         Py_CLEAR(result);
     }
@@ -482,7 +505,8 @@ PyObject *array_finish(PyObject *allocated, module_state *state, const mtl_array
         result = PyObject_CallMethod(namespace, "from_dlpack", "O", allocated);
         Py_DECREF(namespace);
     } else if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
-        PyErr_Format(PyExc_ValueError, "%s: results cannot be allocated as %.200s, which has no __array_namespace__: pass out=", op,
+        PyErr_Format(PyExc_ValueError,
+                     "%s: results cannot be allocated as %.200s, which has no __array_namespace__: pass out=", op,
                      Py_TYPE(like->object)->tp_name);
     }
     Py_DECREF(allocated);
@@ -499,8 +523,8 @@ bool arrays_init(PyObject *module, module_state *state) {
     state->max_version_name = Py_BuildValue("(s)", "max_version");
     state->max_version = Py_BuildValue("(ii)", 1, 3);
     state->memory_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &memory_spec, NULL);
-    return state->dlpack && state->exchange_api && state->requires_grad && state->max_version_name && state->max_version &&
-           state->memory_type;
+    return state->dlpack && state->exchange_api && state->requires_grad && state->max_version_name &&
+           state->max_version && state->memory_type;
 }
 
 void arrays_clear(module_state *state) {

@@ -32,13 +32,14 @@ void arrays_clear(module_state *state);
 
 /* False with an exception set: TypeError for what is no array, ValueError for one that cannot be viewed, or not written to. After
  * either outcome array_close is due. */
-bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool writable, const char *op, const char *name);
+bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool writable, const char *op,
+                const char *name);
 void array_close(mtl_array *opened);
 
 /* Row-contiguous memory, viewed by `opened`, in the library of `like`. Returns a new reference, which array_finish turns into the
  * array that the caller gets. */
-PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype, int rank, const int64_t *shape,
-                         const char *op);
+PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype, int rank,
+                         const int64_t *shape, const char *op);
 PyObject *array_finish(PyObject *allocated, module_state *state, const mtl_array *like, const char *op);
 
 #endif

@@ -33,7 +33,8 @@ static int find_parameter(const mtl_signature *signature, int count, PyObject *k
     return -1;
 }
 
-void call_begin(mtl_call *call, PyObject *module, const mtl_signature *signature, PyObject *const *arguments, Py_ssize_t given, PyObject *keywords) {
+void call_begin(mtl_call *call, PyObject *module, const mtl_signature *signature, PyObject *const *arguments,
+                Py_ssize_t given, PyObject *keywords) {
     int count = parameters_of(signature);
     call->state = PyModule_GetState(module);
     call->signature = signature;
@@ -42,7 +43,8 @@ void call_begin(mtl_call *call, PyObject *module, const mtl_signature *signature
     call->elements = 0;
     for (int i = 0; i < count; i++) call->given[i] = i < given ? arguments[i] : NULL;
     if (given > signature->positional) {
-        call_fail(call, PyExc_TypeError, "%s() takes %d positional arguments but %zd were given", signature->name, signature->positional, given);
+        call_fail(call, PyExc_TypeError, "%s() takes %d positional arguments but %zd were given", signature->name,
+                  signature->positional, given);
         return;
     }
 
@@ -63,7 +65,8 @@ void call_begin(mtl_call *call, PyObject *module, const mtl_signature *signature
     }
     for (int i = 0; i < signature->required; i++) {
         if (call->given[i]) continue;
-        call_fail(call, PyExc_TypeError, "%s() missing required argument: '%s'", signature->name, signature->parameters[i]);
+        call_fail(call, PyExc_TypeError, "%s() missing required argument: '%s'", signature->name,
+                  signature->parameters[i]);
         return;
     }
 }
@@ -87,15 +90,17 @@ DLTensor *call_array(mtl_call *call, int parameter) {
     return take_array(call, call->given[parameter], false, call->signature->parameters[parameter]);
 }
 
-DLTensor *call_optional_array(mtl_call *call, int parameter) { return call_has(call, parameter) ? call_array(call, parameter) : NULL; }
+DLTensor *call_optional_array(mtl_call *call, int parameter) {
+    return call_has(call, parameter) ? call_array(call, parameter) : NULL;
+}
 
 DLTensor *call_writable_array(mtl_call *call, int parameter) {
     return take_array(call, call->given[parameter], true, call->signature->parameters[parameter]);
 }
 
 void call_refuse_type(mtl_call *call, int parameter, const char *wanted) {
-    call_fail(call, PyExc_TypeError, "%s: %s must be %s, got %.200s", call->signature->name, call->signature->parameters[parameter], wanted,
-              Py_TYPE(call->given[parameter])->tp_name);
+    call_fail(call, PyExc_TypeError, "%s: %s must be %s, got %.200s", call->signature->name,
+              call->signature->parameters[parameter], wanted, Py_TYPE(call->given[parameter])->tp_name);
 }
 
 /* None stands for the default, where there is one. */
@@ -114,7 +119,8 @@ double call_real(mtl_call *call, int parameter, double fallback) {
             call_refuse_type(call, parameter, "a real number");
         } else if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
             PyErr_Clear();
-            call_fail(call, PyExc_ValueError, "%s: %s must fit in a float", call->signature->name, call->signature->parameters[parameter]);
+            call_fail(call, PyExc_ValueError, "%s: %s must fit in a float", call->signature->name,
+                      call->signature->parameters[parameter]);
         }
         call->failed = true;
     }
@@ -166,7 +172,8 @@ bool call_bool(mtl_call *call, int parameter) {
 
 /* ---- results ------------------------------------------------------------------------------------------------------------ */
 
-static DLTensor *take_result(mtl_call *call, PyObject *out, const char *name, const DLTensor *like, DLDataType dtype, int rank, const int64_t *shape) {
+static DLTensor *take_result(mtl_call *call, PyObject *out, const char *name, const DLTensor *like, DLDataType dtype,
+                             int rank, const int64_t *shape) {
     if (call->failed) return NULL;
     if (out && out != Py_None) {
         DLTensor *tensor = take_array(call, out, true, name);
@@ -188,21 +195,24 @@ static DLTensor *take_result(mtl_call *call, PyObject *out, const char *name, co
     return &allocated->tensor;
 }
 
-DLTensor *call_result(mtl_call *call, int parameter, const DLTensor *like, DLDataType dtype, int rank, const int64_t *shape) {
+DLTensor *call_result(mtl_call *call, int parameter, const DLTensor *like, DLDataType dtype, int rank,
+                      const int64_t *shape) {
     return take_result(call, call->given[parameter], "out", like, dtype, rank, shape);
 }
 
-DLTensor *call_result_of_two(mtl_call *call, int parameter, int index, const DLTensor *like, DLDataType dtype, int rank, const int64_t *shape) {
+DLTensor *call_result_of_two(mtl_call *call, int parameter, int index, const DLTensor *like, DLDataType dtype, int rank,
+                             const int64_t *shape) {
     PyObject *out = call->given[parameter];
     if (call->failed || !call_has(call, parameter)) return take_result(call, NULL, "out", like, dtype, rank, shape);
     if (!PyTuple_Check(out) || PyTuple_GET_SIZE(out) != 2) {
-        call_fail(call, PyExc_TypeError, "%s: out must be a tuple of two arrays, got %.200s%s", call->signature->name, Py_TYPE(out)->tp_name,
-                  PyTuple_Check(out) ? " of another length" : "");
+        call_fail(call, PyExc_TypeError, "%s: out must be a tuple of two arrays, got %.200s%s", call->signature->name,
+                  Py_TYPE(out)->tp_name, PyTuple_Check(out) ? " of another length" : "");
         return NULL;
     }
     out = PyTuple_GET_ITEM(out, index);
     if (out == Py_None) {
-        call_fail(call, PyExc_TypeError, "%s: out must be a tuple of two arrays, got None in it", call->signature->name);
+        call_fail(call, PyExc_TypeError, "%s: out must be a tuple of two arrays, got None in it",
+                  call->signature->name);
         return NULL;
     }
     return take_result(call, out, index ? "out[1]" : "out[0]", like, dtype, rank, shape);
@@ -242,4 +252,6 @@ DLDataType dtype_promote(DLDataType a, DLDataType b) {
     return a.bits == 64 || b.bits == 64 ? dtype_float64 : dtype_float32;
 }
 
-bool dtype_is_double(const DLTensor *tensor) { return tensor && tensor->dtype.code == kDLFloat && tensor->dtype.bits == 64; }
+bool dtype_is_double(const DLTensor *tensor) {
+    return tensor && tensor->dtype.code == kDLFloat && tensor->dtype.bits == 64;
+}

@@ -33,10 +33,13 @@ typedef struct mtl_call {
     mtl_array array[MAX_ARRAYS];
 } mtl_call;
 
-void call_begin(mtl_call *call, PyObject *module, const mtl_signature *signature, PyObject *const *arguments, Py_ssize_t count, PyObject *keywords);
+void call_begin(mtl_call *call, PyObject *module, const mtl_signature *signature, PyObject *const *arguments,
+                Py_ssize_t count, PyObject *keywords);
 
 /* None counts as not given. */
-static inline bool call_has(const mtl_call *call, int parameter) { return call->given[parameter] && call->given[parameter] != Py_None; }
+static inline bool call_has(const mtl_call *call, int parameter) {
+    return call->given[parameter] && call->given[parameter] != Py_None;
+}
 
 /* NULL where the call failed. */
 DLTensor *call_array(mtl_call *call, int parameter);
@@ -52,25 +55,28 @@ bool call_bool(mtl_call *call, int parameter);
 bool call_is_integer(const mtl_call *call, int parameter);
 bool call_is_array(const mtl_call *call, int parameter);
 
-void call_refuse_type(mtl_call *call, int parameter, const char *wanted); /* TypeError: "op: name must be `wanted`, got int" */
+void call_refuse_type(mtl_call *call, int parameter,
+                      const char *wanted); /* TypeError: "op: name must be `wanted`, got int" */
 void call_fail(mtl_call *call, PyObject *exception, const char *format, ...);
 
 /* The parameter out: one array, or a tuple of two. Where it is not given the result is allocated, in the library of `like`, an array
  * of this call. */
-DLTensor *call_result(mtl_call *call, int parameter, const DLTensor *like, DLDataType dtype, int rank, const int64_t *shape);
-DLTensor *call_result_of_two(mtl_call *call, int parameter, int index, const DLTensor *like, DLDataType dtype, int rank, const int64_t *shape);
+DLTensor *call_result(mtl_call *call, int parameter, const DLTensor *like, DLDataType dtype, int rank,
+                      const int64_t *shape);
+DLTensor *call_result_of_two(mtl_call *call, int parameter, int index, const DLTensor *like, DLDataType dtype, int rank,
+                             const int64_t *shape);
 
 bool call_releases_gil(const mtl_call *call);
 void call_settle(mtl_call *call, metalloid_status status);
 
 /* Runs `expression`, a function of metalloid.h, without the GIL where that is worth it. */
-#define CALL_RUN(call, expression)                                                                                                     \
-    do {                                                                                                                               \
-        if ((call)->failed) break;                                                                                                     \
-        PyThreadState *thread = call_releases_gil(call) ? PyEval_SaveThread() : NULL;                                                  \
-        metalloid_status status = (expression);                                                                                        \
-        if (thread) PyEval_RestoreThread(thread);                                                                                      \
-        call_settle(call, status);                                                                                                     \
+#define CALL_RUN(call, expression)                                                    \
+    do {                                                                              \
+        if ((call)->failed) break;                                                    \
+        PyThreadState *thread = call_releases_gil(call) ? PyEval_SaveThread() : NULL; \
+        metalloid_status status = (expression);                                       \
+        if (thread) PyEval_RestoreThread(thread);                                     \
+        call_settle(call, status);                                                    \
     } while (0)
 
 /* Lets go of the arrays and returns the result, or the two as a tuple; NULL where the call failed. */

@@ -10,29 +10,33 @@
 #define FUNCTION(name) \
     static PyObject *name(PyObject *module, PyObject *const *arguments, Py_ssize_t given, PyObject *keywords)
 
-#define ARRAYS \
-    "Arrays are NumPy's (bfloat16 from ml_dtypes), PyTorch's on the CPU, or any other library's with __dlpack__; none is\n" \
-    "copied, any strides will do. A floating dtype is float32, float16, bfloat16 or float64; arithmetic is float32 inside\n" \
-    "(float64 where an array is) and rounded once. Results come in the library of the first array, unless `out` takes them:\n" \
+#define ARRAYS                                                                                                       \
+    "Arrays are NumPy's (bfloat16 from ml_dtypes), PyTorch's on the CPU, or any other library's with __dlpack__; "   \
+    "none is\n"                                                                                                      \
+    "copied, any strides will do. A floating dtype is float32, float16, bfloat16 or float64; arithmetic is float32 " \
+    "inside\n"                                                                                                       \
+    "(float64 where an array is) and rounded once. Results come in the library of the first array, unless `out` "    \
+    "takes them:\n"                                                                                                  \
     "writable, of the same shape, of any floating dtype. `stream` is ignored.\n"
 
-#define ERRORS \
-    "\n" \
-    "Raises ValueError for a dtype, rank, shape or value that is refused, with nothing written; TypeError for arguments that\n" \
-    "the signature does not have; MemoryError; RuntimeError for arrays on a device that this build has no kernels for.\n"
+#define ERRORS                                                                                                      \
+    "\n"                                                                                                            \
+    "Raises ValueError for a dtype, rank, shape or value that is refused, with nothing written; TypeError for "     \
+    "arguments that\n"                                                                                              \
+    "the signature does not have; MemoryError; RuntimeError for arrays on a device that this build has no kernels " \
+    "for.\n"
 
 /* ---- norms ------------------------------------------------------------------------------------------------------------- */
 
-#define RMS_NORM_DOC \
-    "rms_norm($module, x, weight, eps, *, out=None, stream=None)\n--\n\n" \
-    "Root mean square norm over the last axis: x / sqrt(mean(x**2) + eps) * weight.\n" \
-    "\n" \
+#define RMS_NORM_DOC                                                                                                  \
+    "rms_norm($module, x, weight, eps, *, out=None, stream=None)\n--\n\n"                                             \
+    "Root mean square norm over the last axis: x / sqrt(mean(x**2) + eps) * weight.\n"                                \
+    "\n"                                                                                                              \
     "x: floating, rank 1 or more. weight: floating, {length of the last axis}, or None. eps: finite, not negative.\n" \
-    "Returns an array of x's shape, x and weight promoted. `out` may be x.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> rms_norm(np.array([[3.0, 4.0]], np.float32), None, 0.0)\n" \
+    "Returns an array of x's shape, x and weight promoted. `out` may be x.\n"                                         \
+    "\n" ARRAYS ERRORS "\n"                                                                                           \
+    ">>> import numpy as np\n"                                                                                        \
+    ">>> rms_norm(np.array([[3.0, 4.0]], np.float32), None, 0.0)\n"                                                   \
     "array([[0.84852815, 1.1313709 ]], dtype=float32)\n"
 
 FUNCTION(rms_norm) {
@@ -56,16 +60,16 @@ static DLDataType layer_norm_dtype(DLDataType dtype, const DLTensor *weight, con
     return bias ? dtype_promote(dtype, bias->dtype) : dtype;
 }
 
-#define LAYER_NORM_DOC \
-    "layer_norm($module, x, weight, bias, eps, *, out=None, stream=None)\n--\n\n" \
-    "Layer norm over the last axis: (x - mean) / sqrt(variance + eps) * weight + bias, the variance biased.\n" \
-    "\n" \
-    "x: floating, rank 1 or more. weight, bias: floating, {length of the last axis}, or None. eps: finite, not negative.\n" \
-    "Returns an array of x's shape; x, weight and, where there is a weight, bias promoted. `out` may be x.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> layer_norm(np.array([[1.0, 3.0]], np.float32), None, None, 0.0)\n" \
+#define LAYER_NORM_DOC                                                                                           \
+    "layer_norm($module, x, weight, bias, eps, *, out=None, stream=None)\n--\n\n"                                \
+    "Layer norm over the last axis: (x - mean) / sqrt(variance + eps) * weight + bias, the variance biased.\n"   \
+    "\n"                                                                                                         \
+    "x: floating, rank 1 or more. weight, bias: floating, {length of the last axis}, or None. eps: finite, not " \
+    "negative.\n"                                                                                                \
+    "Returns an array of x's shape; x, weight and, where there is a weight, bias promoted. `out` may be x.\n"    \
+    "\n" ARRAYS ERRORS "\n"                                                                                      \
+    ">>> import numpy as np\n"                                                                                   \
+    ">>> layer_norm(np.array([[1.0, 3.0]], np.float32), None, None, 0.0)\n"                                      \
     "array([[-1.,  1.]], dtype=float32)\n"
 
 FUNCTION(layer_norm) {
@@ -83,19 +87,19 @@ FUNCTION(layer_norm) {
     return call_end(&call);
 }
 
-#define ADD_RMS_NORM_DOC \
-    "add_rms_norm($module, x, residual, weight, eps, *, out=None)\n--\n\n" \
-    "x + residual and its rms_norm, in one pass; the norm is taken from the unrounded sum.\n" \
-    "\n" \
-    "x, residual: floating, same shape, rank 1 or more. weight: floating, {length of the last axis}, or None.\n" \
-    "Returns (sum, norm): x and residual promoted, and with weight. `out` is a tuple of the two; each may be x or residual.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> total, norm = add_rms_norm(np.array([1.0, 1.0]), np.array([2.0, 3.0]), None, 0.0)\n" \
-    ">>> total\n" \
-    "array([3., 4.])\n" \
-    ">>> norm.round(4)\n" \
+#define ADD_RMS_NORM_DOC                                                                                            \
+    "add_rms_norm($module, x, residual, weight, eps, *, out=None)\n--\n\n"                                          \
+    "x + residual and its rms_norm, in one pass; the norm is taken from the unrounded sum.\n"                       \
+    "\n"                                                                                                            \
+    "x, residual: floating, same shape, rank 1 or more. weight: floating, {length of the last axis}, or None.\n"    \
+    "Returns (sum, norm): x and residual promoted, and with weight. `out` is a tuple of the two; each may be x or " \
+    "residual.\n"                                                                                                   \
+    "\n" ARRAYS ERRORS "\n"                                                                                         \
+    ">>> import numpy as np\n"                                                                                      \
+    ">>> total, norm = add_rms_norm(np.array([1.0, 1.0]), np.array([2.0, 3.0]), None, 0.0)\n"                       \
+    ">>> total\n"                                                                                                   \
+    "array([3., 4.])\n"                                                                                             \
+    ">>> norm.round(4)\n"                                                                                           \
     "array([0.8485, 1.1314])\n"
 
 FUNCTION(add_rms_norm) {
@@ -103,7 +107,8 @@ FUNCTION(add_rms_norm) {
     static const mtl_signature signature = {"add_rms_norm", 4, 4, {"x", "residual", "weight", "eps", "out"}};
     mtl_call call;
     call_begin(&call, module, &signature, arguments, given, keywords);
-    const DLTensor *x = call_array(&call, X), *residual = call_array(&call, RESIDUAL), *weight = call_optional_array(&call, WEIGHT);
+    const DLTensor *x = call_array(&call, X), *residual = call_array(&call, RESIDUAL),
+                   *weight = call_optional_array(&call, WEIGHT);
     double eps = call_real(&call, EPS, 0);
     if (call.failed) return call_end(&call);
 
@@ -115,17 +120,17 @@ FUNCTION(add_rms_norm) {
     return call_end(&call);
 }
 
-#define ADD_LAYER_NORM_DOC \
-    "add_layer_norm($module, x, residual, weight, bias, eps, *, out=None)\n--\n\n" \
-    "x + residual and its layer_norm, in one pass; the norm is taken from the unrounded sum.\n" \
-    "\n" \
+#define ADD_LAYER_NORM_DOC                                                                                             \
+    "add_layer_norm($module, x, residual, weight, bias, eps, *, out=None)\n--\n\n"                                     \
+    "x + residual and its layer_norm, in one pass; the norm is taken from the unrounded sum.\n"                        \
+    "\n"                                                                                                               \
     "x, residual: floating, same shape, rank 1 or more. weight, bias: floating, {length of the last axis}, or None.\n" \
-    "Returns (sum, norm): x and residual promoted, and as layer_norm does from there. `out` is a tuple of the two; each may be\n" \
-    "x or residual.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> add_layer_norm(np.array([1.0, 1.0]), np.array([0.0, 2.0]), None, None, 0.0)\n" \
+    "Returns (sum, norm): x and residual promoted, and as layer_norm does from there. `out` is a tuple of the two; "   \
+    "each may be\n"                                                                                                    \
+    "x or residual.\n"                                                                                                 \
+    "\n" ARRAYS ERRORS "\n"                                                                                            \
+    ">>> import numpy as np\n"                                                                                         \
+    ">>> add_layer_norm(np.array([1.0, 1.0]), np.array([0.0, 2.0]), None, None, 0.0)\n"                                \
     "(array([1., 3.]), array([-1.,  1.]))\n"
 
 FUNCTION(add_layer_norm) {
@@ -147,8 +152,19 @@ FUNCTION(add_layer_norm) {
 
 /* ---- rotary position embedding ------------------------------------------------------------------------------------------ */
 
-#define ROPE_PARAMETERS "traditional", "base", "scale", "offset", "freqs", "position_ids", "inv_freqs", "time_axis", "out"
-enum { ROPE_TRADITIONAL, ROPE_BASE, ROPE_SCALE, ROPE_OFFSET, ROPE_FREQS, ROPE_POSITION_IDS, ROPE_INV_FREQS, ROPE_TIME_AXIS, ROPE_OUT };
+#define ROPE_PARAMETERS \
+    "traditional", "base", "scale", "offset", "freqs", "position_ids", "inv_freqs", "time_axis", "out"
+enum {
+    ROPE_TRADITIONAL,
+    ROPE_BASE,
+    ROPE_SCALE,
+    ROPE_OFFSET,
+    ROPE_FREQS,
+    ROPE_POSITION_IDS,
+    ROPE_INV_FREQS,
+    ROPE_TIME_AXIS,
+    ROPE_OUT
+};
 
 /* The parameters ROPE_PARAMETERS, the first of which stands at `first`. */
 static metalloid_rope_options rope_options(mtl_call *call, int first, int rank) {
@@ -171,38 +187,40 @@ static metalloid_rope_options rope_options(mtl_call *call, int first, int rank) 
     if (call->failed) return options;
     if (axis == -2 || axis == rank - 2) options.time_axis = METALLOID_TIME_SECOND_TO_LAST;
     else if (axis == 1 || axis == 1 - rank) options.time_axis = METALLOID_TIME_AXIS_1;
-    else call_fail(call, PyExc_ValueError, "%s: time_axis must be -2, the second to last, or 1, got %lld", name, (long long)axis);
+    else
+        call_fail(call, PyExc_ValueError, "%s: time_axis must be -2, the second to last, or 1, got %lld", name,
+                  (long long)axis);
     return options;
 }
 
-#define ROPE_ARGUMENTS \
-    "traditional: pairs (x[2i], x[2i+1]) instead of (x[i], x[i + dims/2]).\n" \
-    "base: of the inverse frequencies base**(-2i/dims), finite and positive; None with freqs or inv_freqs.\n" \
-    "scale: multiplies positions.\n" \
+#define ROPE_ARGUMENTS                                                                                                \
+    "traditional: pairs (x[2i], x[2i+1]) instead of (x[i], x[i + dims/2]).\n"                                         \
+    "base: of the inverse frequencies base**(-2i/dims), finite and positive; None with freqs or inv_freqs.\n"         \
+    "scale: multiplies positions.\n"                                                                                  \
     "offset: position of the first time step, an integer, or an integer array {}, {1} or {B}; 0 with position_ids.\n" \
-    "freqs: real, {dims/2}, inverse frequencies are 1/freqs. inv_freqs: real, {dims/2}, used as given.\n" \
-    "position_ids: integer, {B, T}, a position for each token in any order.\n" \
+    "freqs: real, {dims/2}, inverse frequencies are 1/freqs. inv_freqs: real, {dims/2}, used as given.\n"             \
+    "position_ids: integer, {B, T}, a position for each token in any order.\n"                                        \
     "time_axis: where time stands, -2 ({B, ..., T, D}) or 1 ({B, T, ..., D}).\n"
 
-#define ROPE_DOC \
-    "rope($module, a, dims, *, traditional, base, scale, offset, freqs=None, position_ids=None, inv_freqs=None, " \
-    "time_axis=-2, out=None, stream=None)\n--\n\n" \
-    "Rotary position embedding: pair i of the first `dims` features turns by position * scale * inv_freq[i].\n" \
-    "\n" \
-    "a: floating, rank 3 or more, batch first. dims: even, 2 to the length of the last axis; further features pass through.\n" \
-    ROPE_ARGUMENTS \
-    "Returns an array of a's shape and dtype. Angles are float64 inside, so that large positions stay exact. `out` may be a.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> x = np.ones((1, 2, 2), np.float32)\n" \
-    ">>> rope(x, 2, traditional=False, base=10000.0, scale=1.0, offset=0).round(4)\n" \
-    "array([[[ 1.    ,  1.    ],\n" \
+#define ROPE_DOC                                                                                                     \
+    "rope($module, a, dims, *, traditional, base, scale, offset, freqs=None, position_ids=None, inv_freqs=None, "    \
+    "time_axis=-2, out=None, stream=None)\n--\n\n"                                                                   \
+    "Rotary position embedding: pair i of the first `dims` features turns by position * scale * inv_freq[i].\n"      \
+    "\n"                                                                                                             \
+    "a: floating, rank 3 or more, batch first. dims: even, 2 to the length of the last axis; further features pass " \
+    "through.\n" ROPE_ARGUMENTS "Returns an array of a's shape and dtype. Angles are float64 inside, so that large " \
+                                "positions stay exact. `out` may be a.\n"                                            \
+    "\n" ARRAYS ERRORS "\n"                                                                                          \
+    ">>> import numpy as np\n"                                                                                       \
+    ">>> x = np.ones((1, 2, 2), np.float32)\n"                                                                       \
+    ">>> rope(x, 2, traditional=False, base=10000.0, scale=1.0, offset=0).round(4)\n"                                \
+    "array([[[ 1.    ,  1.    ],\n"                                                                                  \
     "        [-0.3012,  1.3818]]], dtype=float32)\n"
 
 FUNCTION(rope) {
     enum { A, DIMS, OPTIONS, OUT = OPTIONS + ROPE_OUT, STREAM };
-    static const mtl_signature signature = {"rope", 2, OPTIONS + ROPE_OFFSET + 1, {"a", "dims", ROPE_PARAMETERS, "stream"}};
+    static const mtl_signature signature = {
+        "rope", 2, OPTIONS + ROPE_OFFSET + 1, {"a", "dims", ROPE_PARAMETERS, "stream"}};
     mtl_call call;
     call_begin(&call, module, &signature, arguments, given, keywords);
     const DLTensor *a = call_array(&call, A);
@@ -214,27 +232,28 @@ FUNCTION(rope) {
     return call_end(&call);
 }
 
-#define QK_NORM_ROPE_DOC \
-    "qk_norm_rope($module, q, k, q_weight, k_weight, eps, dims, *, traditional, base, scale, offset, freqs=None, " \
-    "position_ids=None, inv_freqs=None, time_axis=-2, out=None)\n--\n\n" \
-    "rms_norm of each head of q and k, then rope, in one pass (as in Qwen3).\n" \
-    "\n" \
-    "q: floating, {B, N_q, T, D}. k: floating, {B, N_kv, T, D}; {B, T, N, D} with time_axis=1. q_weight, k_weight: floating,\n" \
-    "{D}, or None. eps: finite, not negative. dims: even, 2 to D.\n" \
-    ROPE_ARGUMENTS \
-    "Returns (q, k): each promoted with its weight. `out` is a tuple of the two; they may be q and k.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> q, k = np.full((1, 2, 1, 2), 3.0), np.full((1, 1, 1, 2), 5.0)\n" \
-    ">>> q, k = qk_norm_rope(q, k, None, None, 0.0, 2, traditional=False, base=10000.0, scale=1.0, offset=0)\n" \
-    ">>> q.ravel(), k.ravel()\n" \
+#define QK_NORM_ROPE_DOC                                                                                             \
+    "qk_norm_rope($module, q, k, q_weight, k_weight, eps, dims, *, traditional, base, scale, offset, freqs=None, "   \
+    "position_ids=None, inv_freqs=None, time_axis=-2, out=None)\n--\n\n"                                             \
+    "rms_norm of each head of q and k, then rope, in one pass (as in Qwen3).\n"                                      \
+    "\n"                                                                                                             \
+    "q: floating, {B, N_q, T, D}. k: floating, {B, N_kv, T, D}; {B, T, N, D} with time_axis=1. q_weight, k_weight: " \
+    "floating,\n"                                                                                                    \
+    "{D}, or None. eps: finite, not negative. dims: even, 2 to D.\n" ROPE_ARGUMENTS                                  \
+    "Returns (q, k): each promoted with its weight. `out` is a tuple of the two; they may be q and k.\n"             \
+    "\n" ARRAYS ERRORS "\n"                                                                                          \
+    ">>> import numpy as np\n"                                                                                       \
+    ">>> q, k = np.full((1, 2, 1, 2), 3.0), np.full((1, 1, 1, 2), 5.0)\n"                                            \
+    ">>> q, k = qk_norm_rope(q, k, None, None, 0.0, 2, traditional=False, base=10000.0, scale=1.0, offset=0)\n"      \
+    ">>> q.ravel(), k.ravel()\n"                                                                                     \
     "(array([1., 1., 1., 1.]), array([1., 1.]))\n"
 
 FUNCTION(qk_norm_rope) {
     enum { Q, K, Q_WEIGHT, K_WEIGHT, EPS, DIMS, OPTIONS, OUT = OPTIONS + ROPE_OUT };
-    static const mtl_signature signature = {
-        "qk_norm_rope", 6, OPTIONS + ROPE_OFFSET + 1, {"q", "k", "q_weight", "k_weight", "eps", "dims", ROPE_PARAMETERS}};
+    static const mtl_signature signature = {"qk_norm_rope",
+                                            6,
+                                            OPTIONS + ROPE_OFFSET + 1,
+                                            {"q", "k", "q_weight", "k_weight", "eps", "dims", ROPE_PARAMETERS}};
     mtl_call call;
     call_begin(&call, module, &signature, arguments, given, keywords);
     const DLTensor *q = call_array(&call, Q), *k = call_array(&call, K);
@@ -253,15 +272,15 @@ FUNCTION(qk_norm_rope) {
 
 /* ---- gated activations ---------------------------------------------------------------------------------------------------- */
 
-#define SWIGLU_DOC \
-    "swiglu($module, gate, up, *, out=None)\n--\n\n" \
-    "silu(gate) * up, where silu(x) = x / (1 + exp(-x)).\n" \
-    "\n" \
-    "gate, up: floating, same shape, any rank. Returns an array of that shape, both promoted. `out` may be gate or up.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> swiglu(np.array([0.0, 1.0]), np.array([5.0, 2.0])).round(4)\n" \
+#define SWIGLU_DOC                                                                                                   \
+    "swiglu($module, gate, up, *, out=None)\n--\n\n"                                                                 \
+    "silu(gate) * up, where silu(x) = x / (1 + exp(-x)).\n"                                                          \
+    "\n"                                                                                                             \
+    "gate, up: floating, same shape, any rank. Returns an array of that shape, both promoted. `out` may be gate or " \
+    "up.\n"                                                                                                          \
+    "\n" ARRAYS ERRORS "\n"                                                                                          \
+    ">>> import numpy as np\n"                                                                                       \
+    ">>> swiglu(np.array([0.0, 1.0]), np.array([5.0, 2.0])).round(4)\n"                                              \
     "array([0.    , 1.4621])\n"
 
 FUNCTION(swiglu) {
@@ -277,15 +296,15 @@ FUNCTION(swiglu) {
     return call_end(&call);
 }
 
-#define GEGLU_DOC \
-    "geglu($module, gate, up, *, approximate='none', out=None)\n--\n\n" \
-    "gelu(gate) * up; gelu(x) is x/2 (1 + erf(x / sqrt 2)), or with approximate='tanh' that of tanh.\n" \
-    "\n" \
-    "gate, up: floating, same shape, any rank. Returns an array of that shape, both promoted. `out` may be gate or up.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> geglu(np.array([0.0, 1.0]), np.array([5.0, 2.0])).round(4)\n" \
+#define GEGLU_DOC                                                                                                    \
+    "geglu($module, gate, up, *, approximate='none', out=None)\n--\n\n"                                              \
+    "gelu(gate) * up; gelu(x) is x/2 (1 + erf(x / sqrt 2)), or with approximate='tanh' that of tanh.\n"              \
+    "\n"                                                                                                             \
+    "gate, up: floating, same shape, any rank. Returns an array of that shape, both promoted. `out` may be gate or " \
+    "up.\n"                                                                                                          \
+    "\n" ARRAYS ERRORS "\n"                                                                                          \
+    ">>> import numpy as np\n"                                                                                       \
+    ">>> geglu(np.array([0.0, 1.0]), np.array([5.0, 2.0])).round(4)\n"                                               \
     "array([0.    , 1.6827])\n"
 
 FUNCTION(geglu) {
@@ -312,39 +331,59 @@ FUNCTION(geglu) {
 
 /* ---- attention -------------------------------------------------------------------------------------------------------------- */
 
-#define SCALED_DOT_PRODUCT_ATTENTION_DOC \
-    "scaled_dot_product_attention($module, q, k, v, *, scale, mask=None, sinks=None, force_fused=False, causal=False, " \
-    "key_mask=None, window=None, softcap=None, causal_offset=None, return_logsumexp=False, out=None, stream=None)\n--\n\n" \
-    "softmax(scale * q @ k.T + mask) @ v, without storing the scores.\n" \
-    "\n" \
-    "q: floating, {B, N_q, T_q, D}. k: floating, {B, N_kv, T_kv, D}. v: floating, {B, N_kv, T_kv, D_v}. N_q is a multiple of\n" \
-    "N_kv. What hides keys combines freely; a query that sees none gives zeros.\n" \
-    "scale: finite, multiplies the scores.\n" \
-    "mask: None, 'causal' (as causal=True), or an array that broadcasts to {B, N_q, T_q, T_kv}: bool, where False hides, or\n" \
-    "real, added to the scores.\n" \
-    "sinks: floating, {N_q}, a logit a head without a value.\n" \
-    "causal: query i sees key j when j <= i + causal_offset, which is T_kv - T_q where not given.\n" \
-    "key_mask: bool or integer, {B, T_kv}, 0 hides.\n" \
-    "window: query i sees only the last `window` keys up to i + causal_offset.\n" \
-    "softcap: scores become softcap * tanh(scores / softcap) before the mask.\n" \
-    "Returns {B, N_q, T_q, D_v}, q, k and v promoted; with return_logsumexp=True (out, logsumexp), the latter {B, N_q, T_q}\n" \
-    "and float32 (float64 for float64), `out` then a tuple of the two. `force_fused` changes nothing.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> q = k = np.zeros((1, 1, 2, 4), np.float32)\n" \
-    ">>> v = np.array([[[[1.0], [3.0]]]], np.float32)\n" \
-    ">>> scaled_dot_product_attention(q, k, v, scale=0.5, mask='causal').ravel()\n" \
+#define SCALED_DOT_PRODUCT_ATTENTION_DOC                                                                            \
+    "scaled_dot_product_attention($module, q, k, v, *, scale, mask=None, sinks=None, force_fused=False, "           \
+    "causal=False, "                                                                                                \
+    "key_mask=None, window=None, softcap=None, causal_offset=None, return_logsumexp=False, out=None, "              \
+    "stream=None)\n--\n\n"                                                                                          \
+    "softmax(scale * q @ k.T + mask) @ v, without storing the scores.\n"                                            \
+    "\n"                                                                                                            \
+    "q: floating, {B, N_q, T_q, D}. k: floating, {B, N_kv, T_kv, D}. v: floating, {B, N_kv, T_kv, D_v}. N_q is a "  \
+    "multiple of\n"                                                                                                 \
+    "N_kv. What hides keys combines freely; a query that sees none gives zeros.\n"                                  \
+    "scale: finite, multiplies the scores.\n"                                                                       \
+    "mask: None, 'causal' (as causal=True), or an array that broadcasts to {B, N_q, T_q, T_kv}: bool, where False " \
+    "hides, or\n"                                                                                                   \
+    "real, added to the scores.\n"                                                                                  \
+    "sinks: floating, {N_q}, a logit a head without a value.\n"                                                     \
+    "causal: query i sees key j when j <= i + causal_offset, which is T_kv - T_q where not given.\n"                \
+    "key_mask: bool or integer, {B, T_kv}, 0 hides.\n"                                                              \
+    "window: query i sees only the last `window` keys up to i + causal_offset.\n"                                   \
+    "softcap: scores become softcap * tanh(scores / softcap) before the mask.\n"                                    \
+    "Returns {B, N_q, T_q, D_v}, q, k and v promoted; with return_logsumexp=True (out, logsumexp), the latter {B, " \
+    "N_q, T_q}\n"                                                                                                   \
+    "and float32 (float64 for float64), `out` then a tuple of the two. `force_fused` changes nothing.\n"            \
+    "\n" ARRAYS ERRORS "\n"                                                                                         \
+    ">>> import numpy as np\n"                                                                                      \
+    ">>> q = k = np.zeros((1, 1, 2, 4), np.float32)\n"                                                              \
+    ">>> v = np.array([[[[1.0], [3.0]]]], np.float32)\n"                                                            \
+    ">>> scaled_dot_product_attention(q, k, v, scale=0.5, mask='causal').ravel()\n"                                 \
     "array([1., 2.], dtype=float32)\n"
 
 FUNCTION(scaled_dot_product_attention) {
-    enum { Q, K, V, SCALE, MASK, SINKS, FORCE_FUSED, CAUSAL, KEY_MASK, WINDOW, SOFTCAP, CAUSAL_OFFSET, RETURN_LOGSUMEXP, OUT, STREAM };
-    static const mtl_signature signature = {
-        "scaled_dot_product_attention",
-        3,
-        4,
-        {"q", "k", "v", "scale", "mask", "sinks", "force_fused", "causal", "key_mask", "window", "softcap", "causal_offset",
-         "return_logsumexp", "out", "stream"}};
+    enum {
+        Q,
+        K,
+        V,
+        SCALE,
+        MASK,
+        SINKS,
+        FORCE_FUSED,
+        CAUSAL,
+        KEY_MASK,
+        WINDOW,
+        SOFTCAP,
+        CAUSAL_OFFSET,
+        RETURN_LOGSUMEXP,
+        OUT,
+        STREAM
+    };
+    static const mtl_signature signature = {"scaled_dot_product_attention",
+                                            3,
+                                            4,
+                                            {"q", "k", "v", "scale", "mask", "sinks", "force_fused", "causal",
+                                             "key_mask", "window", "softcap", "causal_offset", "return_logsumexp",
+                                             "out", "stream"}};
     mtl_call call;
     call_begin(&call, module, &signature, arguments, given, keywords);
     const DLTensor *q = call_array(&call, Q), *k = call_array(&call, K), *v = call_array(&call, V);
@@ -354,7 +393,8 @@ FUNCTION(scaled_dot_product_attention) {
     if (!call.failed && call_has(&call, MASK) && PyUnicode_Check(call.given[MASK])) {
         options.causal = PyUnicode_CompareWithASCIIString(call.given[MASK], "causal") == 0;
         if (!options.causal) {
-            call_fail(&call, PyExc_ValueError, "%s: mask must be 'causal', an array or None, got %R", signature.name, call.given[MASK]);
+            call_fail(&call, PyExc_ValueError, "%s: mask must be 'causal', an array or None, got %R", signature.name,
+                      call.given[MASK]);
         }
     } else {
         options.mask = call_optional_array(&call, MASK);
@@ -374,7 +414,8 @@ FUNCTION(scaled_dot_product_attention) {
     if (call_has(&call, SOFTCAP) && options.softcap == 0) {
         call_fail(&call, PyExc_ValueError, "%s: softcap must be finite and positive, got 0", signature.name);
     }
-    if (call_has(&call, CAUSAL_OFFSET) && options.causal_offset == METALLOID_CAUSAL_OFFSET_DEFAULT) options.causal_offset++;
+    if (call_has(&call, CAUSAL_OFFSET) && options.causal_offset == METALLOID_CAUSAL_OFFSET_DEFAULT)
+        options.causal_offset++;
 
     DLDataType dtype = dtype_promote(dtype_promote(q->dtype, k->dtype), v->dtype);
     int64_t shape[MAX_RANK];
@@ -384,8 +425,8 @@ FUNCTION(scaled_dot_product_attention) {
     if (with_logsumexp) {
         out = call_result_of_two(&call, OUT, 0, q, dtype, q->ndim, shape);
         bool in_double = dtype_is_double(q) || dtype_is_double(k) || dtype_is_double(v) || dtype_is_double(out);
-        options.logsumexp =
-            call_result_of_two(&call, OUT, 1, q, in_double ? dtype_float64 : dtype_float32, q->ndim < 3 ? q->ndim : 3, q->shape);
+        options.logsumexp = call_result_of_two(&call, OUT, 1, q, in_double ? dtype_float64 : dtype_float32,
+                                               q->ndim < 3 ? q->ndim : 3, q->shape);
     } else {
         out = call_result(&call, OUT, q, dtype, q->ndim, shape);
     }
@@ -400,8 +441,8 @@ static int64_t single_integer(mtl_call *call, int parameter) {
     bool single = tensor->ndim == 0 || (tensor->ndim == 1 && tensor->shape[0] == 1);
     bool integer = (tensor->dtype.code == kDLInt || tensor->dtype.code == kDLUInt) && tensor->dtype.lanes == 1;
     if (!single || !integer || !tensor->data || tensor->device.device_type != kDLCPU) {
-        call_fail(call, PyExc_ValueError, "%s: %s must be an integer or an integer array {} or {1} on the CPU", call->signature->name,
-                  call->signature->parameters[parameter]);
+        call_fail(call, PyExc_ValueError, "%s: %s must be an integer or an integer array {} or {1} on the CPU",
+                  call->signature->name, call->signature->parameters[parameter]);
         return 0;
     }
     const char *element = (const char *)tensor->data + tensor->byte_offset;
@@ -425,31 +466,34 @@ static int64_t single_integer(mtl_call *call, int parameter) {
     }
 }
 
-#define KV_CACHE_SDPA_UPDATE_DOC \
-    "kv_cache_sdpa_update($module, q, new_k, new_v, k_cache, v_cache, offset, key_mask, scale, *, out=None)\n--\n\n" \
-    "A decode step: writes new_k and new_v into the caches at time `offset`, then attends over the caches.\n" \
-    "\n" \
-    "q: floating, {B, T_q, N_q, D}. new_k: {B, T_q, N_kv, D}, new_v: {B, T_q, N_kv, D_v}, of the caches' dtypes.\n" \
-    "k_cache: floating, {B, T_max, N_kv, D}, v_cache: {B, T_max, N_kv, D_v}: both writable, and updated in place.\n" \
-    "offset: 0 to T_max - T_q, an integer or an integer array {} or {1}.\n" \
-    "key_mask: bool or integer, {B, T_max}, 0 hides; None hides nothing, not even what is not filled yet. With more than one\n" \
-    "query each sees the keys up to its own only. scale: finite, multiplies the scores.\n" \
-    "Returns {B, N_q, T_q, D_v}, q and the caches promoted.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> q = new_k = np.zeros((1, 1, 1, 2), np.float32)\n" \
-    ">>> k_cache, v_cache = np.zeros((1, 4, 1, 2), np.float32), np.full((1, 4, 1, 2), 3.0, np.float32)\n" \
-    ">>> visible = np.array([[True, True, False, False]])\n" \
-    ">>> kv_cache_sdpa_update(q, new_k, np.full_like(new_k, 5.0), k_cache, v_cache, 1, visible, 1.0).ravel()\n" \
-    "array([4., 4.], dtype=float32)\n" \
-    ">>> v_cache[0, :, 0, 0]\n" \
+#define KV_CACHE_SDPA_UPDATE_DOC                                                                                      \
+    "kv_cache_sdpa_update($module, q, new_k, new_v, k_cache, v_cache, offset, key_mask, scale, *, out=None)\n--\n\n"  \
+    "A decode step: writes new_k and new_v into the caches at time `offset`, then attends over the caches.\n"         \
+    "\n"                                                                                                              \
+    "q: floating, {B, T_q, N_q, D}. new_k: {B, T_q, N_kv, D}, new_v: {B, T_q, N_kv, D_v}, of the caches' dtypes.\n"   \
+    "k_cache: floating, {B, T_max, N_kv, D}, v_cache: {B, T_max, N_kv, D_v}: both writable, and updated in place.\n"  \
+    "offset: 0 to T_max - T_q, an integer or an integer array {} or {1}.\n"                                           \
+    "key_mask: bool or integer, {B, T_max}, 0 hides; None hides nothing, not even what is not filled yet. With more " \
+    "than one\n"                                                                                                      \
+    "query each sees the keys up to its own only. scale: finite, multiplies the scores.\n"                            \
+    "Returns {B, N_q, T_q, D_v}, q and the caches promoted.\n"                                                        \
+    "\n" ARRAYS ERRORS "\n"                                                                                           \
+    ">>> import numpy as np\n"                                                                                        \
+    ">>> q = new_k = np.zeros((1, 1, 1, 2), np.float32)\n"                                                            \
+    ">>> k_cache, v_cache = np.zeros((1, 4, 1, 2), np.float32), np.full((1, 4, 1, 2), 3.0, np.float32)\n"             \
+    ">>> visible = np.array([[True, True, False, False]])\n"                                                          \
+    ">>> kv_cache_sdpa_update(q, new_k, np.full_like(new_k, 5.0), k_cache, v_cache, 1, visible, 1.0).ravel()\n"       \
+    "array([4., 4.], dtype=float32)\n"                                                                                \
+    ">>> v_cache[0, :, 0, 0]\n"                                                                                       \
     "array([3., 5., 3., 3.], dtype=float32)\n"
 
 FUNCTION(kv_cache_sdpa_update) {
     enum { Q, NEW_K, NEW_V, K_CACHE, V_CACHE, OFFSET, KEY_MASK, SCALE, OUT };
     static const mtl_signature signature = {
-        "kv_cache_sdpa_update", 8, 8, {"q", "new_k", "new_v", "k_cache", "v_cache", "offset", "key_mask", "scale", "out"}};
+        "kv_cache_sdpa_update",
+        8,
+        8,
+        {"q", "new_k", "new_v", "k_cache", "v_cache", "offset", "key_mask", "scale", "out"}};
     mtl_call call;
     call_begin(&call, module, &signature, arguments, given, keywords);
     const DLTensor *q = call_array(&call, Q), *new_k = call_array(&call, NEW_K), *new_v = call_array(&call, NEW_V);
@@ -471,27 +515,29 @@ FUNCTION(kv_cache_sdpa_update) {
     }
     DLDataType dtype = dtype_promote(dtype_promote(q->dtype, k_cache->dtype), v_cache->dtype);
     DLTensor *out = call_result(&call, OUT, q, dtype, q->ndim, shape);
-    CALL_RUN(&call, metalloid_kv_cache_sdpa_update(NULL, q, new_k, new_v, k_cache, v_cache, offset, key_mask, scale, out));
+    CALL_RUN(&call,
+             metalloid_kv_cache_sdpa_update(NULL, q, new_k, new_v, k_cache, v_cache, offset, key_mask, scale, out));
     return call_end(&call);
 }
 
 /* ---- loss ----------------------------------------------------------------------------------------------------------------- */
 
-#define CROSS_ENTROPY_DOC \
-    "cross_entropy($module, logits, targets, *, ignore_index=None, out=None, stream=None)\n--\n\n" \
-    "logsumexp(logits, last axis) - logits[..., target], reading the logits once.\n" \
-    "\n" \
-    "logits: floating, {..., V}, rank 1 or more. targets: integer, {...}, each 0 to V - 1, or ignore_index, which gives 0.\n" \
-    "Returns float32 of the shape of targets, whatever the logits' dtype.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> cross_entropy(np.zeros((2, 4), np.float16), np.array([3, -100]), ignore_index=-100)\n" \
+#define CROSS_ENTROPY_DOC                                                                                           \
+    "cross_entropy($module, logits, targets, *, ignore_index=None, out=None, stream=None)\n--\n\n"                  \
+    "logsumexp(logits, last axis) - logits[..., target], reading the logits once.\n"                                \
+    "\n"                                                                                                            \
+    "logits: floating, {..., V}, rank 1 or more. targets: integer, {...}, each 0 to V - 1, or ignore_index, which " \
+    "gives 0.\n"                                                                                                    \
+    "Returns float32 of the shape of targets, whatever the logits' dtype.\n"                                        \
+    "\n" ARRAYS ERRORS "\n"                                                                                         \
+    ">>> import numpy as np\n"                                                                                      \
+    ">>> cross_entropy(np.zeros((2, 4), np.float16), np.array([3, -100]), ignore_index=-100)\n"                     \
     "array([1.3862944, 0.       ], dtype=float32)\n"
 
 FUNCTION(cross_entropy) {
     enum { LOGITS, TARGETS, IGNORE_INDEX, OUT, STREAM };
-    static const mtl_signature signature = {"cross_entropy", 2, 2, {"logits", "targets", "ignore_index", "out", "stream"}};
+    static const mtl_signature signature = {
+        "cross_entropy", 2, 2, {"logits", "targets", "ignore_index", "out", "stream"}};
     mtl_call call;
     call_begin(&call, module, &signature, arguments, given, keywords);
     const DLTensor *logits = call_array(&call, LOGITS), *targets = call_array(&call, TARGETS);
@@ -507,23 +553,25 @@ FUNCTION(cross_entropy) {
 
 /* ---- gated delta rule ------------------------------------------------------------------------------------------------------- */
 
-#define GATED_DELTA_UPDATE_DOC \
-    "gated_delta_update($module, q, k, v, gamma, beta, initial_state=None, mask=None, stream=None, *, out=None)\n--\n\n" \
-    "The gated delta rule: at each step S = S * gamma; S = S + beta (v - S k) k.T; the output is S q.\n" \
-    "\n" \
-    "q, k: floating, {B, T, H_k, D_k}. v: floating, {B, T, H_v, D_v}, H_v a multiple of H_k. gamma: floating, the decay itself,\n" \
-    "{B, T, H_v}, or a channel's own, {B, T, H_v, D_k}. beta: floating, {B, T, H_v}.\n" \
-    "initial_state: floating, {B, H_v, D_v, D_k}, or None for zeros.\n" \
-    "mask: bool or integer, {B, T}; a step of mask 0 leaves the state as it was and gives 0.\n" \
-    "Returns the list [out, state]: {B, T, H_v, D_v}, q and k promoted, and {B, H_v, D_v, D_k}, float32 (float64 where an array\n" \
-    "is). `out` is a tuple of the two; the state may be initial_state.\n" \
-    "\n" ARRAYS ERRORS \
-    "\n" \
-    ">>> import numpy as np\n" \
-    ">>> q = k = np.ones((1, 2, 1, 1), np.float32)\n" \
-    ">>> gamma = beta = np.full((1, 2, 1), 0.5, np.float32)\n" \
-    ">>> out, state = gated_delta_update(q, k, 4 * q, gamma, beta)\n" \
-    ">>> out.ravel(), state.ravel()\n" \
+#define GATED_DELTA_UPDATE_DOC                                                                                      \
+    "gated_delta_update($module, q, k, v, gamma, beta, initial_state=None, mask=None, stream=None, *, "             \
+    "out=None)\n--\n\n"                                                                                             \
+    "The gated delta rule: at each step S = S * gamma; S = S + beta (v - S k) k.T; the output is S q.\n"            \
+    "\n"                                                                                                            \
+    "q, k: floating, {B, T, H_k, D_k}. v: floating, {B, T, H_v, D_v}, H_v a multiple of H_k. gamma: floating, the " \
+    "decay itself,\n"                                                                                               \
+    "{B, T, H_v}, or a channel's own, {B, T, H_v, D_k}. beta: floating, {B, T, H_v}.\n"                             \
+    "initial_state: floating, {B, H_v, D_v, D_k}, or None for zeros.\n"                                             \
+    "mask: bool or integer, {B, T}; a step of mask 0 leaves the state as it was and gives 0.\n"                     \
+    "Returns the list [out, state]: {B, T, H_v, D_v}, q and k promoted, and {B, H_v, D_v, D_k}, float32 (float64 "  \
+    "where an array\n"                                                                                              \
+    "is). `out` is a tuple of the two; the state may be initial_state.\n"                                           \
+    "\n" ARRAYS ERRORS "\n"                                                                                         \
+    ">>> import numpy as np\n"                                                                                      \
+    ">>> q = k = np.ones((1, 2, 1, 1), np.float32)\n"                                                               \
+    ">>> gamma = beta = np.full((1, 2, 1), 0.5, np.float32)\n"                                                      \
+    ">>> out, state = gated_delta_update(q, k, 4 * q, gamma, beta)\n"                                               \
+    ">>> out.ravel(), state.ravel()\n"                                                                              \
     "(array([2. , 2.5], dtype=float32), array([2.5], dtype=float32))\n"
 
 FUNCTION(gated_delta_update) {
@@ -538,8 +586,8 @@ FUNCTION(gated_delta_update) {
     if (call.failed) return call_end(&call);
 
     DLTensor *out = call_result_of_two(&call, OUT, 0, q, dtype_promote(q->dtype, k->dtype), v->ndim, v->shape);
-    bool in_double = dtype_is_double(q) || dtype_is_double(k) || dtype_is_double(v) || dtype_is_double(gamma) || dtype_is_double(beta) ||
-                     dtype_is_double(initial_state);
+    bool in_double = dtype_is_double(q) || dtype_is_double(k) || dtype_is_double(v) || dtype_is_double(gamma) ||
+                     dtype_is_double(beta) || dtype_is_double(initial_state);
     int64_t shape[4] = {0, 0, 0, 0};
     if (v->ndim == 4 && q->ndim == 4) {
         shape[0] = v->shape[0];
@@ -557,20 +605,22 @@ FUNCTION(gated_delta_update) {
 
 /* ---- the process ------------------------------------------------------------------------------------------------------------ */
 
-#define SET_NUM_THREADS_DOC \
-    "set_num_threads($module, threads, /)\n--\n\n" \
-    "At most so many threads, the caller's included, work on one call; 0 returns to METALLOID_NUM_THREADS or the CPUs that\n" \
-    "the process may use. ValueError for a negative number.\n" \
-    "\n" \
-    ">>> set_num_threads(2)\n" \
-    ">>> get_num_threads()\n" \
-    "2\n" \
+#define SET_NUM_THREADS_DOC                                                                                        \
+    "set_num_threads($module, threads, /)\n--\n\n"                                                                 \
+    "At most so many threads, the caller's included, work on one call; 0 returns to METALLOID_NUM_THREADS or the " \
+    "CPUs that\n"                                                                                                  \
+    "the process may use. ValueError for a negative number.\n"                                                     \
+    "\n"                                                                                                           \
+    ">>> set_num_threads(2)\n"                                                                                     \
+    ">>> get_num_threads()\n"                                                                                      \
+    "2\n"                                                                                                          \
     ">>> set_num_threads(0)\n"
 
 static PyObject *set_num_threads(PyObject *module, PyObject *threads) {
     (void)module;
     if (PyBool_Check(threads) || !PyIndex_Check(threads)) {
-        return PyErr_Format(PyExc_TypeError, "set_num_threads: threads must be an integer, got %.200s", Py_TYPE(threads)->tp_name);
+        return PyErr_Format(PyExc_TypeError, "set_num_threads: threads must be an integer, got %.200s",
+                            Py_TYPE(threads)->tp_name);
     }
     PyObject *number = PyNumber_Index(threads);
     if (!number) return NULL;
@@ -580,15 +630,16 @@ static PyObject *set_num_threads(PyObject *module, PyObject *threads) {
     if (overflow || count > INT_MAX || count < INT_MIN) {
         return PyErr_Format(PyExc_ValueError, "set_num_threads: threads must fit in 32 bits, got %S", threads);
     }
-    if (metalloid_set_num_threads((int)count) != METALLOID_OK) return PyErr_Format(PyExc_ValueError, "%s", metalloid_last_error());
+    if (metalloid_set_num_threads((int)count) != METALLOID_OK)
+        return PyErr_Format(PyExc_ValueError, "%s", metalloid_last_error());
     Py_RETURN_NONE;
 }
 
-#define GET_NUM_THREADS_DOC \
-    "get_num_threads($module, /)\n--\n\n" \
+#define GET_NUM_THREADS_DOC                                            \
+    "get_num_threads($module, /)\n--\n\n"                              \
     "How many threads, the caller's included, may work on one call.\n" \
-    "\n" \
-    ">>> get_num_threads() >= 1\n" \
+    "\n"                                                               \
+    ">>> get_num_threads() >= 1\n"                                     \
     "True\n"
 
 static PyObject *get_num_threads(PyObject *module, PyObject *unused) {
@@ -596,12 +647,13 @@ static PyObject *get_num_threads(PyObject *module, PyObject *unused) {
     return PyLong_FromLong(metalloid_get_num_threads());
 }
 
-#define CPU_ISA_DOC \
-    "cpu_isa($module, /)\n--\n\n" \
-    "The CPU kernels in use: 'plain', or the instruction set picked from the processor's flags. The environment variable\n" \
-    "METALLOID_CPU_ISA overrides the choice downwards.\n" \
-    "\n" \
-    ">>> isinstance(cpu_isa(), str)\n" \
+#define CPU_ISA_DOC                                                                                               \
+    "cpu_isa($module, /)\n--\n\n"                                                                                 \
+    "The CPU kernels in use: 'plain', or the instruction set picked from the processor's flags. The environment " \
+    "variable\n"                                                                                                  \
+    "METALLOID_CPU_ISA overrides the choice downwards.\n"                                                         \
+    "\n"                                                                                                          \
+    ">>> isinstance(cpu_isa(), str)\n"                                                                            \
     "True\n"
 
 static PyObject *cpu_isa(PyObject *module, PyObject *unused) {
@@ -609,7 +661,8 @@ static PyObject *cpu_isa(PyObject *module, PyObject *unused) {
     return PyUnicode_FromString(metalloid_cpu_isa());
 }
 
-#define OPERATION(name, doc) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, doc}
+#define OPERATION(name, doc) \
+    { #name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, doc }
 
 PyMethodDef functions[] = {
     OPERATION(rms_norm, RMS_NORM_DOC),
