@@ -146,10 +146,9 @@ metalloid_status mtl_check_same_shape(const mtl_view *view, const mtl_view *othe
 }
 
 metalloid_status mtl_check_device(const mtl_view *const *views, int count, const char *op, DLDevice *device) {
-    const mtl_view *first = NULL;
-    for (int i = 0; i < count; i++) {
+    const mtl_view *first = views[0];
+    for (int i = 1; i < count; i++) {
         if (!mtl_present(views[i])) continue;
-        if (!first) first = views[i];
         MTL_REQUIRE(views[i]->device.device_type == first->device.device_type && views[i]->device.device_id == first->device.device_id, op,
                     "%s must be on the device of %s (DLPack type %d, id %d), got type %d, id %d", views[i]->name, first->name,
                     (int)first->device.device_type, first->device.device_id, (int)views[i]->device.device_type, views[i]->device.device_id);

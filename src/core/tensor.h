@@ -37,7 +37,7 @@ metalloid_status mtl_check_shape(const mtl_view *view, const char *op, int rank,
 metalloid_status mtl_check_rank(const mtl_view *view, const char *op, int least, int most);
 metalloid_status mtl_check_same_shape(const mtl_view *view, const mtl_view *other, const char *op);
 
-/* All present views on one device; the device goes to `device`. */
+/* All present views, of which the first is one, on one device; the device goes to `device`. */
 metalloid_status mtl_check_device(const mtl_view *const *views, int count, const char *op, DLDevice *device);
 
 /* Outputs do not overlap themselves, each other, or an input, but where `aliases` allows an output to be exactly an input (same

@@ -10,7 +10,7 @@ typedef void (*mtl_job_fn)(void *job, int part, int worker);
 /* Runs all parts and returns when they are done; at most `threads` threads, the caller included, take part. Never
  * fails: where threads cannot be had, or are busy with another caller's job, the caller runs the parts itself. What a
  * part computes must therefore not depend on who runs it. */
-void mtl_parallel_run(int threads, int parts, mtl_job_fn fn, void *job);
+void mtl_parallel_run(int threads, int parts, mtl_job_fn fn, void *argument);
 
 /* METALLOID_NUM_THREADS (read once a process) if it is an integer in 1..4096, else the number of CPUs that the calling
  * thread may run on now. */

@@ -35,7 +35,7 @@ typedef struct mtl_attention_item {
     double *states; /* where the item's states go, row by row, to be combined; NULL: it has all keys and finishes its rows */
 } mtl_attention_item;
 
-mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t item);
+mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t index);
 
 static inline int64_t mtl_attention_query(const mtl_attention_args *args, int64_t row) { return row / args->cut.group; }
 static inline int64_t mtl_attention_head(const mtl_attention_args *args, int64_t kv_head, int64_t row) {
