@@ -28,22 +28,26 @@ static uint64_t random_bits(void) {
 }
 
 static double random_uniform(void) { return (double)(random_bits() >> 11) * 0x1p-53; }
-static double random_normal(void) { return sqrt(-2 * log(1 - random_uniform())) * cos(6.283185307179586 * random_uniform()); }
-static int64_t random_between(int64_t least, int64_t most) { return least + (int64_t)(random_bits() % (uint64_t)(most - least + 1)); }
+static double random_normal(void) {
+    return sqrt(-2 * log(1 - random_uniform())) * cos(6.283185307179586 * random_uniform());
+}
+static int64_t random_between(int64_t least, int64_t most) {
+    return least + (int64_t)(random_bits() % (uint64_t)(most - least + 1));
+}
 
 /* ---- cases ------------------------------------------------------------------------------------------------------------ */
 
 /* What stands in a tensor, and how its error is measured if it is an output. */
 typedef enum {
-    VALUES,    /* normal, of the dtype under test */
-    KEYS,      /* normal, of length near 1 along the last axis */
-    DECAYS,    /* uniform in (0.8, 1), of the dtype under test */
-    POSITIONS, /* int32 */
-    CLASSES,   /* int64 in [0, modulus) */
-    FLAGS,     /* bool, one in eight false */
-    OUTPUT,    /* of the dtype under test, error relative to the largest value of the row */
+    VALUES,           /* normal, of the dtype under test */
+    KEYS,             /* normal, of length near 1 along the last axis */
+    DECAYS,           /* uniform in (0.8, 1), of the dtype under test */
+    POSITIONS,        /* int32 */
+    CLASSES,          /* int64 in [0, modulus) */
+    FLAGS,            /* bool, one in eight false */
+    OUTPUT,           /* of the dtype under test, error relative to the largest value of the row */
     OUTPUT_OF_TENSOR, /* the same, relative to the largest of the tensor, and of float32 (or float64) as gated_delta's state */
-    LOSS,      /* float32 (or float64) output, relative to the row */
+    LOSS,             /* float32 (or float64) output, relative to the row */
 } content;
 
 typedef struct {
@@ -167,7 +171,8 @@ static void make_qk_norm_rope(test_case *c) {
     ADD(c, OUTPUT, 0, batch, 2, time, 2 * half);
 }
 static metalloid_status call_qk_norm_rope(metalloid_context *context, test_case *c) {
-    return metalloid_qk_norm_rope(context, at(c, 0), at(c, 1), at(c, 2), at(c, 3), 1e-6, c->dims, &c->rope, at(c, 4), at(c, 5));
+    return metalloid_qk_norm_rope(context, at(c, 0), at(c, 1), at(c, 2), at(c, 3), 1e-6, c->dims, &c->rope, at(c, 4),
+                                  at(c, 5));
 }
 
 static void make_attention(test_case *c) {
@@ -197,7 +202,8 @@ static metalloid_status call_attention(metalloid_context *context, test_case *c)
     c->attention.mask = c->attention.mask ? at(c, 3) : NULL;
     c->attention.sinks = c->attention.sinks ? at(c, 4) : NULL;
     c->attention.logsumexp = at(c, 6);
-    return metalloid_scaled_dot_product_attention(context, at(c, 0), at(c, 1), at(c, 2), c->scale, &c->attention, at(c, 5));
+    return metalloid_scaled_dot_product_attention(context, at(c, 0), at(c, 1), at(c, 2), c->scale, &c->attention,
+                                                  at(c, 5));
 }
 
 static void make_cross_entropy(test_case *c) {
@@ -225,7 +231,8 @@ static void make_gated_delta(test_case *c) {
     ADD(c, LOSS, 0, batch, v_heads, value_dim, key_dim);
 }
 static metalloid_status call_gated_delta(metalloid_context *context, test_case *c) {
-    return metalloid_gated_delta_update(context, at(c, 0), at(c, 1), at(c, 2), at(c, 3), at(c, 4), at(c, 5), at(c, 6), at(c, 7), at(c, 8));
+    return metalloid_gated_delta_update(context, at(c, 0), at(c, 1), at(c, 2), at(c, 3), at(c, 4), at(c, 5), at(c, 6),
+                                        at(c, 7), at(c, 8));
 }
 
 static const struct operation {
@@ -329,8 +336,14 @@ static void fill(tensor *t) {
         case VALUES: mtl_store_double(to, dtype_of(t), random_normal()); break;
         case KEYS: mtl_store_double(to, dtype_of(t), random_normal() / sqrt(length)); break;
         case DECAYS: mtl_store_double(to, dtype_of(t), 0.8 + 0.2 * random_uniform()); break;
-        case POSITIONS: position = (int32_t)random_between(0, t->modulus); memcpy(to, &position, sizeof position); break;
-        case CLASSES: class = random_between(0, t->modulus - 1); memcpy(to, &class, sizeof class); break;
+        case POSITIONS:
+            position = (int32_t)random_between(0, t->modulus);
+            memcpy(to, &position, sizeof position);
+            break;
+        case CLASSES:
+            class = random_between(0, t->modulus - 1);
+            memcpy(to, &class, sizeof class);
+            break;
         case FLAGS: *to = random_bits() % 8 != 0; break;
         default: break;
         }
@@ -391,7 +404,8 @@ static double worst_error(const tensor *out, const tensor *reference, double tol
             double wanted = mtl_load_double(element(reference, index), MTL_F64);
             double got = mtl_load_double(element(out, index), dtype_of(out));
             double scale = out->content == OUTPUT ? row_scale : tensor_scale;
-            double allowed = tolerance * (fabs(wanted) + scale) + unit_at(fabs(wanted) > scale ? fabs(wanted) : scale, unit) + 1e-300;
+            double allowed = tolerance * (fabs(wanted) + scale) +
+                             unit_at(fabs(wanted) > scale ? fabs(wanted) : scale, unit) + 1e-300;
             double error = fabs(got - wanted) / allowed;
             if (isinf(wanted) ? got != wanted : !(error <= 1e30)) error = 1e30; /* NaN too: the reference has none */
             if (error > worst) worst = error;
@@ -402,7 +416,8 @@ static double worst_error(const tensor *out, const tensor *reference, double tol
 }
 
 /* One random case by `isa`: its error in tolerances, or -1 where the call or an allocation failed. */
-static double run_case(const struct operation *operation, int dtype, metalloid_context *context, metalloid_context *reference) {
+static double run_case(const struct operation *operation, int dtype, metalloid_context *context,
+                       metalloid_context *reference) {
     test_case c = {.contiguous = random_bits() & 1}, wide;
     operation->make(&c);
     bool ready = true;
@@ -420,7 +435,8 @@ static double run_case(const struct operation *operation, int dtype, metalloid_c
         for (int i = 0; i < c.count; i++) {
             if (!is_output(c.tensors[i].content)) continue;
             double unit = c.tensors[i].content == LOSS ? 0 : dtypes[dtype].unit;
-            double error = worst_error(&c.tensors[i], &wide.tensors[i], in_double ? operation->tolerance_double : operation->tolerance_float, unit);
+            double error = worst_error(&c.tensors[i], &wide.tensors[i],
+                                       in_double ? operation->tolerance_double : operation->tolerance_float, unit);
             if (error > worst) worst = error;
         }
     }
@@ -463,7 +479,8 @@ static double time_case(const struct operation *operation, int dtype, metalloid_
 
 static int usage(FILE *to) {
     fprintf(to, "usage: metalloid check [--trials N] [--seed N] [--bench]\n\n"
-                "Compares the kernels of every instruction set of this machine with the plain C ones in float64, on random input.\n\n"
+                "Compares the kernels of every instruction set of this machine with the plain C ones in float64, on "
+                "random input.\n\n"
                 "  --trials N  random cases an operation and dtype (default 50)\n"
                 "  --seed N    start of the random numbers (default 1)\n"
                 "  --bench     also time one large call by every instruction set\n");
@@ -515,7 +532,9 @@ int metalloid_cli_check(int count, char **arguments) {
                 seed_state = seed * 0x9e3779b97f4a7c15 + 1;
                 double worst = 0;
                 for (uint64_t trial = 0; trial < trials && worst >= 0; trial++) {
-                    if (terminal && trial % 10 == 0) fprintf(stderr, "\r%s %s %s %llu\033[K\r", operations[o].name, dtypes[dtype].name, isas[i]->name, (unsigned long long)trial);
+                    if (terminal && trial % 10 == 0)
+                        fprintf(stderr, "\r%s %s %s %llu\033[K\r", operations[o].name, dtypes[dtype].name,
+                                isas[i]->name, (unsigned long long)trial);
                     double error = run_case(&operations[o], dtype, context, reference);
                     worst = error < 0 || error > worst ? error : worst;
                 }

@@ -28,7 +28,8 @@ static bool version_of(const char *program, char *line, int size) {
     FILE *output = fdopen(pipe_ends[0], "r");
     bool read_line = child > 0 && output && fgets(line, size, output);
     char rest[256];
-    while (output && fgets(rest, sizeof rest, output)) continue; /* so that the program never writes into a closed pipe */
+    while (output && fgets(rest, sizeof rest, output))
+        continue; /* so that the program never writes into a closed pipe */
     if (output) fclose(output);
     int status = 1;
     if (child > 0) waitpid(child, &status, 0);
@@ -39,11 +40,12 @@ static bool version_of(const char *program, char *line, int size) {
 int metalloid_cli_info(int count, char **arguments) {
     if (count > 0) {
         bool help = strcmp(arguments[0], "--help") == 0 || strcmp(arguments[0], "-h") == 0;
-        fprintf(help ? stdout : stderr, "usage: metalloid info\n\nPrints the version, the CPU features in use, the thread count, GPUs and the "
-                                        "compilers found for custom kernels.\n\nenvironment:\n"
-                                        "  METALLOID_CPU_ISA      the instruction set to use instead of the best one\n"
-                                        "  METALLOID_NUM_THREADS  the threads of a call, the caller included\n"
-                                        "  METALLOID_CXX          the C++ compiler of custom kernels\n");
+        fprintf(help ? stdout : stderr,
+                "usage: metalloid info\n\nPrints the version, the CPU features in use, the thread count, GPUs and the "
+                "compilers found for custom kernels.\n\nenvironment:\n"
+                "  METALLOID_CPU_ISA      the instruction set to use instead of the best one\n"
+                "  METALLOID_NUM_THREADS  the threads of a call, the caller included\n"
+                "  METALLOID_CXX          the C++ compiler of custom kernels\n");
         return help ? EXIT_OK : EXIT_USAGE;
     }
     printf("metalloid     %s\n", metalloid_version());
@@ -57,7 +59,9 @@ int metalloid_cli_info(int count, char **arguments) {
     for (int i = 0; i < isa_count; i++) printf("%s %s", i ? "," : "", isas[i]->name);
     printf(")");
     const char *wanted = getenv("METALLOID_CPU_ISA");
-    if (wanted) printf(", METALLOID_CPU_ISA=%s%s", wanted, strcmp(wanted, metalloid_cpu_isa()) == 0 ? "" : " is not among them");
+    if (wanted)
+        printf(", METALLOID_CPU_ISA=%s%s", wanted,
+               strcmp(wanted, metalloid_cpu_isa()) == 0 ? "" : " is not among them");
     printf("\nthreads       %d", metalloid_get_num_threads());
     if (getenv("METALLOID_NUM_THREADS")) printf(", METALLOID_NUM_THREADS=%s", getenv("METALLOID_NUM_THREADS"));
     printf("\ngpus          none: this build has no GPU backend\n");

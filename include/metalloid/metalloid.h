@@ -44,9 +44,10 @@ extern "C" {
 
 typedef enum metalloid_status {
     METALLOID_OK = 0,
-    METALLOID_INVALID_ARGUMENT = 1, /* a null pointer, dtype, rank, shape, stride, overlap or value that the call refuses */
-    METALLOID_OUT_OF_MEMORY = 2,    /* the workspace could not be allocated; nothing was written */
-    METALLOID_UNSUPPORTED = 3,      /* no backend of this build serves the tensors' device */
+    METALLOID_INVALID_ARGUMENT =
+        1, /* a null pointer, dtype, rank, shape, stride, overlap or value that the call refuses */
+    METALLOID_OUT_OF_MEMORY = 2, /* the workspace could not be allocated; nothing was written */
+    METALLOID_UNSUPPORTED = 3,   /* no backend of this build serves the tensors' device */
 } metalloid_status;
 
 /* The status in words; never NULL. */
@@ -99,8 +100,9 @@ METALLOID_API metalloid_status metalloid_rms_norm(metalloid_context *context, co
 
 /* y = (x - mean) / sqrt(var + eps) * weight + bias, biased variance, over the last axis (Ba et al. 2016, arXiv:1607.06450)
  * x, out: floating, same shape, rank >= 1. weight, bias: floating {H}, each may be NULL. eps: finite, >= 0. out may be x. */
-METALLOID_API metalloid_status metalloid_layer_norm(metalloid_context *context, const DLTensor *x, const DLTensor *weight,
-                                                    const DLTensor *bias, double eps, DLTensor *out);
+METALLOID_API metalloid_status metalloid_layer_norm(metalloid_context *context, const DLTensor *x,
+                                                    const DLTensor *weight, const DLTensor *bias, double eps,
+                                                    DLTensor *out);
 
 /* sum = x + residual; out = rms_norm(sum, weight, eps), the norm taken from the unrounded sum. Each of sum and out may be x or
  * residual, but not the same one. */
@@ -128,8 +130,9 @@ typedef struct metalloid_rope_options {
     double scale; /* multiplies positions; finite */
 
     /* Frequencies, exactly one of: */
-    double base;               /* inv_freq[i] = base^(-2i/dims); finite and > 0, or 0 for none */
-    const DLTensor *freqs;     /* {dims/2} real: inv_freq[i] = 1 / freqs[i] (MLX); +inf leaves its pair unrotated, 0 has no angle: NaN */
+    double base; /* inv_freq[i] = base^(-2i/dims); finite and > 0, or 0 for none */
+    const DLTensor *
+        freqs; /* {dims/2} real: inv_freq[i] = 1 / freqs[i] (MLX); +inf leaves its pair unrotated, 0 has no angle: NaN */
     const DLTensor *inv_freqs; /* {dims/2} real (floating or integer), used as given */
 
     /* Positions, one of (offset is 0 where a tensor is given). Each position lies in int32's range. */
@@ -138,7 +141,8 @@ typedef struct metalloid_rope_options {
     const DLTensor *position_ids; /* {B, T}, integer: a position for each token, in any order */
 } metalloid_rope_options;
 
-#define METALLOID_ROPE_OPTIONS_INIT {sizeof(metalloid_rope_options), false, METALLOID_TIME_SECOND_TO_LAST, 1.0, 10000.0, NULL, NULL, 0, NULL, NULL}
+#define METALLOID_ROPE_OPTIONS_INIT \
+    { sizeof(metalloid_rope_options), false, METALLOID_TIME_SECOND_TO_LAST, 1.0, 10000.0, NULL, NULL, 0, NULL, NULL }
 
 /* Rotates the first `dims` features of the last axis, pair i by the angle position * scale * inv_freq[i]:
  * (x1 cos - x2 sin, x1 sin + x2 cos); the rest passes through.                    (Su et al. 2021, arXiv:2104.09864)
@@ -180,8 +184,8 @@ typedef struct metalloid_attention_options {
 
     bool causal;           /* query i sees key j when j <= i + causal_offset */
     int64_t causal_offset; /* for causal and window */
-    int64_t window;        /* w >= 1: query i sees key j only when i + causal_offset - w < j <= i + causal_offset; 0: none */
-    double softcap;        /* c > 0: scores become c tanh(scores / c) before the mask; 0: none */
+    int64_t window; /* w >= 1: query i sees key j only when i + causal_offset - w < j <= i + causal_offset; 0: none */
+    double softcap; /* c > 0: scores become c tanh(scores / c) before the mask; 0: none */
 
     /* Rank <= 4, broadcasts to {B, N_q, T_q, T_kv} without being materialized. bool: false hides. Floating: added to the scaled
      * scores, -inf hides; its dtype promotes to that of q, k, v. Integer: converted and added. */
@@ -189,10 +193,12 @@ typedef struct metalloid_attention_options {
     const DLTensor *key_mask; /* {B, T_kv}, bool or integer: 0 hides */
     const DLTensor *sinks;    /* {N_q} floating, promotes to the dtype of q, k, v: a logit a head without a value */
 
-    DLTensor *logsumexp; /* output {B, N_q, T_q}, float32 (float64 for float64): natural log, over masked scores and sink */
+    DLTensor
+        *logsumexp; /* output {B, N_q, T_q}, float32 (float64 for float64): natural log, over masked scores and sink */
 } metalloid_attention_options;
 
-#define METALLOID_ATTENTION_OPTIONS_INIT {sizeof(metalloid_attention_options), false, METALLOID_CAUSAL_OFFSET_DEFAULT, 0, 0.0, NULL, NULL, NULL, NULL}
+#define METALLOID_ATTENTION_OPTIONS_INIT \
+    { sizeof(metalloid_attention_options), false, METALLOID_CAUSAL_OFFSET_DEFAULT, 0, 0.0, NULL, NULL, NULL, NULL }
 
 /* O = softmax(scale Q K^T + mask) V, blocked with an online softmax: no score matrix is stored.
  *                                               (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135)
@@ -200,7 +206,8 @@ typedef struct metalloid_attention_options {
  * query head h reads key head h / (N_q / N_kv). {B, T, N, D} layouts are the same call with other strides. scale: finite.
  * K and V of a hidden key never affect the result; a query that sees no key gives zeros and logsumexp -inf (or its sink). */
 METALLOID_API metalloid_status metalloid_scaled_dot_product_attention(metalloid_context *context, const DLTensor *q,
-                                                                      const DLTensor *k, const DLTensor *v, double scale,
+                                                                      const DLTensor *k, const DLTensor *v,
+                                                                      double scale,
                                                                       const metalloid_attention_options *options,
                                                                       DLTensor *out);
 
@@ -221,7 +228,8 @@ typedef struct metalloid_cross_entropy_options {
     int64_t ignore_index; /* rows of this target have loss 0 */
 } metalloid_cross_entropy_options;
 
-#define METALLOID_CROSS_ENTROPY_OPTIONS_INIT {sizeof(metalloid_cross_entropy_options), false, 0}
+#define METALLOID_CROSS_ENTROPY_OPTIONS_INIT \
+    { sizeof(metalloid_cross_entropy_options), false, 0 }
 
 /* loss = logsumexp(logits, last axis) - logits[..., target].
  * logits {..., V} floating, rank >= 1; targets {...} integer in [0, V); loss {...} floating (float32 in the bindings). One

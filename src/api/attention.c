@@ -13,7 +13,9 @@ static char nothing[8];
 mtl_attention_operand mtl_attention_operand_of(const mtl_view *view, int head_axis) {
     if (view->elements == 0) return (mtl_attention_operand){nothing, view->dtype, {0, 0, 0, 0}};
     return (mtl_attention_operand){
-        view->data, view->dtype, {view->stride[0], view->stride[head_axis], view->stride[3 - head_axis], view->stride[3]}};
+        view->data,
+        view->dtype,
+        {view->stride[0], view->stride[head_axis], view->stride[3 - head_axis], view->stride[3]}};
 }
 
 void mtl_attention_set_key_mask(mtl_attention_args *args, const mtl_view *key_mask) {
@@ -26,7 +28,8 @@ void mtl_attention_set_key_mask(mtl_attention_args *args, const mtl_view *key_ma
 
 metalloid_status mtl_attention_check_heads(int64_t q_heads, int64_t kv_heads, const char *op) {
     MTL_REQUIRE(kv_heads ? q_heads % kv_heads == 0 : q_heads == 0, op,
-                "the heads of q must be a multiple of the key/value heads, got %lld and %lld", (long long)q_heads, (long long)kv_heads);
+                "the heads of q must be a multiple of the key/value heads, got %lld and %lld", (long long)q_heads,
+                (long long)kv_heads);
     return METALLOID_OK;
 }
 
@@ -40,7 +43,8 @@ metalloid_status mtl_attention_check_scale(double scale, const char *op) {
 static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 static metalloid_status set_visible(mtl_attention_args *args, const metalloid_attention_options *options) {
-    MTL_REQUIRE(options->window >= 0, op_name, "window must be 1 or more, or 0 for none, got %lld", (long long)options->window);
+    MTL_REQUIRE(options->window >= 0, op_name, "window must be 1 or more, or 0 for none, got %lld",
+                (long long)options->window);
     int64_t lowest = -args->q_len, highest = args->kv_len, offset = options->causal_offset, first;
     if (offset == METALLOID_CAUSAL_OFFSET_DEFAULT) offset = args->kv_len - args->q_len;
     args->first_visible = lowest;
@@ -61,29 +65,32 @@ static metalloid_status set_mask(mtl_attention_args *args, const mtl_view *mask)
         int64_t wanted = target[4 - mask->rank + axis], got = mask->shape[axis];
         MTL_REQUIRE(got == 1 || got == wanted, op_name,
                     "mask must broadcast to {%lld, %lld, %lld, %lld}: its axis %d must have extent 1 or %lld, got %lld",
-                    (long long)target[0], (long long)target[1], (long long)target[2], (long long)target[3], axis, (long long)wanted,
-                    (long long)got);
+                    (long long)target[0], (long long)target[1], (long long)target[2], (long long)target[3], axis,
+                    (long long)wanted, (long long)got);
     }
     if (mask->elements == 0) return METALLOID_OK;
     args->mask.data = mask->data;
     args->mask.dtype = mask->dtype;
-    for (int axis = 0; axis < mask->rank; axis++) args->mask.stride[4 - mask->rank + axis] = mask->stride[axis]; /* 0 at extent 1 */
+    for (int axis = 0; axis < mask->rank; axis++)
+        args->mask.stride[4 - mask->rank + axis] = mask->stride[axis]; /* 0 at extent 1 */
     return METALLOID_OK;
 }
 
 /* A floating mask and the sinks may be narrower than q, k, v, but must not ask for wider arithmetic. */
 static metalloid_status check_promotes(const mtl_view *view, mtl_dtype dtype) {
     if (!mtl_present(view) || !(MTL_FLOATING >> view->dtype & 1)) return METALLOID_OK;
-    MTL_REQUIRE(mtl_promote(view->dtype, dtype) == dtype, op_name, "%s must have a dtype that promotes to %s, that of q, k and v, got %s",
-                view->name, mtl_dtype_name(dtype), mtl_dtype_name(view->dtype));
+    MTL_REQUIRE(mtl_promote(view->dtype, dtype) == dtype, op_name,
+                "%s must have a dtype that promotes to %s, that of q, k and v, got %s", view->name,
+                mtl_dtype_name(dtype), mtl_dtype_name(view->dtype));
     return METALLOID_OK;
 }
 
 /* ---- the call ----------------------------------------------------------------------------------------------------- */
 
-metalloid_status metalloid_scaled_dot_product_attention(metalloid_context *context, const DLTensor *q_tensor, const DLTensor *k_tensor,
-                                                        const DLTensor *v_tensor, double scale,
-                                                        const metalloid_attention_options *given, DLTensor *out_tensor) {
+metalloid_status metalloid_scaled_dot_product_attention(metalloid_context *context, const DLTensor *q_tensor,
+                                                        const DLTensor *k_tensor, const DLTensor *v_tensor,
+                                                        double scale, const metalloid_attention_options *given,
+                                                        DLTensor *out_tensor) {
     const metalloid_attention_options defaults = METALLOID_ATTENTION_OPTIONS_INIT;
     metalloid_attention_options options;
     MTL_TRY(mtl_options_read(&options, &defaults, sizeof options, given, op_name));
@@ -98,7 +105,8 @@ metalloid_status metalloid_scaled_dot_product_attention(metalloid_context *conte
     MTL_TRY(mtl_view_optional(&sinks, options.sinks, op_name, "sinks", MTL_FLOATING));
     const mtl_view *floating[] = {&q, &k, &v, &out};
     bool in_double = mtl_any_double(floating, 4);
-    MTL_TRY(mtl_view_optional(&logsumexp, options.logsumexp, op_name, "logsumexp", in_double ? 1 << MTL_F64 : 1 << MTL_F32));
+    MTL_TRY(mtl_view_optional(&logsumexp, options.logsumexp, op_name, "logsumexp",
+                              in_double ? 1 << MTL_F64 : 1 << MTL_F32));
 
     MTL_TRY(mtl_check_rank(&q, op_name, 4, 4));
     MTL_TRY(mtl_check_shape(&k, op_name, 4, (int64_t[]){q.shape[0], -1, -1, q.shape[3]}));
@@ -112,8 +120,8 @@ metalloid_status metalloid_scaled_dot_product_attention(metalloid_context *conte
     MTL_TRY(check_promotes(&mask, promoted));
     MTL_TRY(check_promotes(&sinks, promoted));
     MTL_TRY(mtl_attention_check_scale(scale, op_name));
-    MTL_REQUIRE(isfinite(options.softcap) && options.softcap >= 0, op_name, "softcap must be finite and not negative, got %g",
-                options.softcap);
+    MTL_REQUIRE(isfinite(options.softcap) && options.softcap >= 0, op_name,
+                "softcap must be finite and not negative, got %g", options.softcap);
 
     mtl_attention_args args = {.batch = q.shape[0],
                                .q_heads = q.shape[1],

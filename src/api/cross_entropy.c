@@ -9,10 +9,11 @@ static metalloid_status check_targets(const mtl_cross_entropy_args *args) {
     mtl_cursor at;
     mtl_cursor_seek(&at, &args->rows, 0);
     for (int64_t row = 0; row < args->rows.count; row++, mtl_cursor_next(&at)) {
-        int64_t target = mtl_load_integer(args->targets.data + at.offset[MTL_CROSS_ENTROPY_TARGETS], args->targets.dtype);
+        int64_t target =
+            mtl_load_integer(args->targets.data + at.offset[MTL_CROSS_ENTROPY_TARGETS], args->targets.dtype);
         if (args->has_ignore_index && target == args->ignore_index) continue;
-        MTL_REQUIRE(target >= 0 && target < args->classes, op, "targets must lie in [0, %lld), got %lld", (long long)args->classes,
-                    (long long)target);
+        MTL_REQUIRE(target >= 0 && target < args->classes, op, "targets must lie in [0, %lld), got %lld",
+                    (long long)args->classes, (long long)target);
     }
     return METALLOID_OK;
 }
@@ -44,11 +45,13 @@ metalloid_status metalloid_cross_entropy(metalloid_context *context, const DLTen
                                    .has_ignore_index = mtl_option_flag(&options.has_ignore_index),
                                    .ignore_index = options.ignore_index,
                                    .in_double = mtl_any_double(all, 3)};
-    const mtl_view *in_rows[] = {
-        [MTL_CROSS_ENTROPY_LOGITS] = &logits_view, [MTL_CROSS_ENTROPY_TARGETS] = &targets_view, [MTL_CROSS_ENTROPY_LOSS] = &loss_view};
+    const mtl_view *in_rows[] = {[MTL_CROSS_ENTROPY_LOGITS] = &logits_view,
+                                 [MTL_CROSS_ENTROPY_TARGETS] = &targets_view,
+                                 [MTL_CROSS_ENTROPY_LOSS] = &loss_view};
     mtl_loop_init(&args.rows, targets_view.rank, 3, in_rows);
     if (args.rows.count == 0) return METALLOID_OK;
-    MTL_REQUIRE(args.classes > 0, op, "logits must have at least one class, got %d for %lld rows", 0, (long long)args.rows.count);
+    MTL_REQUIRE(args.classes > 0, op, "logits must have at least one class, got %d for %lld rows", 0,
+                (long long)args.rows.count);
     MTL_TRY(check_targets(&args));
     return mtl_cpu_cross_entropy(context, op, &args);
 }

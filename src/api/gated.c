@@ -1,7 +1,8 @@
 /* The checks that swiglu and geglu share. SPDX-License-Identifier: MIT */
 #include "api/gated.h"
 
-metalloid_status mtl_gated_check(mtl_gated_args *args, const char *op, const DLTensor *gate, const DLTensor *up, DLTensor *out) {
+metalloid_status mtl_gated_check(mtl_gated_args *args, const char *op, const DLTensor *gate, const DLTensor *up,
+                                 DLTensor *out) {
     mtl_view gate_view, up_view, out_view;
     MTL_TRY(mtl_view_required(&gate_view, gate, op, "gate", MTL_FLOATING));
     MTL_TRY(mtl_view_required(&up_view, up, op, "up", MTL_FLOATING));

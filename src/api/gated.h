@@ -4,6 +4,7 @@
 
 #include "core/operations.h"
 
-metalloid_status mtl_gated_check(mtl_gated_args *args, const char *op, const DLTensor *gate, const DLTensor *up, DLTensor *out);
+metalloid_status mtl_gated_check(mtl_gated_args *args, const char *op, const DLTensor *gate, const DLTensor *up,
+                                 DLTensor *out);
 
 #endif

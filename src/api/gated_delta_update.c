@@ -13,10 +13,11 @@ static mtl_strided strided(const mtl_view *view) {
     return operand;
 }
 
-metalloid_status metalloid_gated_delta_update(metalloid_context *context, const DLTensor *q_tensor, const DLTensor *k_tensor,
-                                              const DLTensor *v_tensor, const DLTensor *gamma_tensor, const DLTensor *beta_tensor,
-                                              const DLTensor *initial_state_tensor, const DLTensor *mask_tensor, DLTensor *out_tensor,
-                                              DLTensor *state_tensor) {
+metalloid_status metalloid_gated_delta_update(metalloid_context *context, const DLTensor *q_tensor,
+                                              const DLTensor *k_tensor, const DLTensor *v_tensor,
+                                              const DLTensor *gamma_tensor, const DLTensor *beta_tensor,
+                                              const DLTensor *initial_state_tensor, const DLTensor *mask_tensor,
+                                              DLTensor *out_tensor, DLTensor *state_tensor) {
     static const char op[] = "gated_delta_update";
     mtl_view q, k, v, gamma, beta, initial_state, mask, out, state;
     MTL_TRY(mtl_view_required(&q, q_tensor, op, "q", MTL_FLOATING));
@@ -31,11 +32,13 @@ metalloid_status metalloid_gated_delta_update(metalloid_context *context, const 
 
     MTL_TRY(mtl_check_rank(&q, op, 4, 4));
     MTL_TRY(mtl_check_rank(&v, op, 4, 4));
-    int64_t batch = q.shape[0], time = q.shape[1], k_heads = q.shape[2], key_dim = q.shape[3], v_heads = v.shape[2], value_dim = v.shape[3];
+    int64_t batch = q.shape[0], time = q.shape[1], k_heads = q.shape[2], key_dim = q.shape[3], v_heads = v.shape[2],
+            value_dim = v.shape[3];
     MTL_TRY(mtl_check_same_shape(&k, &q, op));
     MTL_TRY(mtl_check_shape(&v, op, 4, (int64_t[]){batch, time, -1, -1}));
-    MTL_REQUIRE(k_heads ? v_heads % k_heads == 0 : v_heads == 0, op, "v must have a multiple of the %lld heads of q and k, got %lld",
-                (long long)k_heads, (long long)v_heads);
+    MTL_REQUIRE(k_heads ? v_heads % k_heads == 0 : v_heads == 0, op,
+                "v must have a multiple of the %lld heads of q and k, got %lld", (long long)k_heads,
+                (long long)v_heads);
     MTL_TRY(mtl_check_shape(&gamma, op, gamma.rank == 3 ? 3 : 4, (int64_t[]){batch, time, v_heads, key_dim}));
     MTL_TRY(mtl_check_shape(&beta, op, 3, (int64_t[]){batch, time, v_heads}));
     if (mtl_present(&mask)) MTL_TRY(mtl_check_shape(&mask, op, 2, (int64_t[]){batch, time}));

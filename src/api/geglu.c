@@ -2,8 +2,8 @@
 #include "api/gated.h"
 #include "cpu/kernels.h"
 
-metalloid_status metalloid_geglu(metalloid_context *context, const DLTensor *gate, const DLTensor *up, metalloid_gelu approximate,
-                                 DLTensor *out) {
+metalloid_status metalloid_geglu(metalloid_context *context, const DLTensor *gate, const DLTensor *up,
+                                 metalloid_gelu approximate, DLTensor *out) {
     mtl_gated_args args;
     MTL_REQUIRE(approximate == METALLOID_GELU_ERF || approximate == METALLOID_GELU_TANH, "geglu",
                 "approximate must be METALLOID_GELU_ERF or METALLOID_GELU_TANH, got %d", (int)approximate);

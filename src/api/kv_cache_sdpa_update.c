@@ -5,14 +5,15 @@
 static const char op[] = "kv_cache_sdpa_update";
 
 static metalloid_status check_same_dtype(const mtl_view *rows, const mtl_view *cache) {
-    MTL_REQUIRE(rows->dtype == cache->dtype, op, "%s must be %s as %s is, got %s", rows->name, mtl_dtype_name(cache->dtype), cache->name,
-                mtl_dtype_name(rows->dtype));
+    MTL_REQUIRE(rows->dtype == cache->dtype, op, "%s must be %s as %s is, got %s", rows->name,
+                mtl_dtype_name(cache->dtype), cache->name, mtl_dtype_name(rows->dtype));
     return METALLOID_OK;
 }
 
-metalloid_status metalloid_kv_cache_sdpa_update(metalloid_context *context, const DLTensor *q_tensor, const DLTensor *new_k_tensor,
-                                                const DLTensor *new_v_tensor, DLTensor *k_cache_tensor, DLTensor *v_cache_tensor,
-                                                int64_t offset, const DLTensor *key_mask_tensor, double scale, DLTensor *out_tensor) {
+metalloid_status metalloid_kv_cache_sdpa_update(metalloid_context *context, const DLTensor *q_tensor,
+                                                const DLTensor *new_k_tensor, const DLTensor *new_v_tensor,
+                                                DLTensor *k_cache_tensor, DLTensor *v_cache_tensor, int64_t offset,
+                                                const DLTensor *key_mask_tensor, double scale, DLTensor *out_tensor) {
     mtl_view q, new_k, new_v, k_cache, v_cache, key_mask, out;
     MTL_TRY(mtl_view_required(&q, q_tensor, op, "q", MTL_FLOATING));
     MTL_TRY(mtl_view_required(&new_k, new_k_tensor, op, "new_k", MTL_FLOATING));
@@ -35,8 +36,10 @@ metalloid_status metalloid_kv_cache_sdpa_update(metalloid_context *context, cons
     MTL_TRY(mtl_attention_check_heads(q_heads, kv_heads, op));
     MTL_TRY(check_same_dtype(&new_k, &k_cache));
     MTL_TRY(check_same_dtype(&new_v, &v_cache));
-    MTL_REQUIRE(q_len <= kv_len, op, "new_k must have at most the %lld time steps of k_cache, got %lld", (long long)kv_len, (long long)q_len);
-    MTL_REQUIRE(offset >= 0 && offset <= kv_len - q_len, op, "offset must lie in [0, %lld], so that the new keys fit the cache, got %lld",
+    MTL_REQUIRE(q_len <= kv_len, op, "new_k must have at most the %lld time steps of k_cache, got %lld",
+                (long long)kv_len, (long long)q_len);
+    MTL_REQUIRE(offset >= 0 && offset <= kv_len - q_len, op,
+                "offset must lie in [0, %lld], so that the new keys fit the cache, got %lld",
                 (long long)(kv_len - q_len), (long long)offset);
     MTL_TRY(mtl_attention_check_scale(scale, op));
 
@@ -46,22 +49,23 @@ metalloid_status metalloid_kv_cache_sdpa_update(metalloid_context *context, cons
     const mtl_view *outputs[] = {&k_cache, &v_cache, &out}, *inputs[] = {&q, &new_k, &new_v, &key_mask};
     MTL_TRY(mtl_check_overlap(outputs, 3, inputs, 4, NULL, op));
 
-    mtl_attention_args args = {.batch = batch,
-                               .q_heads = q_heads,
-                               .kv_heads = kv_heads,
-                               .q_len = q_len,
-                               .kv_len = kv_len,
-                               .head_dim = head_dim,
-                               .value_dim = value_dim,
-                               .q = mtl_attention_operand_of(&q, 2),
-                               .k = mtl_attention_operand_of(&k_cache, 2),
-                               .v = mtl_attention_operand_of(&v_cache, 2),
-                               .out = mtl_attention_operand_of(&out, 1),
-                               .scale = scale,
-                               .first_visible = -q_len,
-                               .last_visible = q_len > 1 ? offset : kv_len, /* one query sees every key that key_mask allows */
-                               .append = {mtl_attention_operand_of(&new_k, 2), mtl_attention_operand_of(&new_v, 2), offset},
-                               .in_double = mtl_any_double(all, 7)};
+    mtl_attention_args args = {
+        .batch = batch,
+        .q_heads = q_heads,
+        .kv_heads = kv_heads,
+        .q_len = q_len,
+        .kv_len = kv_len,
+        .head_dim = head_dim,
+        .value_dim = value_dim,
+        .q = mtl_attention_operand_of(&q, 2),
+        .k = mtl_attention_operand_of(&k_cache, 2),
+        .v = mtl_attention_operand_of(&v_cache, 2),
+        .out = mtl_attention_operand_of(&out, 1),
+        .scale = scale,
+        .first_visible = -q_len,
+        .last_visible = q_len > 1 ? offset : kv_len, /* one query sees every key that key_mask allows */
+        .append = {mtl_attention_operand_of(&new_k, 2), mtl_attention_operand_of(&new_v, 2), offset},
+        .in_double = mtl_any_double(all, 7)};
     mtl_attention_set_key_mask(&args, &key_mask);
     return mtl_cpu_attention(context, op, &args);
 }

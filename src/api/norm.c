@@ -26,7 +26,8 @@ metalloid_status mtl_norm_check(mtl_norm_args *args, const char *op, const mtl_n
     const unsigned aliases[] = {3, 3}; /* x or residual */
     MTL_TRY(mtl_check_overlap(outputs, 2, inputs, 4, aliases, op));
 
-    const mtl_view *in_rows[] = {[MTL_NORM_X] = &x, [MTL_NORM_OUT] = &out, [MTL_NORM_RESIDUAL] = &residual, [MTL_NORM_SUM] = &sum};
+    const mtl_view *in_rows[] = {
+        [MTL_NORM_X] = &x, [MTL_NORM_OUT] = &out, [MTL_NORM_RESIDUAL] = &residual, [MTL_NORM_SUM] = &sum};
     mtl_loop_init(&args->rows, x.rank - 1, tensors->added ? 4 : 2, in_rows);
     args->length = length;
     args->eps = eps;

@@ -3,8 +3,9 @@
 #include "cpu/kernels.h"
 
 metalloid_status metalloid_qk_norm_rope(metalloid_context *context, const DLTensor *q_tensor, const DLTensor *k_tensor,
-                                        const DLTensor *q_weight_tensor, const DLTensor *k_weight_tensor, double eps, int64_t dims,
-                                        const metalloid_rope_options *options, DLTensor *q_out_tensor, DLTensor *k_out_tensor) {
+                                        const DLTensor *q_weight_tensor, const DLTensor *k_weight_tensor, double eps,
+                                        int64_t dims, const metalloid_rope_options *options, DLTensor *q_out_tensor,
+                                        DLTensor *k_out_tensor) {
     static const char op[] = "qk_norm_rope";
     mtl_rope_args args = {.sides = 2, .normed = true, .eps = eps};
     mtl_rope_tensors tensors;
@@ -32,7 +33,8 @@ metalloid_status metalloid_qk_norm_rope(metalloid_context *context, const DLTens
     const mtl_view *all[] = {&q, &k, &q_weight, &k_weight, &q_out, &k_out, &tensors.freqs, &tensors.positions};
     MTL_TRY(mtl_check_device(all, 8, op, &device));
     MTL_TRY(mtl_rope_check_extents(&args, &tensors, &q, op));
-    const mtl_view *outputs[] = {&q_out, &k_out}, *inputs[] = {&q, &k, &q_weight, &k_weight, &tensors.freqs, &tensors.positions};
+    const mtl_view *outputs[] = {&q_out, &k_out},
+                   *inputs[] = {&q, &k, &q_weight, &k_weight, &tensors.freqs, &tensors.positions};
     const unsigned aliases[] = {1, 2}; /* q_out may be q, k_out may be k */
     MTL_TRY(mtl_check_overlap(outputs, 2, inputs, 6, aliases, op));
 

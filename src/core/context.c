@@ -11,7 +11,8 @@ static atomic_int process_threads; /* 0: mtl_default_threads() */
 
 static void *default_allocate(void *user, size_t bytes) {
     (void)user;
-    return bytes > SIZE_MAX - ALIGNMENT ? NULL : aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    return bytes > SIZE_MAX - ALIGNMENT ? NULL
+                                        : aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
 }
 
 static void default_release(void *user, void *pointer) {
@@ -34,7 +35,8 @@ void metalloid_context_destroy(metalloid_context *context) { free(context); }
 
 metalloid_status metalloid_context_set_threads(metalloid_context *context, int threads) {
     MTL_REQUIRE(context, "context_set_threads", "%s must not be NULL", "context");
-    MTL_REQUIRE(threads >= 0 && threads <= MOST_THREADS, "context_set_threads", "threads must be 0 to %d, got %d", (int)MOST_THREADS, threads);
+    MTL_REQUIRE(threads >= 0 && threads <= MOST_THREADS, "context_set_threads", "threads must be 0 to %d, got %d",
+                (int)MOST_THREADS, threads);
     context->threads = threads;
     return METALLOID_OK;
 }
@@ -48,7 +50,8 @@ metalloid_status metalloid_context_set_allocator(metalloid_context *context, con
 }
 
 metalloid_status metalloid_set_num_threads(int threads) {
-    MTL_REQUIRE(threads >= 0 && threads <= MOST_THREADS, "set_num_threads", "threads must be 0 to %d, got %d", (int)MOST_THREADS, threads);
+    MTL_REQUIRE(threads >= 0 && threads <= MOST_THREADS, "set_num_threads", "threads must be 0 to %d, got %d",
+                (int)MOST_THREADS, threads);
     atomic_store_explicit(&process_threads, threads, memory_order_relaxed);
     return METALLOID_OK;
 }

@@ -2,16 +2,17 @@
 #include "core/dtype.h"
 
 const char *mtl_dtype_name(mtl_dtype dtype) {
-    static const char *const name[MTL_DTYPES] = {"float32", "float16", "bfloat16", "float64", "bool",   "int8",  "int16",
-                                                 "int32",   "int64",   "uint8",    "uint16",  "uint32", "uint64"};
+    static const char *const name[MTL_DTYPES] = {"float32", "float16", "bfloat16", "float64", "bool",
+                                                 "int8",    "int16",   "int32",    "int64",   "uint8",
+                                                 "uint16",  "uint32",  "uint64"};
     return name[dtype];
 }
 
-#define MTL_READ(type)                                                                                                                 \
-    do {                                                                                                                               \
-        type value_;                                                                                                                   \
-        memcpy(&value_, element, sizeof value_);                                                                                       \
-        return MTL_CAST(value_);                                                                                                       \
+#define MTL_READ(type)                           \
+    do {                                         \
+        type value_;                             \
+        memcpy(&value_, element, sizeof value_); \
+        return MTL_CAST(value_);                 \
     } while (0)
 
 double mtl_load_double(const void *element, mtl_dtype dtype) {

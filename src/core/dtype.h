@@ -31,7 +31,8 @@ typedef enum mtl_dtype {
 /* Sets of dtypes, as bits. */
 enum {
     MTL_FLOATING = 1 << MTL_F32 | 1 << MTL_F16 | 1 << MTL_BF16 | 1 << MTL_F64,
-    MTL_INTEGER = 1 << MTL_I8 | 1 << MTL_I16 | 1 << MTL_I32 | 1 << MTL_I64 | 1 << MTL_U8 | 1 << MTL_U16 | 1 << MTL_U32 | 1 << MTL_U64,
+    MTL_INTEGER = 1 << MTL_I8 | 1 << MTL_I16 | 1 << MTL_I32 | 1 << MTL_I64 | 1 << MTL_U8 | 1 << MTL_U16 | 1 << MTL_U32 |
+                  1 << MTL_U64,
     MTL_BOOLEAN = 1 << MTL_BOOL,
     MTL_REAL = MTL_FLOATING | MTL_INTEGER
 };
@@ -66,7 +67,8 @@ static inline uint16_t mtl_float_to_bf16(float x) {
 static inline float mtl_f16_to_float(uint16_t f16) {
     uint32_t sign = (uint32_t)(f16 & 0x8000) << 16, magnitude = f16 & 0x7fff;
     if (magnitude >= 0x7c00) return mtl_bits_float(sign | 0x7f800000 | magnitude << 13);
-    if (magnitude < 0x400) return mtl_bits_float(sign | mtl_float_bits((float)magnitude * 0x1p-24f)); /* no float32 subnormal arises */
+    if (magnitude < 0x400)
+        return mtl_bits_float(sign | mtl_float_bits((float)magnitude * 0x1p-24f)); /* no float32 subnormal arises */
     return mtl_bits_float(sign | ((magnitude << 13) + 0x38000000));
 }
 
@@ -111,9 +113,18 @@ static inline void mtl_store_double(void *element, mtl_dtype dtype, double x) {
     float single;
     switch (dtype) {
     case MTL_F64: memcpy(element, &x, sizeof x); return;
-    case MTL_F16: half = mtl_float_to_f16(mtl_double_to_odd_float(x)); memcpy(element, &half, sizeof half); return;
-    case MTL_BF16: half = mtl_float_to_bf16(mtl_double_to_odd_float(x)); memcpy(element, &half, sizeof half); return;
-    default: single = (float)x; memcpy(element, &single, sizeof single); return;
+    case MTL_F16:
+        half = mtl_float_to_f16(mtl_double_to_odd_float(x));
+        memcpy(element, &half, sizeof half);
+        return;
+    case MTL_BF16:
+        half = mtl_float_to_bf16(mtl_double_to_odd_float(x));
+        memcpy(element, &half, sizeof half);
+        return;
+    default:
+        single = (float)x;
+        memcpy(element, &single, sizeof single);
+        return;
     }
 }
 
@@ -121,8 +132,14 @@ static inline void mtl_store_float(void *element, mtl_dtype dtype, float x) {
     uint16_t half;
     switch (dtype) {
     case MTL_F32: memcpy(element, &x, sizeof x); return;
-    case MTL_F16: half = mtl_float_to_f16(x); memcpy(element, &half, sizeof half); return;
-    case MTL_BF16: half = mtl_float_to_bf16(x); memcpy(element, &half, sizeof half); return;
+    case MTL_F16:
+        half = mtl_float_to_f16(x);
+        memcpy(element, &half, sizeof half);
+        return;
+    case MTL_BF16:
+        half = mtl_float_to_bf16(x);
+        memcpy(element, &half, sizeof half);
+        return;
     default: mtl_store_double(element, dtype, (double)x); return;
     }
 }

@@ -60,7 +60,8 @@ typedef struct mtl_rope_angles {
 static inline int64_t mtl_rope_position(const mtl_rope_angles *angles, int64_t batch, int64_t time) {
     if (!angles->positions.data) return angles->offset + time;
     const char *at = angles->positions.data + batch * angles->positions.batch_stride;
-    if (angles->positions.each_token) return mtl_load_integer(at + time * angles->positions.time_stride, angles->positions.dtype);
+    if (angles->positions.each_token)
+        return mtl_load_integer(at + time * angles->positions.time_stride, angles->positions.dtype);
     return mtl_load_integer(at, angles->positions.dtype) + time;
 }
 
@@ -111,8 +112,9 @@ typedef struct mtl_attention_args {
         int64_t stride[3]; /* batch, head, query */
     } logsumexp;
     struct {
-        mtl_attention_operand k, v; /* kv_cache_sdpa_update: q_len keys and values, first copied into k and v; data NULL: none */
-        int64_t offset;             /* in time */
+        mtl_attention_operand k,
+            v;          /* kv_cache_sdpa_update: q_len keys and values, first copied into k and v; data NULL: none */
+        int64_t offset; /* in time */
     } append;
     bool in_double;
     struct { /* how the CPU backend cuts the work: its own to fill in, see cpu/attention.h */
@@ -141,9 +143,9 @@ typedef struct mtl_strided {
 
 typedef struct mtl_gated_delta_args {
     int64_t batch, time, k_heads, v_heads, key_dim, value_dim;
-    mtl_strided q, k, v, gamma, beta, out;  /* batch, time, head, feature; the last is 0 for a head's own gamma */
-    mtl_strided initial_state, state;       /* batch, head, value feature, key feature */
-    mtl_strided mask;                       /* batch, time */
+    mtl_strided q, k, v, gamma, beta, out; /* batch, time, head, feature; the last is 0 for a head's own gamma */
+    mtl_strided initial_state, state;      /* batch, head, value feature, key feature */
+    mtl_strided mask;                      /* batch, time */
     bool in_double;
 } mtl_gated_delta_args;
 

@@ -8,9 +8,11 @@ metalloid_status mtl_options_read(void *to, const void *defaults, size_t known, 
     if (!from) return METALLOID_OK;
     size_t size;
     memcpy(&size, from, sizeof size);
-    MTL_REQUIRE(size >= sizeof size && size <= MOST_BYTES, op, "options.size must be the size of the struct, got %zu", size);
+    MTL_REQUIRE(size >= sizeof size && size <= MOST_BYTES, op, "options.size must be the size of the struct, got %zu",
+                size);
     for (size_t i = known; i < size; i++) {
-        MTL_REQUIRE(((const char *)from)[i] == 0, op, "options has a field at byte %zu that this version does not know", i);
+        MTL_REQUIRE(((const char *)from)[i] == 0, op, "options has a field at byte %zu that this version does not know",
+                    i);
     }
     memcpy(to, from, size < known ? size : known);
     memcpy(to, &known, sizeof known);

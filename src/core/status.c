@@ -5,7 +5,7 @@
 #include <stdio.h>
 
 #define MTL_STRING_(x) #x
-#define MTL_STRING(x) MTL_STRING_(x)
+#define MTL_STRING(x)  MTL_STRING_(x)
 
 static _Thread_local char last_error[512];
 
@@ -30,5 +30,6 @@ const char *metalloid_status_string(metalloid_status status) {
 }
 
 const char *metalloid_version(void) {
-    return MTL_STRING(METALLOID_VERSION_MAJOR) "." MTL_STRING(METALLOID_VERSION_MINOR) "." MTL_STRING(METALLOID_VERSION_PATCH);
+    return MTL_STRING(METALLOID_VERSION_MAJOR) "." MTL_STRING(METALLOID_VERSION_MINOR) "." MTL_STRING(
+        METALLOID_VERSION_PATCH);
 }

@@ -14,15 +14,15 @@
 metalloid_status mtl_fail(metalloid_status status, const char *format, ...) MTL_PRINTF(2, 3);
 
 /* Every message starts with the operation: "rope: dims must be even, got 7". */
-#define MTL_REQUIRE(condition, op, format, ...)                                                                                        \
-    do {                                                                                                                               \
-        if (!(condition)) return mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: " format, op, __VA_ARGS__);                                 \
+#define MTL_REQUIRE(condition, op, format, ...)                                                        \
+    do {                                                                                               \
+        if (!(condition)) return mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: " format, op, __VA_ARGS__); \
     } while (0)
 
-#define MTL_TRY(call)                                                                                                                  \
-    do {                                                                                                                               \
-        metalloid_status mtl_status_ = (call);                                                                                         \
-        if (mtl_status_ != METALLOID_OK) return mtl_status_;                                                                           \
+#define MTL_TRY(call)                                        \
+    do {                                                     \
+        metalloid_status mtl_status_ = (call);               \
+        if (mtl_status_ != METALLOID_OK) return mtl_status_; \
     } while (0)
 
 #endif

@@ -36,15 +36,18 @@ static const char *dtypes_in_words(unsigned dtypes) {
     }
 }
 
-static metalloid_status refuse_dtype(DLDataType type, bool known, mtl_dtype dtype, const char *op, const char *name, unsigned dtypes) {
+static metalloid_status refuse_dtype(DLDataType type, bool known, mtl_dtype dtype, const char *op, const char *name,
+                                     unsigned dtypes) {
     if (known) {
-        return mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: %s must be %s, got %s", op, name, dtypes_in_words(dtypes), mtl_dtype_name(dtype));
+        return mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: %s must be %s, got %s", op, name, dtypes_in_words(dtypes),
+                        mtl_dtype_name(dtype));
     }
-    return mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: %s must be %s, got DLPack type code %d of %d bits and %d lanes", op, name,
-                    dtypes_in_words(dtypes), type.code, type.bits, type.lanes);
+    return mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: %s must be %s, got DLPack type code %d of %d bits and %d lanes",
+                    op, name, dtypes_in_words(dtypes), type.code, type.bits, type.lanes);
 }
 
-metalloid_status mtl_view_optional(mtl_view *view, const DLTensor *tensor, const char *op, const char *name, unsigned dtypes) {
+metalloid_status mtl_view_optional(mtl_view *view, const DLTensor *tensor, const char *op, const char *name,
+                                   unsigned dtypes) {
     if (tensor) return mtl_view_required(view, tensor, op, name, dtypes);
     view->rank = -1;
     view->data = NULL;
@@ -55,12 +58,14 @@ metalloid_status mtl_view_optional(mtl_view *view, const DLTensor *tensor, const
 /* Where empty tensors lie, so that arithmetic on their pointers is always legal; it is never read or written. */
 static char nowhere[8];
 
-metalloid_status mtl_view_required(mtl_view *view, const DLTensor *tensor, const char *op, const char *name, unsigned dtypes) {
+metalloid_status mtl_view_required(mtl_view *view, const DLTensor *tensor, const char *op, const char *name,
+                                   unsigned dtypes) {
     MTL_REQUIRE(tensor, op, "%s must not be NULL", name);
     view->name = name;
     view->rank = tensor->ndim;
     view->device = tensor->device;
-    if (view->device.device_type == kDLCUDAHost || view->device.device_type == kDLCPU) view->device = (DLDevice){kDLCPU, 0};
+    if (view->device.device_type == kDLCUDAHost || view->device.device_type == kDLCPU)
+        view->device = (DLDevice){kDLCPU, 0};
     if (view->device.device_type == kDLCUDAManaged) view->device.device_type = kDLCUDA;
 
     mtl_dtype dtype = MTL_F32;
@@ -68,15 +73,16 @@ metalloid_status mtl_view_required(mtl_view *view, const DLTensor *tensor, const
     if (!known || !(dtypes >> dtype & 1)) return refuse_dtype(tensor->dtype, known, dtype, op, name, dtypes);
     view->dtype = dtype;
 
-    MTL_REQUIRE(tensor->ndim >= 0 && tensor->ndim <= MTL_MAX_RANK, op, "%s must have rank 0 to %d, got %d", name, (int)MTL_MAX_RANK,
-                tensor->ndim);
+    MTL_REQUIRE(tensor->ndim >= 0 && tensor->ndim <= MTL_MAX_RANK, op, "%s must have rank 0 to %d, got %d", name,
+                (int)MTL_MAX_RANK, tensor->ndim);
     MTL_REQUIRE(tensor->shape || tensor->ndim == 0, op, "%s has rank %d but a NULL shape", name, tensor->ndim);
 
     int64_t size = mtl_dtype_size(dtype), elements = 1, low = 0, high = 0;
     bool overflow = false, empty = false;
     for (int axis = tensor->ndim - 1; axis >= 0; axis--) {
         int64_t extent = tensor->shape[axis], stride = 0, reach;
-        MTL_REQUIRE(extent >= 0, op, "%s must not have a negative extent, got %lld at axis %d", name, (long long)extent, axis);
+        MTL_REQUIRE(extent >= 0, op, "%s must not have a negative extent, got %lld at axis %d", name, (long long)extent,
+                    axis);
         if (extent > 1 && !overflow) {
             overflow |= __builtin_mul_overflow(tensor->strides ? tensor->strides[axis] : elements, size, &stride);
             overflow |= __builtin_mul_overflow(stride, extent - 1, &reach);
@@ -93,7 +99,8 @@ metalloid_status mtl_view_required(mtl_view *view, const DLTensor *tensor, const
     overflow |= __builtin_add_overflow(data, (uintptr_t)tensor->byte_offset, &data);
     overflow |= (uint64_t)tensor->byte_offset > INT64_MAX;
     if (!empty && !overflow) {
-        overflow |= __builtin_sub_overflow(data, (uintptr_t)0 - (uintptr_t)low, &begin) || __builtin_add_overflow(data, (uintptr_t)high, &end);
+        overflow |= __builtin_sub_overflow(data, (uintptr_t)0 - (uintptr_t)low, &begin) ||
+                    __builtin_add_overflow(data, (uintptr_t)high, &end);
     }
     MTL_REQUIRE(!overflow, op, "%s is too large: its size in bytes overflows", name);
     view->elements = empty ? 0 : elements;
@@ -149,13 +156,16 @@ metalloid_status mtl_check_device(const mtl_view *const *views, int count, const
     const mtl_view *first = views[0];
     for (int i = 1; i < count; i++) {
         if (!mtl_present(views[i])) continue;
-        MTL_REQUIRE(views[i]->device.device_type == first->device.device_type && views[i]->device.device_id == first->device.device_id, op,
-                    "%s must be on the device of %s (DLPack type %d, id %d), got type %d, id %d", views[i]->name, first->name,
-                    (int)first->device.device_type, first->device.device_id, (int)views[i]->device.device_type, views[i]->device.device_id);
+        MTL_REQUIRE(views[i]->device.device_type == first->device.device_type &&
+                        views[i]->device.device_id == first->device.device_id,
+                    op, "%s must be on the device of %s (DLPack type %d, id %d), got type %d, id %d", views[i]->name,
+                    first->name, (int)first->device.device_type, first->device.device_id,
+                    (int)views[i]->device.device_type, views[i]->device.device_id);
     }
     *device = first->device;
     if (device->device_type == kDLCPU) return METALLOID_OK;
-    return mtl_fail(METALLOID_UNSUPPORTED, "%s: %s is on a device of DLPack type %d, which no backend of this build serves", op, first->name,
+    return mtl_fail(METALLOID_UNSUPPORTED,
+                    "%s: %s is on a device of DLPack type %d, which no backend of this build serves", op, first->name,
                     (int)device->device_type);
 }
 
@@ -194,7 +204,8 @@ static void sum_add(bounded_sum *sum, int64_t coefficient, int64_t bound) {
     if (coefficient == 0 || bound == 0) return;
     int at = 0;
     while (at < sum->terms && sum->coefficient[at] > coefficient) at++;
-    if (at < sum->terms && sum->coefficient[at] == coefficient) { /* x1 + x2 takes every value up to both bounds together */
+    if (at < sum->terms &&
+        sum->coefficient[at] == coefficient) { /* x1 + x2 takes every value up to both bounds together */
         sum->bound[at] += bound;
         return;
     }
@@ -252,7 +263,8 @@ bool mtl_overlaps_itself(const mtl_view *view) {
     if (view->elements <= 1) return false;
     /* Two different places of one address: with axis `lead` the first where they differ, the earlier axes drop out. In elements. */
     int64_t size = mtl_dtype_size(view->dtype);
-    int64_t reach = size; /* nested layouts, which nearly all are, need no search: each stride passes the extent of the smaller ones */
+    int64_t reach =
+        size; /* nested layouts, which nearly all are, need no search: each stride passes the extent of the smaller ones */
     bool nested = true;
     int64_t done = 0;
     for (int level = 0; level < view->rank && nested; level++) {
@@ -289,12 +301,13 @@ bool mtl_overlaps_itself(const mtl_view *view) {
 
 static bool same_place(const mtl_view *a, const mtl_view *b) {
     bool same = a->data == b->data && a->dtype == b->dtype && a->rank == b->rank;
-    for (int axis = 0; same && axis < a->rank; axis++) same = a->shape[axis] == b->shape[axis] && a->stride[axis] == b->stride[axis];
+    for (int axis = 0; same && axis < a->rank; axis++)
+        same = a->shape[axis] == b->shape[axis] && a->stride[axis] == b->stride[axis];
     return same;
 }
 
-metalloid_status mtl_check_overlap(const mtl_view *const *outputs, int output_count, const mtl_view *const *inputs, int input_count,
-                                   const unsigned *aliases, const char *op) {
+metalloid_status mtl_check_overlap(const mtl_view *const *outputs, int output_count, const mtl_view *const *inputs,
+                                   int input_count, const unsigned *aliases, const char *op) {
     for (int o = 0; o < output_count; o++) {
         const mtl_view *out = outputs[o];
         if (!mtl_present(out)) continue;
@@ -303,12 +316,14 @@ metalloid_status mtl_check_overlap(const mtl_view *const *outputs, int output_co
             if (!mtl_present(inputs[i]) || !mtl_overlaps(out, inputs[i])) continue;
             bool may_alias = aliases && aliases[o] >> i & 1;
             if (may_alias && same_place(out, inputs[i])) continue;
-            return mtl_fail(METALLOID_INVALID_ARGUMENT, may_alias ? "%s: %s must be %s itself or not overlap it" : "%s: %s must not overlap %s",
-                            op, out->name, inputs[i]->name);
+            return mtl_fail(METALLOID_INVALID_ARGUMENT,
+                            may_alias ? "%s: %s must be %s itself or not overlap it" : "%s: %s must not overlap %s", op,
+                            out->name, inputs[i]->name);
         }
         for (int other = 0; other < o; other++) {
             if (!mtl_present(outputs[other])) continue;
-            MTL_REQUIRE(!mtl_overlaps(out, outputs[other]), op, "%s must not overlap %s", out->name, outputs[other]->name);
+            MTL_REQUIRE(!mtl_overlaps(out, outputs[other]), op, "%s must not overlap %s", out->name,
+                        outputs[other]->name);
         }
     }
     return METALLOID_OK;

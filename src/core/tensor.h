@@ -29,8 +29,10 @@ static inline mtl_view mtl_absent(void) { return (mtl_view){.rank = -1}; }
 
 /* Checks one tensor by itself: pointers, dtype in `dtypes`, extents, strides, alignment, sizes that fit. Device types that alias
  * CPU memory become kDLCPU, managed CUDA memory becomes kDLCUDA. */
-metalloid_status mtl_view_required(mtl_view *view, const DLTensor *tensor, const char *op, const char *name, unsigned dtypes);
-metalloid_status mtl_view_optional(mtl_view *view, const DLTensor *tensor, const char *op, const char *name, unsigned dtypes);
+metalloid_status mtl_view_required(mtl_view *view, const DLTensor *tensor, const char *op, const char *name,
+                                   unsigned dtypes);
+metalloid_status mtl_view_optional(mtl_view *view, const DLTensor *tensor, const char *op, const char *name,
+                                   unsigned dtypes);
 
 /* One axis, as "x must have shape {2, 3}"; an extent of -1 in `shape` matches any. */
 metalloid_status mtl_check_shape(const mtl_view *view, const char *op, int rank, const int64_t *shape);
@@ -42,8 +44,8 @@ metalloid_status mtl_check_device(const mtl_view *const *views, int count, const
 
 /* Outputs do not overlap themselves, each other, or an input, but where `aliases` allows an output to be exactly an input (same
  * pointer, dtype, shape and strides): bit i of aliases[o] allows output o to be inputs[i]. Absent views are skipped. */
-metalloid_status mtl_check_overlap(const mtl_view *const *outputs, int output_count, const mtl_view *const *inputs, int input_count,
-                                   const unsigned *aliases, const char *op);
+metalloid_status mtl_check_overlap(const mtl_view *const *outputs, int output_count, const mtl_view *const *inputs,
+                                   int input_count, const unsigned *aliases, const char *op);
 
 /* Whether the two views share a byte: exact, but for hostile layouts that would take long to decide, which count as sharing. */
 bool mtl_overlaps(const mtl_view *a, const mtl_view *b);

@@ -33,9 +33,9 @@
 #include <unistd.h>
 
 enum {
-    SPIN_NS = 40 * 1000,                   /* a worker or a waiting caller spins this long before it sleeps */
-    RETRY_NS = 1000 * 1000 * 1000,         /* after a thread could not be created, none is tried for this long */
-    MIN_STACK_BYTES = 1024 * 1024,         /* kernels keep blocks on the stack; some C libraries give 128 KiB */
+    SPIN_NS = 40 * 1000,           /* a worker or a waiting caller spins this long before it sleeps */
+    RETRY_NS = 1000 * 1000 * 1000, /* after a thread could not be created, none is tried for this long */
+    MIN_STACK_BYTES = 1024 * 1024, /* kernels keep blocks on the stack; some C libraries give 128 KiB */
     MAX_ENVIRONMENT_THREADS = 4096,
     CACHE_LINE = 64,
 };
@@ -320,13 +320,9 @@ int mtl_default_threads(void) {
     return online > 0 ? (int)online : 1;
 }
 
-static void before_fork(void) {
-    pthread_mutex_lock(&pool.growth);
-}
+static void before_fork(void) { pthread_mutex_lock(&pool.growth); }
 
-static void after_fork_in_parent(void) {
-    pthread_mutex_unlock(&pool.growth);
-}
+static void after_fork_in_parent(void) { pthread_mutex_unlock(&pool.growth); }
 
 /* The child has none of the threads, and their locks may be held by nobody: every worker starts anew. If the forking
  * thread was itself inside a part, that job's other parts are lost to the child, which must not return from it. */

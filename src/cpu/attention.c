@@ -13,7 +13,8 @@ enum {
     CACHE_LINE = 64,
 };
 
-static const int64_t longest_row = (int64_t)1 << 40; /* keeps sizes of workspace within int64_t: none so long is to be had */
+static const int64_t longest_row = (int64_t)1
+                                   << 40; /* keeps sizes of workspace within int64_t: none so long is to be had */
 
 /* ---- the cut ------------------------------------------------------------------------------------------------------ */
 
@@ -42,10 +43,13 @@ static void cut_work(mtl_attention_args *args) {
     args->cut.key_ranges = clamp(most_keys(args) / KEYS_A_RANGE, 1, quotient_up(ITEMS_WANTED, blocks));
 }
 
-static int64_t row_block_count(const mtl_attention_args *args) { return args->batch * args->kv_heads * args->cut.row_blocks; }
+static int64_t row_block_count(const mtl_attention_args *args) {
+    return args->batch * args->kv_heads * args->cut.row_blocks;
+}
 
 static double *states_of(const mtl_attention_args *args, int64_t row_block, int64_t range) {
-    return args->cut.states + (row_block * args->cut.key_ranges + range) * args->cut.rows * mtl_attention_state_length(args);
+    return args->cut.states +
+           (row_block * args->cut.key_ranges + range) * args->cut.rows * mtl_attention_state_length(args);
 }
 
 mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t index) {
@@ -58,7 +62,8 @@ mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t
     item.rows = least(args->cut.rows, args->cut.group * args->q_len - item.first_row);
 
     int64_t begin, end;
-    visible_keys(args, mtl_attention_query(args, item.first_row), mtl_attention_query(args, item.first_row + item.rows - 1), &begin, &end);
+    visible_keys(args, mtl_attention_query(args, item.first_row),
+                 mtl_attention_query(args, item.first_row + item.rows - 1), &begin, &end);
     int64_t each = quotient_up(end - begin, args->cut.key_ranges * MTL_ATTENTION_KEYS) * MTL_ATTENTION_KEYS;
     item.first_key = least(begin + range * each, end);
     item.end_key = least(item.first_key + each, end);
@@ -88,7 +93,8 @@ void mtl_attention_finish(const mtl_attention_args *args, int64_t batch, int64_t
         mtl_attention_raise(state, mtl_attention_state_length(args), sink);
         /* exp(infinity - infinity) is NaN, but next to an infinite sink every finite score has the weight 0. A sink of -infinity
          * is none. */
-        if (sink != -INFINITY) state[MTL_STATE_SUM] += sink == INFINITY ? INFINITY : exp(sink - state[MTL_STATE_LARGEST]);
+        if (sink != -INFINITY)
+            state[MTL_STATE_SUM] += sink == INFINITY ? INFINITY : exp(sink - state[MTL_STATE_LARGEST]);
     }
     double largest = state[MTL_STATE_LARGEST], sum = state[MTL_STATE_SUM];
     bool nothing_seen = largest == -INFINITY && sum == 0;
@@ -101,8 +107,8 @@ void mtl_attention_finish(const mtl_attention_args *args, int64_t batch, int64_t
     }
     if (args->logsumexp.data) {
         const int64_t *stride = args->logsumexp.stride;
-        mtl_store_double(args->logsumexp.data + batch * stride[0] + head * stride[1] + query * stride[2], args->logsumexp.dtype,
-                         largest + log(sum));
+        mtl_store_double(args->logsumexp.data + batch * stride[0] + head * stride[1] + query * stride[2],
+                         args->logsumexp.dtype, largest + log(sum));
     }
 }
 
@@ -125,16 +131,18 @@ static void combine_ranges(const void *arguments, int64_t begin, int64_t end, vo
 
 /* ---- the key/value cache ------------------------------------------------------------------------------------------ */
 
-static void append_row(const mtl_attention_operand *from, const mtl_attention_operand *cache, int64_t batch, int64_t head, int64_t time,
-                       int64_t offset, int64_t length) {
+static void append_row(const mtl_attention_operand *from, const mtl_attention_operand *cache, int64_t batch,
+                       int64_t head, int64_t time, int64_t offset, int64_t length) {
     int64_t size = mtl_dtype_size(cache->dtype);
     const char *source = from->data + batch * from->stride[0] + head * from->stride[1] + time * from->stride[2];
-    char *target = cache->data + batch * cache->stride[0] + head * cache->stride[1] + (offset + time) * cache->stride[2];
+    char *target =
+        cache->data + batch * cache->stride[0] + head * cache->stride[1] + (offset + time) * cache->stride[2];
     if (from->stride[3] == size && cache->stride[3] == size) {
         memcpy(target, source, (size_t)(length * size));
         return;
     }
-    for (int64_t d = 0; d < length; d++) memcpy(target + d * cache->stride[3], source + d * from->stride[3], (size_t)size);
+    for (int64_t d = 0; d < length; d++)
+        memcpy(target + d * cache->stride[3], source + d * from->stride[3], (size_t)size);
 }
 
 /* An item is a time step of one row of the batch. */
@@ -187,9 +195,11 @@ static int threads_worth(const metalloid_context *context, const mtl_attention_a
 
 metalloid_status mtl_cpu_attention(const metalloid_context *context, const char *op, const mtl_attention_args *given) {
     mtl_attention_args args = *given;
-    int64_t new_rows = args.append.k.data ? args.batch * args.q_len : 0, item_bytes = args.kv_heads * (args.head_dim + args.value_dim) * 4;
+    int64_t new_rows = args.append.k.data ? args.batch * args.q_len : 0,
+            item_bytes = args.kv_heads * (args.head_dim + args.value_dim) * 4;
     bool attends = args.batch && args.q_heads && args.q_len && (args.value_dim || args.logsumexp.data);
-    if (!attends) return mtl_cpu_run(context, op, append_to_cache, &args, new_rows, item_bytes, 0); /* no scratch: cannot fail */
+    if (!attends)
+        return mtl_cpu_run(context, op, append_to_cache, &args, new_rows, item_bytes, 0); /* no scratch: cannot fail */
 
     cut_work(&args);
     int64_t row_blocks = row_block_count(&args), items = row_blocks * args.cut.key_ranges;
@@ -202,7 +212,9 @@ metalloid_status mtl_cpu_attention(const metalloid_context *context, const char 
         states = (states + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
     }
     char *workspace = too_long ? NULL : mtl_allocate(context, states + scratch * (size_t)threads);
-    if (!workspace) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: no %zu bytes of workspace", op, too_long ? SIZE_MAX : states + scratch * (size_t)threads);
+    if (!workspace)
+        return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: no %zu bytes of workspace", op,
+                        too_long ? SIZE_MAX : states + scratch * (size_t)threads);
     args.cut.states = (double *)(void *)workspace;
 
     /* Without scratch mtl_cpu_run allocates nothing and cannot fail. */
@@ -211,7 +223,8 @@ metalloid_status mtl_cpu_attention(const metalloid_context *context, const char 
     j.parts = (int)least(items, (int64_t)threads * PARTS_A_THREAD);
     mtl_parallel_run(threads, j.parts, run_part, &j);
     if (args.cut.key_ranges > 1) {
-        int64_t cost = args.cut.key_ranges * args.cut.rows * mtl_attention_state_length(&args) * (int64_t)sizeof(double);
+        int64_t cost =
+            args.cut.key_ranges * args.cut.rows * mtl_attention_state_length(&args) * (int64_t)sizeof(double);
         mtl_cpu_run(context, op, combine_ranges, &args, row_blocks, cost, 0);
     }
     mtl_release(context, workspace);

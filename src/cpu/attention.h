@@ -32,7 +32,8 @@ typedef struct mtl_attention_item {
     int64_t batch, kv_head;
     int64_t first_row, rows;
     int64_t first_key, end_key;
-    double *states; /* where the item's states go, row by row, to be combined; NULL: it has all keys and finishes its rows */
+    double *
+        states; /* where the item's states go, row by row, to be combined; NULL: it has all keys and finishes its rows */
 } mtl_attention_item;
 
 mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t index);
@@ -42,10 +43,14 @@ static inline int64_t mtl_attention_head(const mtl_attention_args *args, int64_t
     return kv_head * args->cut.group + row % args->cut.group;
 }
 
-static inline int64_t mtl_attention_state_length(const mtl_attention_args *args) { return MTL_STATE_VALUES + args->value_dim; }
+static inline int64_t mtl_attention_state_length(const mtl_attention_args *args) {
+    return MTL_STATE_VALUES + args->value_dim;
+}
 
 /* x exp(difference), where a factor of 0 drops what it multiplies, infinities too: the weight of such a key has underflowed. */
-static inline double mtl_attention_rescale(double x, double factor) { return factor == 0 && !isnan(x) ? 0 : x * factor; }
+static inline double mtl_attention_rescale(double x, double factor) {
+    return factor == 0 && !isnan(x) ? 0 : x * factor;
+}
 
 /* The state's sums, in terms of a larger `largest`. */
 void mtl_attention_raise(double *state, int64_t length, double largest);

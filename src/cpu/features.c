@@ -19,7 +19,8 @@ unsigned mtl_cpu_features(void) {
     unsigned features = 0;
 #if defined(__x86_64__)
     unsigned eax, ebx, ecx, edx;
-    bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C); /* clang 14's built-in does not know this one */
+    bool f16c =
+        __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C); /* clang 14's built-in does not know this one */
     __builtin_cpu_init(); /* the built-ins ask the operating system for its part (XCR0) as well */
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c) features |= MTL_AVX2;
     if ((features & MTL_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -5,7 +5,7 @@
 #include <stddef.h>
 
 enum {
-    MTL_AVX2 = 1 << 0, /* with FMA and F16C, which every processor with AVX2 but VIA's has */
+    MTL_AVX2 = 1 << 0,   /* with FMA and F16C, which every processor with AVX2 but VIA's has */
     MTL_AVX512 = 1 << 1, /* F, BW, DQ, VL */
     MTL_AVX512_BF16 = 1 << 2,
     MTL_NEON = 1 << 3, /* aarch64 */

@@ -7,7 +7,8 @@ static metalloid_status run(const metalloid_context *context, const char *op, mt
     args->run = args->length < RUN ? args->length : RUN;
     if (args->run == 0) return METALLOID_OK;
     args->runs = (args->length + RUN - 1) / RUN;
-    return mtl_cpu_run(context, op, kernel, args, args->rows.count * args->runs, args->run * 12, (size_t)args->run * 2 * sizeof(double));
+    return mtl_cpu_run(context, op, kernel, args, args->rows.count * args->runs, args->run * 12,
+                       (size_t)args->run * 2 * sizeof(double));
 }
 
 metalloid_status mtl_cpu_swiglu(const metalloid_context *context, const char *op, mtl_gated_args *args) {

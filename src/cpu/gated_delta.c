@@ -2,10 +2,12 @@
  * steps. SPDX-License-Identifier: MIT */
 #include "cpu/kernels.h"
 
-metalloid_status mtl_cpu_gated_delta(const metalloid_context *context, const char *op, const mtl_gated_delta_args *args) {
+metalloid_status mtl_cpu_gated_delta(const metalloid_context *context, const char *op,
+                                     const mtl_gated_delta_args *args) {
     mtl_kernel kernel = mtl_cpu_kernels_for(context, args->in_double)->gated_delta;
     int64_t blocks = (args->value_dim + MTL_GATED_DELTA_ROWS - 1) / MTL_GATED_DELTA_ROWS;
     int64_t rows = args->value_dim < MTL_GATED_DELTA_ROWS ? args->value_dim : MTL_GATED_DELTA_ROWS;
     int64_t cost = rows * (args->key_dim + 1) * (args->time + 8);
-    return mtl_cpu_run(context, op, kernel, args, args->batch * args->v_heads * blocks, cost, mtl_gated_delta_scratch(args));
+    return mtl_cpu_run(context, op, kernel, args, args->batch * args->v_heads * blocks, cost,
+                       mtl_gated_delta_scratch(args));
 }

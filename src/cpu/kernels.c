@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DECLARE(isa, name)                                               \
+#define DECLARE(isa, name)                                                 \
     void mtl_##isa##_##name##_f32(const void *, int64_t, int64_t, void *); \
     void mtl_##isa##_##name##_f64(const void *, int64_t, int64_t, void *);
 #define DECLARE_PLAIN(name) DECLARE(plain, name)
@@ -20,8 +20,8 @@ static const mtl_cpu_isa plain = {"plain", {MTL_KERNELS(PLAIN_F32)}, {MTL_KERNEL
 #define DECLARE_AVX2(name) DECLARE(avx2, name)
 MTL_SIMD_KERNELS(DECLARE_AVX2)
 static void fill_avx2(mtl_cpu_isa *isa) {
-#define FILL_AVX2(kernel)                               \
-    isa->in_float.kernel = mtl_avx2_##kernel##_f32;     \
+#define FILL_AVX2(kernel)                           \
+    isa->in_float.kernel = mtl_avx2_##kernel##_f32; \
     isa->in_double.kernel = mtl_avx2_##kernel##_f64;
     MTL_SIMD_KERNELS(FILL_AVX2)
 }

@@ -52,8 +52,8 @@ const mtl_cpu_kernels *mtl_cpu_kernels_for(const metalloid_context *context, boo
 /* Runs `kernel` over all items on the context's threads. `item_cost`: the memory traffic of one item in bytes (or, where arithmetic
  * dominates, its multiply-adds / 8), from which it follows how many threads the call is worth. `scratch`: bytes a thread. Nothing
  * has run when METALLOID_OUT_OF_MEMORY comes back. Bits do not depend on the thread count: an item is always done whole. */
-metalloid_status mtl_cpu_run(const metalloid_context *context, const char *op, mtl_kernel kernel, const void *args, int64_t items,
-                             int64_t item_cost, size_t scratch);
+metalloid_status mtl_cpu_run(const metalloid_context *context, const char *op, mtl_kernel kernel, const void *args,
+                             int64_t items, int64_t item_cost, size_t scratch);
 
 /* rope's items are blocks of so many time steps: enough to read runs of memory, few enough to share out. */
 enum { MTL_ROPE_BLOCK = 16 };
@@ -65,7 +65,9 @@ typedef struct mtl_rope_block {
 mtl_rope_block mtl_rope_block_at(const mtl_rope_args *args, int64_t item);
 
 /* The steps of a block, but for the last one. */
-static inline int64_t mtl_rope_most_steps(const mtl_rope_args *args) { return args->time < MTL_ROPE_BLOCK ? args->time : MTL_ROPE_BLOCK; }
+static inline int64_t mtl_rope_most_steps(const mtl_rope_args *args) {
+    return args->time < MTL_ROPE_BLOCK ? args->time : MTL_ROPE_BLOCK;
+}
 
 /* Whether the blocks of one `first` have the same positions throughout the batch. They are items in a row. */
 static inline bool mtl_rope_batch_shares(const mtl_rope_angles *angles) { return angles->positions.batch_stride == 0; }
@@ -94,7 +96,9 @@ metalloid_status mtl_cpu_swiglu(const metalloid_context *context, const char *op
 metalloid_status mtl_cpu_geglu(const metalloid_context *context, const char *op, mtl_gated_args *args);
 metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, const mtl_rope_args *args);
 metalloid_status mtl_cpu_attention(const metalloid_context *context, const char *op, const mtl_attention_args *given);
-metalloid_status mtl_cpu_cross_entropy(const metalloid_context *context, const char *op, const mtl_cross_entropy_args *args);
-metalloid_status mtl_cpu_gated_delta(const metalloid_context *context, const char *op, const mtl_gated_delta_args *args);
+metalloid_status mtl_cpu_cross_entropy(const metalloid_context *context, const char *op,
+                                       const mtl_cross_entropy_args *args);
+metalloid_status mtl_cpu_gated_delta(const metalloid_context *context, const char *op,
+                                     const mtl_gated_delta_args *args);
 
 #endif

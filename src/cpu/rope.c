@@ -11,7 +11,8 @@ metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, 
     if (heads == 0 || args->batch == 0) return METALLOID_OK;
     int64_t cost = heads * args->head_dim * 8 + args->angles.dims / 2 * TURN_COST;
     int64_t blocks = args->time / MTL_ROPE_BLOCK + (args->time % MTL_ROPE_BLOCK != 0);
-    return mtl_cpu_run(context, op, kernel, args, args->batch * blocks, cost * mtl_rope_most_steps(args), mtl_rope_scratch(args));
+    return mtl_cpu_run(context, op, kernel, args, args->batch * blocks, cost * mtl_rope_most_steps(args),
+                       mtl_rope_scratch(args));
 }
 
 mtl_rope_block mtl_rope_block_at(const mtl_rope_args *args, int64_t item) {
@@ -24,7 +25,8 @@ mtl_rope_block mtl_rope_block_at(const mtl_rope_args *args, int64_t item) {
 void mtl_rope_turn_far(const mtl_rope_angles *angles, int64_t pair, int64_t position, double *cosine, double *sine) {
     long double inv_freq;
     if (angles->freqs.data) {
-        long double freq = (long double)mtl_load_double(angles->freqs.data + pair * angles->freqs.stride, angles->freqs.dtype);
+        long double freq =
+            (long double)mtl_load_double(angles->freqs.data + pair * angles->freqs.stride, angles->freqs.dtype);
         inv_freq = angles->inverse ? freq : 1 / freq;
     } else {
         inv_freq = powl((long double)angles->base, -(long double)(2 * pair) / (long double)angles->dims);

@@ -25,8 +25,8 @@ static void run_part(void *argument, int part, int worker) {
     j->kernel(j->args, begin, end, j->scratch ? j->scratch + (size_t)worker * j->scratch_size : NULL);
 }
 
-static metalloid_status run_alone(const metalloid_context *context, const char *op, mtl_kernel kernel, const void *args, int64_t items,
-                                  size_t scratch) {
+static metalloid_status run_alone(const metalloid_context *context, const char *op, mtl_kernel kernel, const void *args,
+                                  int64_t items, size_t scratch) {
     if (scratch <= STACK_SCRATCH) {
         _Alignas(64) char on_stack[STACK_SCRATCH];
         kernel(args, 0, items, on_stack);
@@ -39,8 +39,8 @@ static metalloid_status run_alone(const metalloid_context *context, const char *
     return METALLOID_OK;
 }
 
-metalloid_status mtl_cpu_run(const metalloid_context *context, const char *op, mtl_kernel kernel, const void *args, int64_t items,
-                             int64_t item_cost, size_t scratch) {
+metalloid_status mtl_cpu_run(const metalloid_context *context, const char *op, mtl_kernel kernel, const void *args,
+                             int64_t items, int64_t item_cost, size_t scratch) {
     if (items == 0) return METALLOID_OK;
     double worth = (double)items * (double)item_cost / PART_COST;
     if (items == 1 || worth < 2) return run_alone(context, op, kernel, args, items, scratch);
@@ -54,7 +54,9 @@ metalloid_status mtl_cpu_run(const metalloid_context *context, const char *op, m
     job j = {kernel, args, items, (int)parts, NULL, (scratch + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE};
     if (scratch) {
         j.scratch = mtl_allocate(context, j.scratch_size * (size_t)threads);
-        if (!j.scratch) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: no %zu bytes of workspace", op, j.scratch_size * (size_t)threads);
+        if (!j.scratch)
+            return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: no %zu bytes of workspace", op,
+                            j.scratch_size * (size_t)threads);
     }
     mtl_parallel_run(threads, (int)parts, run_part, &j);
     mtl_release(context, j.scratch);

@@ -39,9 +39,7 @@
 
 /* ThreadSanitizer would end a forked child that starts a thread, and adds a second to every exit. */
 __attribute__((visibility("default"))) const char *__tsan_default_options(void);
-const char *__tsan_default_options(void) {
-    return "die_after_fork=0:atexit_sleep_ms=0";
-}
+const char *__tsan_default_options(void) { return "die_after_fork=0:atexit_sleep_ms=0"; }
 
 enum { MOST_THREADS = 8, MOST_PARTS = 1000, PATIENCE_US = 5 * 1000 * 1000 /* then a test fails rather than hangs */ };
 
@@ -56,8 +54,7 @@ static void sleep_us(long us) {
 }
 
 static void work_us(int us) {
-    for (int64_t end = clock_ns(CLOCK_MONOTONIC) + us * 1000; clock_ns(CLOCK_MONOTONIC) < end;) {
-    }
+    for (int64_t end = clock_ns(CLOCK_MONOTONIC) + us * 1000; clock_ns(CLOCK_MONOTONIC) < end;) {}
 }
 
 /* ---- parts ---- */
@@ -263,12 +260,12 @@ static void eight_threads_may_call_at_once(void **state) {
 /* ---- forks ---- */
 
 /* In a child: returns (with a line for the reader) instead of asserting. */
-#define CHECK(condition)                                                                                              \
-    do {                                                                                                              \
-        if (!(condition)) {                                                                                           \
-            dprintf(STDERR_FILENO, "%s:%d: child: %s\n", __FILE__, __LINE__, #condition);                             \
-            return 1;                                                                                                 \
-        }                                                                                                             \
+#define CHECK(condition)                                                                  \
+    do {                                                                                  \
+        if (!(condition)) {                                                               \
+            dprintf(STDERR_FILENO, "%s:%d: child: %s\n", __FILE__, __LINE__, #condition); \
+            return 1;                                                                     \
+        }                                                                                 \
     } while (0)
 
 enum { SKIPPED = 77 };
@@ -315,9 +312,7 @@ static void forked_child_and_its_children_have_working_pools(void **state) {
     assert_true(threads_meet(4)); /* the parent keeps its own */
 }
 
-static int use_nothing(void) {
-    return 0;
-}
+static int use_nothing(void) { return 0; }
 
 static void forked_child_exits_with_and_without_threads_of_its_own(void **state) {
     (void)state;

@@ -20,16 +20,13 @@ uint64_t take_bits(source *from) {
     return bits;
 }
 
-int take_below(source *from, int limit) {
-    return take(from) % limit;
-}
+int take_below(source *from, int limit) { return take(from) % limit; }
 
-bool rarely(source *from) {
-    return take(from) % 32 == 31;
-}
+bool rarely(source *from) { return take(from) % 32 == 31; }
 
 double take_double(source *from) {
-    static const double special[] = {0, -0.0, 1, -1, 1e-300, 1e300, -1e300, 5e-324, INFINITY, -INFINITY, NAN, 0.5, 2147483648.0, 1e-8};
+    static const double special[] = {0,      -0.0,     1,         -1,  1e-300, 1e300,        -1e300,
+                                     5e-324, INFINITY, -INFINITY, NAN, 0.5,    2147483648.0, 1e-8};
     int which = take_below(from, 20);
     if (which < 14) return special[which];
     uint64_t bits = take_bits(from);
@@ -42,7 +39,14 @@ double take_double(source *from) {
  * B batch, T queries or tokens, S keys, M longest cache, N query or value heads, K key heads, D head dimension, E that of values,
  * P pairs of rope, H features, V classes. */
 
-enum { FLOATING = 1, INTEGER = 2, BOOL = 4, OPTIONAL = 8, OUTPUT = 16, WIDE = 32 /* float32, or float64 if the others are */ };
+enum {
+    FLOATING = 1,
+    INTEGER = 2,
+    BOOL = 4,
+    OPTIONAL = 8,
+    OUTPUT = 16,
+    WIDE = 32 /* float32, or float64 if the others are */
+};
 
 typedef struct parameter {
     const char *axes;
@@ -65,16 +69,19 @@ enum {
     OPERATIONS
 };
 
-#define POSITIONS                                                                                                                  \
-    {"P", FLOATING | INTEGER | OPTIONAL}, {"P", FLOATING | INTEGER | OPTIONAL}, {"B", INTEGER | OPTIONAL}, { "BT", INTEGER | OPTIONAL }
+#define POSITIONS                                                                                            \
+    {"P", FLOATING | INTEGER | OPTIONAL}, {"P", FLOATING | INTEGER | OPTIONAL}, {"B", INTEGER | OPTIONAL}, { \
+        "BT", INTEGER | OPTIONAL                                                                             \
+    }
 
 static const struct {
     const char *name;
     parameter parameter[MAX_ARGUMENTS];
 } operations[OPERATIONS] = {
     [RMS_NORM] = {"rms_norm", {{"BTH", FLOATING}, {"H", FLOATING | OPTIONAL}, {"BTH", FLOATING | OUTPUT}}},
-    [LAYER_NORM] = {"layer_norm",
-                    {{"BTH", FLOATING}, {"H", FLOATING | OPTIONAL}, {"H", FLOATING | OPTIONAL}, {"BTH", FLOATING | OUTPUT}}},
+    [LAYER_NORM] =
+        {"layer_norm",
+         {{"BTH", FLOATING}, {"H", FLOATING | OPTIONAL}, {"H", FLOATING | OPTIONAL}, {"BTH", FLOATING | OUTPUT}}},
     [ADD_RMS_NORM] = {"add_rms_norm",
                       {{"BTH", FLOATING},
                        {"BTH", FLOATING},
@@ -132,8 +139,9 @@ static const struct {
 /* ---- tensors ------------------------------------------------------------------------------------------------------------ */
 
 static const DLDataType dtypes[] = {
-    {kDLFloat, 32, 1}, {kDLFloat, 16, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 64, 1}, {kDLInt, 8, 1},   {kDLInt, 16, 1},           {kDLInt, 32, 1},
-    {kDLInt, 64, 1},   {kDLUInt, 8, 1},   {kDLUInt, 16, 1},   {kDLUInt, 32, 1},  {kDLUInt, 64, 1}, {METALLOID_DL_BOOL, 8, 1},
+    {kDLFloat, 32, 1}, {kDLFloat, 16, 1}, {kDLBfloat, 16, 1},        {kDLFloat, 64, 1}, {kDLInt, 8, 1},
+    {kDLInt, 16, 1},   {kDLInt, 32, 1},   {kDLInt, 64, 1},           {kDLUInt, 8, 1},   {kDLUInt, 16, 1},
+    {kDLUInt, 32, 1},  {kDLUInt, 64, 1},  {METALLOID_DL_BOOL, 8, 1},
 };
 
 /* Operations whose floating arguments have to go together get one floating dtype, `common`. */
@@ -237,11 +245,14 @@ static void make_argument(call *c, int i, source *from, hostility how, const int
     a->tensor.dtype = take_dtype(from, p->flags, common, how);
     int rank = (int)strlen(p->axes);
     for (int axis = 0; axis < rank; axis++) {
-        int from_axis = of_rope && rank == 4 && c->rope.time_axis == METALLOID_TIME_AXIS_1 && (axis == 1 || axis == 2) ? 3 - axis : axis;
+        int from_axis = of_rope && rank == 4 && c->rope.time_axis == METALLOID_TIME_AXIS_1 && (axis == 1 || axis == 2)
+                            ? 3 - axis
+                            : axis;
         a->shape[axis] = extent[(unsigned char)p->axes[from_axis]];
         if (how == HOSTILE && rarely(from)) a->shape[axis] = take_below(from, 10);
     }
-    if (c->operation == GATED_DELTA && i == 3 && c->rope.traditional) a->shape[rank++] = extent['D']; /* a channel's own decay */
+    if (c->operation == GATED_DELTA && i == 3 && c->rope.traditional)
+        a->shape[rank++] = extent['D']; /* a channel's own decay */
     if (how == HOSTILE && rarely(from)) rank = take_below(from, MAX_AXES + 1);
     for (int axis = (int)strlen(p->axes); axis < rank; axis++) {
         if (a->shape[axis] == 0) a->shape[axis] = 1;
@@ -260,7 +271,8 @@ void call_make(call *c, source *from, hostility how) {
     bool empty = wild && rarely(from);
 
     int64_t extent[256] = {0};
-    for (const char *letter = "BTSKDEHV"; *letter; letter++) extent[(unsigned char)*letter] = 1 + take_below(from, *letter == 'B' ? 3 : 20);
+    for (const char *letter = "BTSKDEHV"; *letter; letter++)
+        extent[(unsigned char)*letter] = 1 + take_below(from, *letter == 'B' ? 3 : 20);
     extent['K'] = 1 + extent['K'] % 3;
     extent['N'] = extent['K'] * (1 + take_below(from, 4));
     extent['V'] += 1; /* targets are 0 and 1 */
@@ -271,7 +283,9 @@ void call_make(call *c, source *from, hostility how) {
     if (c->dims > extent['D'] && extent['D'] >= 2) c->dims = extent['D'] / 2 * 2;
     extent['P'] = c->dims / 2;
     if (wild && rarely(from)) c->dims = (int64_t)take_bits(from);
-    c->offset = c->operation == KV_CACHE ? take_below(from, (int)(extent['M'] - extent['T']) > 0 ? (int)(extent['M'] - extent['T']) + 1 : 1) : 0;
+    c->offset = c->operation == KV_CACHE
+                    ? take_below(from, (int)(extent['M'] - extent['T']) > 0 ? (int)(extent['M'] - extent['T']) + 1 : 1)
+                    : 0;
     if (wild && rarely(from)) c->offset = (int64_t)take_bits(from);
     c->eps = wild && rarely(from) ? take_double(from) : 1e-5;
     c->scale = wild && rarely(from) ? take_double(from) : 0.25;
@@ -352,13 +366,17 @@ metalloid_status call_run(const call *c) {
     case ADD_LAYER_NORM: return metalloid_add_layer_norm(NULL, t[0], t[1], t[2], t[3], c->eps, t[4], t[5]);
     case ROPE: return metalloid_rope(NULL, t[0], c->dims, c->options ? c->options : &rope, t[5]);
     case QK_NORM_ROPE:
-        return metalloid_qk_norm_rope(NULL, t[0], t[1], t[2], t[3], c->eps, c->dims, c->options ? c->options : &rope, t[8], t[9]);
+        return metalloid_qk_norm_rope(NULL, t[0], t[1], t[2], t[3], c->eps, c->dims, c->options ? c->options : &rope,
+                                      t[8], t[9]);
     case SWIGLU: return metalloid_swiglu(NULL, t[0], t[1], t[2]);
     case GEGLU: return metalloid_geglu(NULL, t[0], t[1], c->gelu, t[2]);
     case ATTENTION:
-        return metalloid_scaled_dot_product_attention(NULL, t[0], t[1], t[2], c->scale, c->options ? c->options : &attention, t[7]);
-    case KV_CACHE: return metalloid_kv_cache_sdpa_update(NULL, t[0], t[1], t[2], t[3], t[4], c->offset, t[5], c->scale, t[6]);
-    case CROSS_ENTROPY: return metalloid_cross_entropy(NULL, t[0], t[1], c->options ? c->options : &c->cross_entropy, t[2]);
+        return metalloid_scaled_dot_product_attention(NULL, t[0], t[1], t[2], c->scale,
+                                                      c->options ? c->options : &attention, t[7]);
+    case KV_CACHE:
+        return metalloid_kv_cache_sdpa_update(NULL, t[0], t[1], t[2], t[3], t[4], c->offset, t[5], c->scale, t[6]);
+    case CROSS_ENTROPY:
+        return metalloid_cross_entropy(NULL, t[0], t[1], c->options ? c->options : &c->cross_entropy, t[2]);
     default: return metalloid_gated_delta_update(NULL, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]);
     }
 }
@@ -373,7 +391,8 @@ void call_expect_sane(const call *c, metalloid_status status) {
     if (status != METALLOID_OK) {
         size_t length = strlen(c->name);
         const char *message = metalloid_last_error();
-        if (strncmp(message, c->name, length) != 0 || message[length] != ':' || strchr(message, '\n')) complain(c, status, "an odd message");
+        if (strncmp(message, c->name, length) != 0 || message[length] != ':' || strchr(message, '\n'))
+            complain(c, status, "an odd message");
     }
     for (int i = 0; i < c->count; i++) {
         const argument *a = &c->argument[i];

@@ -12,9 +12,12 @@ static bool damage(argument *a, source *from) {
     uint64_t bits = take_bits(from);
     int axis = t->ndim > 0 ? take_below(from, t->ndim) : 0;
     switch (take_below(from, 9)) {
-    case 0: t->data = NULL; t->byte_offset = 0; return true;
-    case 1: t->ndim = (int32_t)(bits | 1u << 31); return true;         /* below 0 */
-    case 2: t->ndim = (int32_t)(65 + bits % 0x7fff0000); return true;  /* above what is allowed */
+    case 0:
+        t->data = NULL;
+        t->byte_offset = 0;
+        return true;
+    case 1: t->ndim = (int32_t)(bits | 1u << 31); return true;        /* below 0 */
+    case 2: t->ndim = (int32_t)(65 + bits % 0x7fff0000); return true; /* above what is allowed */
     case 3: t->shape = NULL; return t->ndim > 0;
     case 4: a->shape[axis] = (int64_t)(bits | (uint64_t)1 << 63); return t->ndim > 0;
     case 5: /* more elements than memory has bytes */
@@ -80,7 +83,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t count) {
         status = call_run(&c);
         call_expect_sane(&c, status);
         if (refused != (status != METALLOID_OK)) {
-            fprintf(stderr, "%s: status %d of a call that is %s\n", c.name, (int)status, refused ? "impossible" : "fine");
+            fprintf(stderr, "%s: status %d of a call that is %s\n", c.name, (int)status,
+                    refused ? "impossible" : "fine");
             abort();
         }
     }

@@ -209,7 +209,7 @@ static metalloid_rope_options rope_options(mtl_call *call, int first, int rank) 
     "\n"                                                                                                             \
     "a: floating, rank 3 or more, batch first. dims: even, 2 to the length of the last axis; further features pass " \
     "through.\n" ROPE_ARGUMENTS "Returns an array of a's shape and dtype. Angles are float64 inside, so that large " \
-                                "positions stay exact. `out` may be a.\n"                                            \
+    "positions stay exact. `out` may be a.\n"                                                                        \
     "\n" ARRAYS ERRORS "\n"                                                                                          \
     ">>> import numpy as np\n"                                                                                       \
     ">>> x = np.ones((1, 2, 2), np.float32)\n"                                                                       \

@@ -13,13 +13,16 @@
 #include "cpu/plain/real.h"
 
 /* Features of operand[batch][head][time], widened. */
-static void read_features(real *to, const mtl_attention_operand *operand, int64_t batch, int64_t head, int64_t time, int64_t length) {
-    const char *from = operand->data + batch * operand->stride[0] + head * operand->stride[1] + time * operand->stride[2];
+static void read_features(real *to, const mtl_attention_operand *operand, int64_t batch, int64_t head, int64_t time,
+                          int64_t length) {
+    const char *from =
+        operand->data + batch * operand->stride[0] + head * operand->stride[1] + time * operand->stride[2];
     for (int64_t i = 0; i < length; i++) to[i] = real_load(from + i * operand->stride[3], operand->dtype);
 }
 
 /* Adds the mask to the score; false where the key is hidden. */
-static bool sees(const mtl_attention_args *args, int64_t batch, int64_t head, int64_t query, int64_t key, double *score) {
+static bool sees(const mtl_attention_args *args, int64_t batch, int64_t head, int64_t query, int64_t key,
+                 double *score) {
     if (key < query + args->first_visible || key > query + args->last_visible) return false;
     if (args->key_mask.data) {
         const char *at = args->key_mask.data + batch * args->key_mask.stride[0] + key * args->key_mask.stride[1];
@@ -43,9 +46,11 @@ void REAL(mtl_plain_attention)(const void *arguments, int64_t begin, int64_t end
     for (int64_t index = begin; index < end; index++) {
         mtl_attention_item item = mtl_attention_item_at(args, index);
         for (int64_t r = 0; r < item.rows; r++) {
-            int64_t query = mtl_attention_query(args, item.first_row + r), head = mtl_attention_head(args, item.kv_head, item.first_row + r);
+            int64_t query = mtl_attention_query(args, item.first_row + r),
+                    head = mtl_attention_head(args, item.kv_head, item.first_row + r);
             read_features(queries + r * head_dim, &args->q, item.batch, head, query, head_dim);
-            for (int64_t i = 0; i < state_length; i++) states[r * state_length + i] = i == MTL_STATE_LARGEST ? -INFINITY : 0;
+            for (int64_t i = 0; i < state_length; i++)
+                states[r * state_length + i] = i == MTL_STATE_LARGEST ? -INFINITY : 0;
         }
         for (int64_t first = item.first_key; first < item.end_key; first += MTL_ATTENTION_KEYS) {
             int64_t count = item.end_key - first < MTL_ATTENTION_KEYS ? item.end_key - first : MTL_ATTENTION_KEYS;
@@ -59,7 +64,8 @@ void REAL(mtl_plain_attention)(const void *arguments, int64_t begin, int64_t end
                 double *state = states + r * state_length;
                 for (int64_t key = 0; key < count; key++) {
                     double score = 0;
-                    for (int64_t i = 0; i < head_dim; i++) score += (double)queries[r * head_dim + i] * (double)keys[key * head_dim + i];
+                    for (int64_t i = 0; i < head_dim; i++)
+                        score += (double)queries[r * head_dim + i] * (double)keys[key * head_dim + i];
                     score *= args->scale;
                     if (args->softcap > 0) score = args->softcap * tanh(score / args->softcap);
                     if (!sees(args, item.batch, head, query, first + key, &score) || score == -INFINITY) continue;
@@ -67,7 +73,8 @@ void REAL(mtl_plain_attention)(const void *arguments, int64_t begin, int64_t end
                     double weight = exp(score - state[MTL_STATE_LARGEST]);
                     if (weight == 0) continue;
                     state[MTL_STATE_SUM] += weight;
-                    for (int64_t i = 0; i < value_dim; i++) state[MTL_STATE_VALUES + i] += weight * (double)values[key * value_dim + i];
+                    for (int64_t i = 0; i < value_dim; i++)
+                        state[MTL_STATE_VALUES + i] += weight * (double)values[key * value_dim + i];
                 }
             }
         }

@@ -14,7 +14,8 @@ void REAL(mtl_plain_cross_entropy)(const void *arguments, int64_t begin, int64_t
     for (int64_t item = begin; item < end; item++, mtl_cursor_next(&at)) {
         const char *logits = args->logits.data + at.offset[MTL_CROSS_ENTROPY_LOGITS];
         char *loss = args->loss.data + at.offset[MTL_CROSS_ENTROPY_LOSS];
-        int64_t target = mtl_load_integer(args->targets.data + at.offset[MTL_CROSS_ENTROPY_TARGETS], args->targets.dtype);
+        int64_t target =
+            mtl_load_integer(args->targets.data + at.offset[MTL_CROSS_ENTROPY_TARGETS], args->targets.dtype);
         if (args->has_ignore_index && target == args->ignore_index) {
             real_store(loss, args->loss.dtype, 0);
             continue;

@@ -32,13 +32,15 @@ void REAL(mtl_plain_gated_delta)(const void *arguments, int64_t begin, int64_t e
     real *q = scratch, *k = q + key_dim, *gamma = k + key_dim, *state = gamma + key_dim;
     real v[MTL_GATED_DELTA_ROWS], out[MTL_GATED_DELTA_ROWS];
     for (int64_t item = begin; item < end; item++) {
-        int64_t first = item % blocks * MTL_GATED_DELTA_ROWS, head = item / blocks % args->v_heads, batch = item / blocks / args->v_heads;
+        int64_t first = item % blocks * MTL_GATED_DELTA_ROWS, head = item / blocks % args->v_heads,
+                batch = item / blocks / args->v_heads;
         int64_t rows = args->value_dim - first < MTL_GATED_DELTA_ROWS ? args->value_dim - first : MTL_GATED_DELTA_ROWS;
         int64_t k_head = head / (args->v_heads / args->k_heads);
         for (int64_t row = 0; row < rows; row++) {
             real *s = state + row * key_dim;
             if (args->initial_state.data) {
-                read_row(s, place(args->initial_state, batch, head, first + row), features(args->initial_state), key_dim);
+                read_row(s, place(args->initial_state, batch, head, first + row), features(args->initial_state),
+                         key_dim);
             } else {
                 for (int64_t i = 0; i < key_dim; i++) s[i] = 0;
             }
@@ -52,12 +54,15 @@ void REAL(mtl_plain_gated_delta)(const void *arguments, int64_t begin, int64_t e
                 read_row(gamma, place(args->gamma, batch, time, head), features(args->gamma), key_dim);
                 read_row(v, place(args->v, batch, time, head) + first * args->v.stride[3], features(args->v), rows);
                 real beta = real_load(place(args->beta, batch, time, head), args->beta.dtype);
-                for (int64_t row = 0; row < rows; row++) out[row] = step_row(state + row * key_dim, q, k, gamma, beta, v[row], key_dim);
+                for (int64_t row = 0; row < rows; row++)
+                    out[row] = step_row(state + row * key_dim, q, k, gamma, beta, v[row], key_dim);
             }
-            write_row(place(args->out, batch, time, head) + first * args->out.stride[3], features(args->out), out, rows);
+            write_row(place(args->out, batch, time, head) + first * args->out.stride[3], features(args->out), out,
+                      rows);
         }
         for (int64_t row = 0; row < rows; row++) {
-            write_row(place(args->state, batch, head, first + row), features(args->state), state + row * key_dim, key_dim);
+            write_row(place(args->state, batch, head, first + row), features(args->state), state + row * key_dim,
+                      key_dim);
         }
     }
 }

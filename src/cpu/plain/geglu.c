@@ -4,7 +4,9 @@
  *   tanh: gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3), as x / (1 + exp(-2u)), for the same reason */
 #include "cpu/plain/real.h"
 
-static real gelu_erf(real x) { return x == -(real)INFINITY ? -(real)0 : (real)((double)x / 2 * erfc(-(double)x * 0x1.6a09e667f3bcdp-1)); }
+static real gelu_erf(real x) {
+    return x == -(real)INFINITY ? -(real)0 : (real)((double)x / 2 * erfc(-(double)x * 0x1.6a09e667f3bcdp-1));
+}
 
 static real gelu_tanh(real x) {
     double u = 0x1.9884533d43651p-1 * ((double)x + 0.044715 * (double)x * (double)x * (double)x);

@@ -14,7 +14,8 @@ void REAL(mtl_plain_layer_norm)(const void *arguments, int64_t begin, int64_t en
         read_row(row, args->x.data + at.offset[MTL_NORM_X], args->x, length);
         if (args->residual.data) {
             const char *residual = args->residual.data + at.offset[MTL_NORM_RESIDUAL];
-            for (int64_t i = 0; i < length; i++) row[i] += real_load(residual + i * args->residual.stride, args->residual.dtype);
+            for (int64_t i = 0; i < length; i++)
+                row[i] += real_load(residual + i * args->residual.stride, args->residual.dtype);
             write_row(args->sum.data + at.offset[MTL_NORM_SUM], args->sum, row, length);
         }
         double mean = 0, squares = 0;
@@ -23,7 +24,8 @@ void REAL(mtl_plain_layer_norm)(const void *arguments, int64_t begin, int64_t en
         for (int64_t i = 0; i < length; i++) squares += ((double)row[i] - mean) * ((double)row[i] - mean);
         double inverse = 1 / sqrt(squares / (double)length + args->eps);
         for (int64_t i = 0; i < length; i++) {
-            real weight = args->weight.data ? real_load(args->weight.data + i * args->weight.stride, args->weight.dtype) : 1;
+            real weight =
+                args->weight.data ? real_load(args->weight.data + i * args->weight.stride, args->weight.dtype) : 1;
             real bias = args->bias.data ? real_load(args->bias.data + i * args->bias.stride, args->bias.dtype) : 0;
             row[i] = (real)(((double)row[i] - mean) * inverse) * weight + bias;
         }

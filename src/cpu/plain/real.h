@@ -12,20 +12,20 @@
 #ifdef MTL_IN_DOUBLE
 typedef double real;
 #define REAL(name) name##_f64
-#define real_exp exp
-#define real_log log
-#define real_tanh tanh
-#define real_erf erf
-#define real_load mtl_load_double
+#define real_exp   exp
+#define real_log   log
+#define real_tanh  tanh
+#define real_erf   erf
+#define real_load  mtl_load_double
 #define real_store mtl_store_double
 #else
 typedef float real;
 #define REAL(name) name##_f32
-#define real_exp expf
-#define real_log logf
-#define real_tanh tanhf
-#define real_erf erff
-#define real_load mtl_load_float
+#define real_exp   expf
+#define real_log   logf
+#define real_tanh  tanhf
+#define real_erf   erff
+#define real_load  mtl_load_float
 #define real_store mtl_store_float
 #endif
 

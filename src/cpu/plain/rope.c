@@ -23,13 +23,15 @@ static void make_inv_freqs(angle_real *inv_freqs, const mtl_rope_angles *angles)
             inv_freqs[i] = angle_pow((angle_real)angles->base, -(angle_real)(2 * i) / (angle_real)angles->dims);
             continue;
         }
-        angle_real freq = (angle_real)mtl_load_double(angles->freqs.data + i * angles->freqs.stride, angles->freqs.dtype);
+        angle_real freq =
+            (angle_real)mtl_load_double(angles->freqs.data + i * angles->freqs.stride, angles->freqs.dtype);
         inv_freqs[i] = angles->inverse ? freq : 1 / freq;
     }
 }
 
 /* A time step's cosines, then its sines. */
-static void make_turns(angle_real *cosines, const mtl_rope_angles *angles, const angle_real *inv_freqs, int64_t position) {
+static void make_turns(angle_real *cosines, const mtl_rope_angles *angles, const angle_real *inv_freqs,
+                       int64_t position) {
     int64_t pairs = angles->dims / 2;
     angle_real *sines = cosines + pairs, scaled = (angle_real)position * (angle_real)angles->scale;
     for (int64_t i = 0; i < pairs; i++) {
@@ -49,7 +51,8 @@ static void norm_head(real *head, int64_t length, mtl_row weight, double eps) {
     for (int64_t i = 0; i < length; i++) squares += (double)head[i] * (double)head[i];
     double inverse = 1 / sqrt(squares / (double)length + eps);
     for (int64_t i = 0; i < length; i++) {
-        head[i] = (real)((double)head[i] * inverse) * (weight.data ? real_load(weight.data + i * weight.stride, weight.dtype) : 1);
+        head[i] = (real)((double)head[i] * inverse) *
+                  (weight.data ? real_load(weight.data + i * weight.stride, weight.dtype) : 1);
     }
 }
 
@@ -65,7 +68,8 @@ static void turn_head(real *head, const mtl_rope_angles *angles, const angle_rea
     }
 }
 
-static void do_head(const mtl_rope_args *args, const mtl_rope_side *side, const char *x, char *out, const angle_real *turns, real *head) {
+static void do_head(const mtl_rope_args *args, const mtl_rope_side *side, const char *x, char *out,
+                    const angle_real *turns, real *head) {
     int64_t length = args->head_dim, size = mtl_dtype_size(side->x.dtype);
     if (!args->normed && side->x.dtype == side->out.dtype) {
         length = args->angles.dims; /* what lies past dims keeps its bits, those of a NaN too */
@@ -89,7 +93,8 @@ void REAL(mtl_plain_rope)(const void *arguments, int64_t begin, int64_t end, voi
     for (int64_t item = begin; item < end; item++) {
         mtl_rope_block block = mtl_rope_block_at(args, item);
         for (int64_t step = 0; block.first != made && step < block.steps; step++) {
-            make_turns(turns + step * angles->dims, angles, inv_freqs, mtl_rope_position(angles, block.batch, block.first + step));
+            make_turns(turns + step * angles->dims, angles, inv_freqs,
+                       mtl_rope_position(angles, block.batch, block.first + step));
         }
         made = mtl_rope_batch_shares(angles) ? block.first : -1;
         for (const mtl_rope_side *side = args->side; side < args->side + args->sides; side++) {
@@ -101,7 +106,8 @@ void REAL(mtl_plain_rope)(const void *arguments, int64_t begin, int64_t end, voi
                 mtl_cursor at;
                 mtl_cursor_seek(&at, &side->heads, 0);
                 for (int64_t i = 0; i < side->heads.count; i++, mtl_cursor_next(&at)) {
-                    do_head(args, side, x + at.offset[MTL_ROPE_X], out + at.offset[MTL_ROPE_OUT], turns + step * angles->dims, head);
+                    do_head(args, side, x + at.offset[MTL_ROPE_X], out + at.offset[MTL_ROPE_OUT],
+                            turns + step * angles->dims, head);
                 }
             }
         }

@@ -33,8 +33,8 @@ typedef struct {
 /* ---- products ----------------------------------------------------------------------------------------------------------- */
 
 /* c[r][0..TILE) = sum over i of a[r][i] b[i][0..TILE), or, where `factor` is given, that added to factor[r] c[r]. */
-INLINE void multiply_tile(int rows, const real *a, int64_t a_stride, const real *b, int64_t b_stride, int64_t depth, real *c,
-                          int64_t c_stride, const real *factor) {
+INLINE void multiply_tile(int rows, const real *a, int64_t a_stride, const real *b, int64_t b_stride, int64_t depth,
+                          real *c, int64_t c_stride, const real *factor) {
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vec_zero();
     for (int64_t i = 0; i < depth; i++) {
@@ -57,7 +57,8 @@ INLINE void multiply_tile(int rows, const real *a, int64_t a_stride, const real 
 }
 
 /* multiply_tile for one row of weights, where a weight (or factor) of 0 drops what it would multiply. */
-static void multiply_visible(const real *weights, const real *b, int64_t b_stride, int64_t depth, real *c, real factor) {
+static void multiply_visible(const real *weights, const real *b, int64_t b_stride, int64_t depth, real *c,
+                             real factor) {
     vec sum[2] = {vec_zero(), vec_zero()};
     for (int64_t i = 0; i < depth; i++) {
         if (weights[i] == 0) continue;
@@ -69,14 +70,15 @@ static void multiply_visible(const real *weights, const real *b, int64_t b_strid
     }
 }
 
-INLINE void multiply(int64_t rows, const real *a, int64_t a_stride, const real *b, int64_t b_stride, int64_t depth, real *c,
-                     int64_t c_stride, int64_t columns, const real *factor) {
-    for (int64_t column = 0; column < columns; column += TILE) { /* outermost: a tile's columns of b stay in the first-level cache */
+INLINE void multiply(int64_t rows, const real *a, int64_t a_stride, const real *b, int64_t b_stride, int64_t depth,
+                     real *c, int64_t c_stride, int64_t columns, const real *factor) {
+    for (int64_t column = 0; column < columns;
+         column += TILE) { /* outermost: a tile's columns of b stay in the first-level cache */
         const real *b_tile = b + column;
         int64_t r = 0;
         for (; r + TILE_ROWS <= rows; r += TILE_ROWS) {
-            multiply_tile(TILE_ROWS, a + r * a_stride, a_stride, b_tile, b_stride, depth, c + r * c_stride + column, c_stride,
-                          factor ? factor + r : NULL);
+            multiply_tile(TILE_ROWS, a + r * a_stride, a_stride, b_tile, b_stride, depth, c + r * c_stride + column,
+                          c_stride, factor ? factor + r : NULL);
         }
         const real *a_rest = a + r * a_stride, *factor_rest = factor ? factor + r : NULL;
         real *c_rest = c + r * c_stride + column;
@@ -92,8 +94,8 @@ INLINE void multiply(int64_t rows, const real *a, int64_t a_stride, const real *
 }
 
 /* scores[r][key] = q[r] . k for `rows` rows and two keys, along D as it lies. */
-INLINE void dot_keys(int rows, const real *q, int64_t q_stride, const char *k0, const char *k1, mtl_dtype dtype, int64_t length,
-                     real *scores) {
+INLINE void dot_keys(int rows, const real *q, int64_t q_stride, const char *k0, const char *k1, mtl_dtype dtype,
+                     int64_t length, real *scores) {
     vec sum[4][2];
     int64_t size = mtl_dtype_size(dtype);
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vec_zero();
@@ -136,13 +138,15 @@ INLINE void dot_block_as(block_state *s, const char *keys, int64_t key_stride, m
 
 /* ---- bringing keys and values in ------------------------------------------------------------------------------------------ */
 
-static void read_head(real *to, const char *from, const mtl_attention_operand *operand, int64_t length, int64_t padded) {
+static void read_head(real *to, const char *from, const mtl_attention_operand *operand, int64_t length,
+                      int64_t padded) {
     read_row(to, from, (mtl_row){NULL, operand->stride[3], operand->dtype}, length);
     for (int64_t i = length; i < padded; i++) to[i] = 0;
 }
 
 static const char *key_at(const block_state *s, const mtl_attention_operand *operand, int64_t key) {
-    return operand->data + s->item.batch * operand->stride[0] + s->item.kv_head * operand->stride[1] + key * operand->stride[2];
+    return operand->data + s->item.batch * operand->stride[0] + s->item.kv_head * operand->stride[1] +
+           key * operand->stride[2];
 }
 
 /* keys[feature][key] from LANES keys of a contiguous dtype. */
@@ -206,7 +210,8 @@ static void read_key_mask(const block_state *s, int64_t first, int64_t count, re
     const mtl_attention_args *args = s->args;
     for (int64_t key = 0; key < KEYS; key++) visible[key] = -1;
     if (!args->key_mask.data) return;
-    const char *from = args->key_mask.data + s->item.batch * args->key_mask.stride[0] + first * args->key_mask.stride[1];
+    const char *from =
+        args->key_mask.data + s->item.batch * args->key_mask.stride[0] + first * args->key_mask.stride[1];
     for (int64_t key = 0; key < count; key++) {
         visible[key] = mtl_load_integer(from + key * args->key_mask.stride[1], args->key_mask.dtype) ? -1 : 0;
     }
@@ -221,8 +226,8 @@ static void mask_row(const block_state *s, int64_t row, int64_t first, int64_t c
     if (high > count) high = count;
     real *scores = s->scores + row * KEYS;
     const mtl_attention_operand *mask = &args->mask;
-    const char *from = mask->data ? mask->data + s->item.batch * mask->stride[0] + head * mask->stride[1] + query * mask->stride[2] +
-                                        first * mask->stride[3]
+    const char *from = mask->data ? mask->data + s->item.batch * mask->stride[0] + head * mask->stride[1] +
+                                        query * mask->stride[2] + first * mask->stride[3]
                                   : NULL;
     real bias[KEYS];
     bool boolean = mask->dtype == MTL_BOOL;
@@ -295,10 +300,12 @@ static void bring_queries(block_state *s) {
     for (int64_t r = 0; r < s->item.rows; r++) {
         int64_t query = mtl_attention_query(args, s->item.first_row + r);
         int64_t head = mtl_attention_head(args, s->item.kv_head, s->item.first_row + r);
-        const char *from = args->q.data + s->item.batch * args->q.stride[0] + head * args->q.stride[1] + query * args->q.stride[2];
+        const char *from =
+            args->q.data + s->item.batch * args->q.stride[0] + head * args->q.stride[1] + query * args->q.stride[2];
         real *q = s->q + r * s->head_padded;
         read_head(q, from, &args->q, args->head_dim, s->head_padded);
-        for (int64_t i = 0; i < s->head_padded; i += LANES) vec_store(q + i, vec_load(q + i) * vec_set((real)args->scale));
+        for (int64_t i = 0; i < s->head_padded; i += LANES)
+            vec_store(q + i, vec_load(q + i) * vec_set((real)args->scale));
         s->largest[r] = -(real)INFINITY;
         s->sum[r] = 0;
     }
@@ -332,7 +339,8 @@ static void attend_block(block_state *s, int64_t first, int64_t count) {
     int64_t value_stride;
     const real *values = bring_values(s, first, count, &value_stride);
     if (!s->one_by_one) {
-        multiply(rows, s->scores, KEYS, values, value_stride, count, s->sums, s->value_padded, s->value_padded, s->factor);
+        multiply(rows, s->scores, KEYS, values, value_stride, count, s->sums, s->value_padded, s->value_padded,
+                 s->factor);
         return;
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -381,8 +389,8 @@ static void finish_row(block_state *s, int64_t r) {
               (mtl_row){NULL, out->stride[3], out->dtype}, sums, args->value_dim);
     if (args->logsumexp.data) {
         const int64_t *stride = args->logsumexp.stride;
-        mtl_store_double(args->logsumexp.data + s->item.batch * stride[0] + head * stride[1] + query * stride[2], args->logsumexp.dtype,
-                         largest + log(sum));
+        mtl_store_double(args->logsumexp.data + s->item.batch * stride[0] + head * stride[1] + query * stride[2],
+                         args->logsumexp.dtype, largest + log(sum));
     }
 }
 
@@ -390,7 +398,8 @@ static void hand_over_row(block_state *s, int64_t r) {
     double *state = s->item.states + r * mtl_attention_state_length(s->args);
     state[MTL_STATE_LARGEST] = (double)s->largest[r];
     state[MTL_STATE_SUM] = (double)s->sum[r];
-    for (int64_t i = 0; i < s->args->value_dim; i++) state[MTL_STATE_VALUES + i] = (double)s->sums[r * s->value_padded + i];
+    for (int64_t i = 0; i < s->args->value_dim; i++)
+        state[MTL_STATE_VALUES + i] = (double)s->sums[r * s->value_padded + i];
 }
 
 static void attend(block_state *s) {

@@ -12,7 +12,8 @@ INLINE real chunk_largest(const char *logits, mtl_dtype dtype, int64_t count) {
     int64_t size = mtl_dtype_size(dtype), i = 0;
     vec largest[2] = {vec_set(-(real)INFINITY), vec_set(-(real)INFINITY)};
     for (; i + 2 * LANES <= count; i += 2 * LANES) {
-        for (int j = 0; j < 2; j++) largest[j] = vec_max(vec_load_as(logits + (i + j * LANES) * size, dtype), largest[j]);
+        for (int j = 0; j < 2; j++)
+            largest[j] = vec_max(vec_load_as(logits + (i + j * LANES) * size, dtype), largest[j]);
     }
     for (; i < count; i += LANES) {
         vec x = vec_load_upto(logits + i * size, dtype, count - i);
@@ -26,7 +27,8 @@ INLINE real chunk_largest(const char *logits, mtl_dtype dtype, int64_t count) {
  * row, would be lost. They are counted. */
 INLINE double chunk_sum(const char *logits, mtl_dtype dtype, int64_t count, real largest, double *equal) {
     int64_t size = mtl_dtype_size(dtype), i = 0;
-    vec sum[2] = {vec_zero(), vec_zero()}, ones[2] = {vec_zero(), vec_zero()}, shift = vec_set(largest), one = vec_set(1);
+    vec sum[2] = {vec_zero(), vec_zero()}, ones[2] = {vec_zero(), vec_zero()}, shift = vec_set(largest),
+        one = vec_set(1);
     for (; i + 2 * LANES <= count; i += 2 * LANES) {
         for (int j = 0; j < 2; j++) {
             vec x = vec_load_as(logits + (i + j * LANES) * size, dtype), e = vec_exp_of_nonpositive(x - shift);
@@ -83,7 +85,8 @@ void SIMD(cross_entropy)(const void *arguments, int64_t begin, int64_t end, void
     mtl_cursor_seek(&at, &args->rows, begin);
     for (int64_t item = begin; item < end; item++, mtl_cursor_next(&at)) {
         const char *logits = args->logits.data + at.offset[MTL_CROSS_ENTROPY_LOGITS];
-        int64_t target = mtl_load_integer(args->targets.data + at.offset[MTL_CROSS_ENTROPY_TARGETS], args->targets.dtype);
+        int64_t target =
+            mtl_load_integer(args->targets.data + at.offset[MTL_CROSS_ENTROPY_TARGETS], args->targets.dtype);
         bool done = false;
         double loss = 0;
         if (args->has_ignore_index && target == args->ignore_index) done = true;

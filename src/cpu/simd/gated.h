@@ -9,7 +9,8 @@ INLINE void gated_run(const char *gate, const char *up, char *out, mtl_dtype dty
         vec_store_as(out + i * size, dtype, v);
     }
     if (i < count) {
-        vec v = activation(vec_load_part(gate + i * size, dtype, count - i), tanh) * vec_load_part(up + i * size, dtype, count - i);
+        vec v = activation(vec_load_part(gate + i * size, dtype, count - i), tanh) *
+                vec_load_part(up + i * size, dtype, count - i);
         vec_store_part(out + i * size, dtype, v, count - i);
     }
 }

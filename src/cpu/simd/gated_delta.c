@@ -18,8 +18,8 @@ static const char *state_row(mtl_strided state, int64_t batch, int64_t head, int
 }
 
 /* `rows` rows of `padded` reals; what lies between the key dimension and the padding is 0 in q and k, and so stays out of all sums. */
-INLINE void step_rows(real *state, int64_t padded, int rows, const real *q, const real *k, const real *gamma, real kq, real beta,
-                      const real *v, real *out) {
+INLINE void step_rows(real *state, int64_t padded, int rows, const real *q, const real *k, const real *gamma, real kq,
+                      real beta, const real *v, real *out) {
     vec with_k[4], with_q[4];
     for (int r = 0; r < rows; r++) with_k[r] = with_q[r] = vec_zero();
     for (int64_t i = 0; i < padded; i += LANES) {
@@ -53,14 +53,16 @@ void SIMD(gated_delta)(const void *arguments, int64_t begin, int64_t end, void *
     real v[MTL_GATED_DELTA_ROWS], out[MTL_GATED_DELTA_ROWS];
     for (int64_t i = key_dim; i < padded; i++) q[i] = k[i] = gamma[i] = 0;
     for (int64_t item = begin; item < end; item++) {
-        int64_t first = item % blocks * MTL_GATED_DELTA_ROWS, head = item / blocks % args->v_heads, batch = item / blocks / args->v_heads;
+        int64_t first = item % blocks * MTL_GATED_DELTA_ROWS, head = item / blocks % args->v_heads,
+                batch = item / blocks / args->v_heads;
         int64_t rows = args->value_dim - first < MTL_GATED_DELTA_ROWS ? args->value_dim - first : MTL_GATED_DELTA_ROWS;
         int64_t k_head = head / (args->v_heads / args->k_heads);
         for (int64_t row = 0; row < rows; row++) {
             real *s = state + row * padded;
             for (int64_t i = args->initial_state.data ? key_dim : 0; i < padded; i++) s[i] = 0;
             if (args->initial_state.data) {
-                read_row(s, state_row(args->initial_state, batch, head, first + row), features(args->initial_state), key_dim);
+                read_row(s, state_row(args->initial_state, batch, head, first + row), features(args->initial_state),
+                         key_dim);
             }
         }
         for (int64_t time = 0; time < args->time; time++) {
@@ -74,16 +76,21 @@ void SIMD(gated_delta)(const void *arguments, int64_t begin, int64_t end, void *
                 read_row(v, step(args->v, batch, time, head) + first * args->v.stride[3], features(args->v), rows);
                 real beta = real_load(step(args->beta, batch, time, head), args->beta.dtype);
                 vec products = vec_zero();
-                for (int64_t i = 0; i < padded; i += LANES) products = vec_fma(vec_load(k + i), vec_load(q + i), products);
+                for (int64_t i = 0; i < padded; i += LANES)
+                    products = vec_fma(vec_load(k + i), vec_load(q + i), products);
                 real kq = vec_sum(products);
                 int64_t row = 0;
-                for (; row + 4 <= rows; row += 4) step_rows(state + row * padded, padded, 4, q, k, gamma, kq, beta, v + row, out + row);
-                for (; row < rows; row++) step_rows(state + row * padded, padded, 1, q, k, gamma, kq, beta, v + row, out + row);
+                for (; row + 4 <= rows; row += 4)
+                    step_rows(state + row * padded, padded, 4, q, k, gamma, kq, beta, v + row, out + row);
+                for (; row < rows; row++)
+                    step_rows(state + row * padded, padded, 1, q, k, gamma, kq, beta, v + row, out + row);
             }
-            write_row((char *)step(args->out, batch, time, head) + first * args->out.stride[3], features(args->out), out, rows);
+            write_row((char *)step(args->out, batch, time, head) + first * args->out.stride[3], features(args->out),
+                      out, rows);
         }
         for (int64_t row = 0; row < rows; row++) {
-            write_row((char *)state_row(args->state, batch, head, first + row), features(args->state), state + row * padded, key_dim);
+            write_row((char *)state_row(args->state, batch, head, first + row), features(args->state),
+                      state + row * padded, key_dim);
         }
     }
 }

@@ -6,9 +6,10 @@
 #include "cpu/simd/sums.h"
 
 /* Deviations whose squares leave float32's normal range. */
-static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, const char *bias, mtl_dtype bias_dtype,
-                     char *out, int64_t length, double eps) {
-    int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype), bias_size = mtl_dtype_size(bias_dtype);
+static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, const char *bias,
+                     mtl_dtype bias_dtype, char *out, int64_t length, double eps) {
+    int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype),
+            bias_size = mtl_dtype_size(bias_dtype);
     double mean = 0, squares = 0;
     for (int64_t i = 0; i < length; i++) mean += mtl_load_double(x + i * size, x_dtype);
     mean /= (double)length;
@@ -18,14 +19,16 @@ static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_d
     }
     double inverse = 1 / sqrt(squares / (double)length + eps);
     for (int64_t i = 0; i < length; i++) {
-        double y = (mtl_load_double(x + i * size, x_dtype) - mean) * inverse * mtl_load_double(weight + i * weight_size, weight_dtype);
+        double y = (mtl_load_double(x + i * size, x_dtype) - mean) * inverse *
+                   mtl_load_double(weight + i * weight_size, weight_dtype);
         mtl_store_double(out + i * size, x_dtype, y + mtl_load_double(bias + i * bias_size, bias_dtype));
     }
 }
 
-INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, const char *bias, mtl_dtype bias_dtype,
-                     char *out, int64_t length, double eps) {
-    int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype), bias_size = mtl_dtype_size(bias_dtype), i = 0;
+INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, const char *bias,
+                     mtl_dtype bias_dtype, char *out, int64_t length, double eps) {
+    int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype),
+            bias_size = mtl_dtype_size(bias_dtype), i = 0;
     real shift = (real)(sum_row(x, x_dtype, length, 0).sum / (double)length);
     row_sums deviations = sum_row(x, x_dtype, length, shift);
     double delta = deviations.sum / (double)length;
@@ -39,7 +42,8 @@ INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_d
     vec minus = vec_set(shift), offset = vec_set((real)delta), factor = vec_set((real)inverse);
     for (; i + LANES <= length; i += LANES) {
         vec d = (vec_load_as(x + i * size, x_dtype) - minus) - offset;
-        vec v = vec_fma(d * factor, vec_load_as(weight + i * weight_size, weight_dtype), vec_load_as(bias + i * bias_size, bias_dtype));
+        vec v = vec_fma(d * factor, vec_load_as(weight + i * weight_size, weight_dtype),
+                        vec_load_as(bias + i * bias_size, bias_dtype));
         vec_store_as(out + i * size, x_dtype, v);
     }
     if (i < length) {
@@ -53,4 +57,6 @@ INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_d
 #define NORM_HAS_BIAS
 #include "cpu/simd/norm.h"
 
-void SIMD(layer_norm)(const void *args, int64_t begin, int64_t end, void *scratch) { norm_kernel(args, begin, end, scratch); }
+void SIMD(layer_norm)(const void *args, int64_t begin, int64_t end, void *scratch) {
+    norm_kernel(args, begin, end, scratch);
+}

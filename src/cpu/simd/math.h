@@ -11,13 +11,13 @@
 /* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2; exp(r) = 1 + r + r^2 q(r). n comes from the low bits of x / ln 2 + 1.5 2^m,
  * whose unit in the last place is 1; r = x - n ln 2 with ln 2 in two parts, the first exact times n (Cody & Waite 1980). */
 #ifdef MTL_IN_DOUBLE
-#define EXP_MAGIC 0x1.8p52
-#define EXP_BIAS 1023
-#define EXP_SHIFT 52
-#define EXP_LEAST (-746.)          /* below: 0 */
-#define EXP_LEAST_NORMAL (-708.)   /* below: subnormal */
-#define EXP_MOST 710.              /* above: infinity */
-INLINE vec exp_reduced(vec r) { /* 6e-20 */
+#define EXP_MAGIC        0x1.8p52
+#define EXP_BIAS         1023
+#define EXP_SHIFT        52
+#define EXP_LEAST        (-746.) /* below: 0 */
+#define EXP_LEAST_NORMAL (-708.) /* below: subnormal */
+#define EXP_MOST         710.    /* above: infinity */
+INLINE vec exp_reduced(vec r) {  /* 6e-20 */
     vec q = vec_set(0x1.1e39664c128d6p-29);
     q = vec_fma(q, r, vec_set(0x1.af711e22fc514p-26));
     q = vec_fma(q, r, vec_set(0x1.27e5bbd87d069p-22));
@@ -35,12 +35,12 @@ INLINE vec exp_remainder(vec x, vec n) {
     return vec_fma(n, vec_set(-0x1.abc9e3b39803fp-56), vec_fma(n, vec_set(-0x1.62e42fefa39efp-1), x));
 }
 #else
-#define EXP_MAGIC 0x1.8p23f
-#define EXP_BIAS 127
-#define EXP_SHIFT 23
-#define EXP_LEAST (-104.f)
+#define EXP_MAGIC        0x1.8p23f
+#define EXP_BIAS         127
+#define EXP_SHIFT        23
+#define EXP_LEAST        (-104.f)
 #define EXP_LEAST_NORMAL (-87.3f)
-#define EXP_MOST 89.f
+#define EXP_MOST         89.f
 INLINE vec exp_reduced(vec r) { /* 3e-9 */
     vec q = vec_set(0x1.6a1a9cp-10f);
     q = vec_fma(q, r, vec_set(0x1.123fc6p-7f));
@@ -49,7 +49,9 @@ INLINE vec exp_reduced(vec r) { /* 3e-9 */
     q = vec_fma(q, r, vec_set(0x1.fffffcp-2f));
     return vec_fma(r * r, q, r) + vec_set(1);
 }
-INLINE vec exp_remainder(vec x, vec n) { return vec_fma(n, vec_set(0x1.05c61p-29f), vec_fma(n, vec_set(-0x1.62e43p-1f), x)); }
+INLINE vec exp_remainder(vec x, vec n) {
+    return vec_fma(n, vec_set(0x1.05c61p-29f), vec_fma(n, vec_set(-0x1.62e43p-1f), x));
+}
 #endif
 
 #define LOG2_E ((real)0x1.71547652b82fep0)
@@ -124,7 +126,8 @@ INLINE vec vec_erfc_scaled(vec x) {
     p = vec_fma(p, t, vec_set(0x1.6e9828p-3f));
     vec square = x * x, lost = vec_fma(x, x, -square);
     vec e = vec_exp(square * vec_set(-0.5f));
-    return vec_select(square < vec_set(300), vec_fma(e * p, lost * vec_set(-0.5f), e * p), vec_select(x != x, x, vec_zero()));
+    return vec_select(square < vec_set(300), vec_fma(e * p, lost * vec_set(-0.5f), e * p),
+                      vec_select(x != x, x, vec_zero()));
 #endif
 }
 

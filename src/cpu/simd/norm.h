@@ -14,12 +14,13 @@ static norm_weights settle_weights(mtl_row weights, int64_t length, mtl_dtype x_
         return (norm_weights){weights.data, weights.dtype};
     }
     if (weights.data) read_row(scratch, weights.data, weights, length);
-    else for (int64_t i = 0; i < length; i++) scratch[i] = fill;
+    else
+        for (int64_t i = 0; i < length; i++) scratch[i] = fill;
     return (norm_weights){(const char *)scratch, REAL_DTYPE};
 }
 
-INLINE void norm_rows(const mtl_norm_args *args, int64_t begin, int64_t end, norm_weights weight, norm_weights bias, mtl_dtype x_dtype,
-                      mtl_dtype weight_dtype, mtl_dtype bias_dtype) {
+INLINE void norm_rows(const mtl_norm_args *args, int64_t begin, int64_t end, norm_weights weight, norm_weights bias,
+                      mtl_dtype x_dtype, mtl_dtype weight_dtype, mtl_dtype bias_dtype) {
     mtl_cursor at;
     mtl_cursor_seek(&at, &args->rows, begin);
     for (int64_t item = begin; item < end; item++, mtl_cursor_next(&at)) {
@@ -28,7 +29,8 @@ INLINE void norm_rows(const mtl_norm_args *args, int64_t begin, int64_t end, nor
     }
 }
 
-static void norm_rows_staged(const mtl_norm_args *args, int64_t begin, int64_t end, norm_weights weight, norm_weights bias, real *row) {
+static void norm_rows_staged(const mtl_norm_args *args, int64_t begin, int64_t end, norm_weights weight,
+                             norm_weights bias, real *row) {
     mtl_cursor at;
     mtl_cursor_seek(&at, &args->rows, begin);
     for (int64_t item = begin; item < end; item++, mtl_cursor_next(&at)) {
@@ -39,7 +41,8 @@ static void norm_rows_staged(const mtl_norm_args *args, int64_t begin, int64_t e
             for (int64_t i = 0; i < args->length; i++) row[i] += residual[i];
             write_row(args->sum.data + at.offset[MTL_NORM_SUM], args->sum, row, args->length);
         }
-        norm_row((const char *)row, REAL_DTYPE, weight.data, REAL_DTYPE, bias.data, REAL_DTYPE, (char *)row, args->length, args->eps);
+        norm_row((const char *)row, REAL_DTYPE, weight.data, REAL_DTYPE, bias.data, REAL_DTYPE, (char *)row,
+                 args->length, args->eps);
         write_row(args->out.data + at.offset[MTL_NORM_OUT], args->out, row, args->length);
     }
 }

@@ -4,19 +4,22 @@
  * float32's normal range is done again in double. */
 #include "cpu/simd/sums.h"
 
-static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, char *out, int64_t length, double eps) {
+static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, char *out,
+                     int64_t length, double eps) {
     int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype);
     double squares = 0;
-    for (int64_t i = 0; i < length; i++) squares += mtl_load_double(x + i * size, x_dtype) * mtl_load_double(x + i * size, x_dtype);
+    for (int64_t i = 0; i < length; i++)
+        squares += mtl_load_double(x + i * size, x_dtype) * mtl_load_double(x + i * size, x_dtype);
     double inverse = 1 / sqrt(squares / (double)length + eps);
     for (int64_t i = 0; i < length; i++) {
-        double y = mtl_load_double(x + i * size, x_dtype) * inverse * mtl_load_double(weight + i * weight_size, weight_dtype);
+        double y =
+            mtl_load_double(x + i * size, x_dtype) * inverse * mtl_load_double(weight + i * weight_size, weight_dtype);
         mtl_store_double(out + i * size, x_dtype, y);
     }
 }
 
-INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, const char *bias, mtl_dtype bias_dtype,
-                     char *out, int64_t length, double eps) {
+INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, const char *bias,
+                     mtl_dtype bias_dtype, char *out, int64_t length, double eps) {
     (void)bias, (void)bias_dtype;
     int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype), i = 0;
     double mean_square = sum_row(x, x_dtype, length, 0).squares / (double)length + eps;
@@ -30,11 +33,14 @@ INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_d
         vec_store_as(out + i * size, x_dtype, v);
     }
     if (i < length) {
-        vec v = vec_load_part(x + i * size, x_dtype, length - i) * inverse * vec_load_part(weight + i * weight_size, weight_dtype, length - i);
+        vec v = vec_load_part(x + i * size, x_dtype, length - i) * inverse *
+                vec_load_part(weight + i * weight_size, weight_dtype, length - i);
         vec_store_part(out + i * size, x_dtype, v, length - i);
     }
 }
 
 #include "cpu/simd/norm.h"
 
-void SIMD(rms_norm)(const void *args, int64_t begin, int64_t end, void *scratch) { norm_kernel(args, begin, end, scratch); }
+void SIMD(rms_norm)(const void *args, int64_t begin, int64_t end, void *scratch) {
+    norm_kernel(args, begin, end, scratch);
+}

@@ -32,7 +32,8 @@ INLINE bool sine_and_cosine(angle_vec angle, angle_vec *sine, angle_vec *cosine)
     const angle_vec magic = angle_set(0x1.8p52);
     angle_vec shifted = angle * 0x1.45f306dc9c883p-1 + magic, k = shifted - magic;
     angle_int quadrant = (angle_int)shifted;
-    angle_vec r = angle_fma(k, angle_set(-0x1.1a62633145c07p-54), angle_fma(k, angle_set(-0x1.921fb54442d18p+0), angle));
+    angle_vec r =
+        angle_fma(k, angle_set(-0x1.1a62633145c07p-54), angle_fma(k, angle_set(-0x1.921fb54442d18p+0), angle));
     angle_vec u = r * r;
     angle_vec s = angle_fma(angle_set(0x1.6cd5ebde03ab8p-19), u, angle_set(-0x1.a00f9397b5c4ap-13));
     s = angle_fma(s, u, angle_set(0x1.11110889f6264p-7));
@@ -52,7 +53,8 @@ INLINE bool sine_and_cosine(angle_vec angle, angle_vec *sine, angle_vec *cosine)
 #endif
 
 /* For one position: pairs cosines, pairs sines. */
-static void make_table(real *cosines, real *sines, const mtl_rope_angles *angles, const angle_real *inv_freqs, int64_t position) {
+static void make_table(real *cosines, real *sines, const mtl_rope_angles *angles, const angle_real *inv_freqs,
+                       int64_t position) {
     int64_t i = 0, pairs = angles->dims / 2;
     angle_real scaled = (angle_real)position * (angle_real)angles->scale;
 #ifdef MTL_IN_DOUBLE
@@ -92,7 +94,8 @@ static const angle_real *make_inv_freqs(angle_real *scratch, const mtl_rope_angl
     int64_t pairs = angles->dims / 2;
     if (angles->freqs.data) {
         for (int64_t i = 0; i < pairs; i++) {
-            angle_real freq = (angle_real)mtl_load_double(angles->freqs.data + i * angles->freqs.stride, angles->freqs.dtype);
+            angle_real freq =
+                (angle_real)mtl_load_double(angles->freqs.data + i * angles->freqs.stride, angles->freqs.dtype);
             scratch[i] = angles->inverse ? freq : 1 / freq;
         }
         return scratch;
@@ -112,7 +115,8 @@ static const angle_real *make_inv_freqs(angle_real *scratch, const mtl_rope_angl
 /* ---- rows --------------------------------------------------------------------------------------------------------------- */
 
 /* (x1 cos - x2 sin, x1 sin + x2 cos); a pair whose sine is 0 is unrotated and takes nothing from an infinite partner. */
-INLINE void turn_halves(const char *x, char *out, mtl_dtype dtype, int64_t pairs, const real *cosines, const real *sines) {
+INLINE void turn_halves(const char *x, char *out, mtl_dtype dtype, int64_t pairs, const real *cosines,
+                        const real *sines) {
     int64_t size = mtl_dtype_size(dtype);
     for (int64_t i = 0; i < pairs; i += LANES) {
         int64_t count = pairs - i;
@@ -125,13 +129,15 @@ INLINE void turn_halves(const char *x, char *out, mtl_dtype dtype, int64_t pairs
 }
 
 /* The same for neighbours: the table has each cosine twice, and each sine as -sin, sin. */
-INLINE void turn_neighbours(const char *x, char *out, mtl_dtype dtype, int64_t dims, const real *cosines, const real *sines) {
+INLINE void turn_neighbours(const char *x, char *out, mtl_dtype dtype, int64_t dims, const real *cosines,
+                            const real *sines) {
     int64_t size = mtl_dtype_size(dtype);
     for (int64_t i = 0; i < dims; i += LANES) {
         int64_t count = dims - i;
         vec v = vec_load_upto(x + i * size, dtype, count);
         vec c = vec_load_upto(cosines + i, REAL_DTYPE, count), s = vec_load_upto(sines + i, REAL_DTYPE, count);
-        vec_store_upto(out + i * size, dtype, vec_select(s == vec_zero(), v, vec_fma(v, c, vec_swap_neighbours(v) * s)), count);
+        vec_store_upto(out + i * size, dtype, vec_select(s == vec_zero(), v, vec_fma(v, c, vec_swap_neighbours(v) * s)),
+                       count);
     }
 }
 
@@ -177,7 +183,8 @@ static void do_row(const row_work *work, const char *x, char *out, const real *t
 #endif
         if (dtype == REAL_DTYPE || dtype == MTL_F16 || dtype == MTL_BF16) {
             int64_t size = mtl_dtype_size(dtype);
-            if (x != out && dims < args->head_dim) memcpy(out + dims * size, x + dims * size, (size_t)((args->head_dim - dims) * size));
+            if (x != out && dims < args->head_dim)
+                memcpy(out + dims * size, x + dims * size, (size_t)((args->head_dim - dims) * size));
             return;
         }
     }
@@ -204,7 +211,8 @@ void SIMD(rope)(const void *arguments, int64_t begin, int64_t end, void *scratch
     for (int i = 0; args->normed && i < args->sides; i++) {
         mtl_row weight = args->side[i].weight;
         if (weight.data) read_row(weights[i], weight.data, weight, args->head_dim);
-        else for (int64_t j = 0; j < args->head_dim; j++) weights[i][j] = 1;
+        else
+            for (int64_t j = 0; j < args->head_dim; j++) weights[i][j] = 1;
     }
     int64_t made = -1; /* the block whose tables are there */
     for (int64_t item = begin; item < end; item++) {
@@ -229,7 +237,8 @@ void SIMD(rope)(const void *arguments, int64_t begin, int64_t end, void *scratch
             mtl_cursor at;
             mtl_cursor_seek(&at, &side->heads, 0);
             int last = side->heads.rank - 1;
-            bool time_outside = last >= 0 && side->heads.stride[last][MTL_ROPE_X] < side->x_time_stride; /* {B, T, N, D} */
+            bool time_outside =
+                last >= 0 && side->heads.stride[last][MTL_ROPE_X] < side->x_time_stride; /* {B, T, N, D} */
             if (time_outside) {
                 for (int64_t step = 0; step < steps; step++) {
                     mtl_cursor_seek(&at, &side->heads, 0);

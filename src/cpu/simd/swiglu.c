@@ -10,4 +10,6 @@ INLINE vec activation(vec x, bool unused) {
 
 #include "cpu/simd/gated.h"
 
-void SIMD(swiglu)(const void *args, int64_t begin, int64_t end, void *scratch) { gated_items(args, begin, end, scratch, false); }
+void SIMD(swiglu)(const void *args, int64_t begin, int64_t end, void *scratch) {
+    gated_items(args, begin, end, scratch, false);
+}

@@ -11,13 +11,13 @@
 #include <math.h>
 
 #if defined(MTL_ISA_AVX2)
-#define MTL_ISA avx2
+#define MTL_ISA      avx2
 #define VECTOR_BYTES 32
 #elif defined(MTL_ISA_AVX512)
-#define MTL_ISA avx512
+#define MTL_ISA      avx512
 #define VECTOR_BYTES 64
 #elif defined(MTL_ISA_NEON)
-#define MTL_ISA neon
+#define MTL_ISA      neon
 #define VECTOR_BYTES 16
 #else
 #error "no instruction set is named"
@@ -27,19 +27,19 @@
 
 /* kernel name -> mtl_avx2_rms_norm_f32 */
 #define MTL_SIMD_NAME_(isa, name, suffix) mtl_##isa##_##name##_##suffix
-#define MTL_SIMD_NAME(isa, name, suffix) MTL_SIMD_NAME_(isa, name, suffix)
+#define MTL_SIMD_NAME(isa, name, suffix)  MTL_SIMD_NAME_(isa, name, suffix)
 #ifdef MTL_IN_DOUBLE
 typedef double real;
 typedef int64_t real_int;
 #define SIMD(name) MTL_SIMD_NAME(MTL_ISA, name, f64)
-#define real_load mtl_load_double
+#define real_load  mtl_load_double
 #define real_store mtl_store_double
 #define REAL_DTYPE MTL_F64
 #else
 typedef float real;
 typedef int32_t real_int;
 #define SIMD(name) MTL_SIMD_NAME(MTL_ISA, name, f32)
-#define real_load mtl_load_float
+#define real_load  mtl_load_float
 #define real_store mtl_store_float
 #define REAL_DTYPE MTL_F32
 #endif
@@ -63,7 +63,7 @@ INLINE vec vec_abs(vec v) { return (vec)((vec_int)v & ~(vec_int)vec_set(-(real)0
 
 /* Lane i is i < count. */
 INLINE vec_int vec_first(int64_t count) {
-    vec_int lane;
+    vec_int lane = {0};
     for (int i = 0; i < LANES; i++) lane[i] = i;
     return lane < (real_int)(count < 0 ? 0 : count > LANES ? LANES : count);
 }
@@ -84,7 +84,9 @@ INLINE vec_int vec_nonzero_bytes(const char *from) {
 
 /* The two halves of a and b interleaved: a0 b0 a1 b1 ... */
 #if VECTOR_BYTES == 64 && !defined(MTL_IN_DOUBLE)
-INLINE vec vec_zip_low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
+INLINE vec vec_zip_low(vec a, vec b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
 INLINE vec vec_zip_high(vec a, vec b) {
     return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
@@ -226,6 +228,8 @@ static inline void write_row(char *to, mtl_row row, const real *from, int64_t le
 }
 
 /* Whether a kernel can take the row where it lies: contiguous, of a dtype that loads straight into a vec. */
-static inline bool in_place_row(mtl_row row, mtl_dtype dtype) { return row.dtype == dtype && row.stride == mtl_dtype_size(dtype); }
+static inline bool in_place_row(mtl_row row, mtl_dtype dtype) {
+    return row.dtype == dtype && row.stride == mtl_dtype_size(dtype);
+}
 
 #endif

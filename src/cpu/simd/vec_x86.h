@@ -67,7 +67,8 @@ INLINE void vec_store_bf16(void *to, vec v) {
     __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
     rounded = _mm256_blendv_epi8(rounded, quiet, (__m256i)_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08); /* 0, 2: the two halves' low words */
+    __m256i packed =
+        _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08); /* 0, 2: the two halves' low words */
     _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(packed));
 }
 #endif
