@@ -4,13 +4,26 @@
  *   tanh: gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3), as x / (1 + exp(-2u)), for the same reason */
 #include "cpu/plain/real.h"
 
+/* Both exponentials multiply the rounding of their argument, so each is taken in the next wider arithmetic. */
+#ifdef MTL_IN_DOUBLE
+typedef long double wide;
+#define wide_exp expl
+#define wide_erfc erfcl
+#else
+typedef double wide;
+#define wide_exp exp
+#define wide_erfc erfc
+#endif
+
 static real gelu_erf(real x) {
-    return x == -(real)INFINITY ? -(real)0 : (real)((double)x / 2 * erfc(-(double)x * 0x1.6a09e667f3bcdp-1));
+    if (x == -(real)INFINITY) return -(real)0;
+    return (real)((wide)x / 2 * wide_erfc(-(wide)x * (wide)0.707106781186547524400844362104849039L));
 }
 
 static real gelu_tanh(real x) {
-    double u = 0x1.9884533d43651p-1 * ((double)x + 0.044715 * (double)x * (double)x * (double)x);
-    return x == -(real)INFINITY ? -(real)0 : (real)((double)x / (1 + exp(-2 * u)));
+    if (x == -(real)INFINITY) return -(real)0;
+    wide u = (wide)0.797884560802865355879892119868763737L * (x + (wide)0.044715L * x * x * x);
+    return (real)(x / (1 + wide_exp(-2 * u)));
 }
 
 void REAL(mtl_plain_geglu)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
