@@ -16,6 +16,9 @@
 #elif defined(MTL_ISA_AVX512)
 #define MTL_ISA      avx512
 #define VECTOR_BYTES 64
+#elif defined(MTL_ISA_AVX512_BF16)
+#define MTL_ISA      avx512_bf16
+#define VECTOR_BYTES 64
 #elif defined(MTL_ISA_NEON)
 #define MTL_ISA      neon
 #define VECTOR_BYTES 16
