@@ -99,11 +99,14 @@ int main(void) {
         cmocka_unit_test(tanh_keeps_its_bound),
         cmocka_unit_test(erfc_keeps_its_bound),
     };
-#ifdef MTL_ISA_AVX2
-    if (!(mtl_cpu_features() & MTL_AVX2)) {
-        printf("left out: this processor has no AVX2\n");
+#if defined(MTL_ISA_AVX512)
+    unsigned needed = MTL_AVX512;
+#elif defined(MTL_ISA_AVX2)
+    unsigned needed = MTL_AVX2;
+#endif
+    if (!(mtl_cpu_features() & needed)) {
+        printf("left out: this processor has not these instructions\n");
         return 0;
     }
-#endif
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
