@@ -3,6 +3,7 @@
 import ctypes
 import doctest
 import gc
+import os
 import inspect
 import sys
 import threading
@@ -939,9 +940,15 @@ ERROR_PATHS = {
     "no array": lambda: refused(metalloid.rms_norm, x_ok, [1.0], 1e-5),
     "keyword": lambda: refused(metalloid.rms_norm, x_ok, None, 1e-5, wrong=1),
     "value": lambda: refused(metalloid.rms_norm, x_ok, None, "eps"),
+}
+# NumPy frees a capsule's memory behind tracemalloc's back. Nobody notices where the next allocation takes the same place, but
+# AddressSanitizer keeps it free for long.
+CAPSULE_PATHS = {
     "capsule": lambda: refused_export(x_short[0], 1e-5),
     "no namespace": lambda: refused_export(None, 1e-5),
 }
+capsules_are_counted = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="runs under AddressSanitizer")
+ERROR_PATHS |= {name: pytest.param(path, marks=capsules_are_counted) for name, path in CAPSULE_PATHS.items()}
 
 
 @pytest.mark.parametrize("path", ERROR_PATHS.values(), ids=ERROR_PATHS)
@@ -951,6 +958,7 @@ def test_errors_leave_nothing_behind(path):
     assert (sys.getrefcount(x_ok), sys.getrefcount(x_short)) == counts
 
 
+@capsules_are_counted
 def test_results_by_namespace_leave_nothing_behind():
     source = Namespaced(x_ok)
 
