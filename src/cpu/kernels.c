@@ -27,6 +27,23 @@ static void fill_avx2(mtl_cpu_isa *isa) {
 }
 #endif
 
+#if defined(__aarch64__)
+#define DECLARE_NEON(name) DECLARE(neon, name) DECLARE(neon_bf16, name)
+MTL_SIMD_KERNELS(DECLARE_NEON)
+static void fill_neon(mtl_cpu_isa *isa) {
+#define FILL_NEON(kernel)                           \
+    isa->in_float.kernel = mtl_neon_##kernel##_f32; \
+    isa->in_double.kernel = mtl_neon_##kernel##_f64;
+    MTL_SIMD_KERNELS(FILL_NEON)
+}
+static void fill_neon_bf16(mtl_cpu_isa *isa) {
+#define FILL_NEON_BF16(kernel)                           \
+    isa->in_float.kernel = mtl_neon_bf16_##kernel##_f32; \
+    isa->in_double.kernel = mtl_neon_bf16_##kernel##_f64;
+    MTL_SIMD_KERNELS(FILL_NEON_BF16)
+}
+#endif
+
 /* An instruction set starts as a copy of the one before it. */
 static mtl_cpu_isa tables[4];
 static const mtl_cpu_isa *available[4];
@@ -48,6 +65,9 @@ static void choose(void) {
     available[available_count++] = &plain;
 #if defined(__x86_64__)
     if (features & MTL_AVX2) offer("avx2", fill_avx2);
+#elif defined(__aarch64__)
+    if (features & MTL_NEON) offer("neon", fill_neon);
+    if (features & MTL_NEON_BF16) offer("neon_bf16", fill_neon_bf16);
 #endif
     chosen = available[available_count - 1];
     const char *wanted = getenv("METALLOID_CPU_ISA");
