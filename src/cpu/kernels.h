@@ -10,31 +10,20 @@
  * thread's own and has the size that the entry point asked for. */
 typedef void (*mtl_kernel)(const void *args, int64_t begin, int64_t end, void *scratch);
 
-/* Every kernel, once: the tables and declarations are made from this list. */
-#define MTL_KERNELS(X) \
-    X(rms_norm)        \
-    X(layer_norm)      \
-    X(swiglu)          \
-    X(geglu)           \
-    X(rope)            \
-    X(attention)       \
-    X(cross_entropy)   \
-    X(gated_delta)
+/* Every kernel, once, for an instruction set: the tables and declarations are made from this list. */
+#define MTL_KERNELS(X, isa) \
+    X(isa, rms_norm)        \
+    X(isa, layer_norm)      \
+    X(isa, swiglu)          \
+    X(isa, geglu)           \
+    X(isa, rope)            \
+    X(isa, attention)       \
+    X(isa, cross_entropy)   \
+    X(isa, gated_delta)
 
-/* Those that have a SIMD kernel; for the others an instruction set runs the plain one. */
-#define MTL_SIMD_KERNELS(X) \
-    X(rms_norm)             \
-    X(layer_norm)           \
-    X(swiglu)               \
-    X(geglu)                \
-    X(rope)                 \
-    X(attention)            \
-    X(cross_entropy)        \
-    X(gated_delta)
-
-#define MTL_KERNEL_FIELD(name) mtl_kernel name;
+#define MTL_KERNEL_FIELD(isa, name) mtl_kernel name;
 typedef struct mtl_cpu_kernels {
-    MTL_KERNELS(MTL_KERNEL_FIELD)
+    MTL_KERNELS(MTL_KERNEL_FIELD, )
 } mtl_cpu_kernels;
 
 /* One instruction set: kernels that compute in float32 and those that compute in float64. */

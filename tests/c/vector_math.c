@@ -174,16 +174,20 @@ int main(void) {
         cmocka_unit_test(loads_of_16_bits_are_exact),
 #endif
     };
-#ifdef MTL_ISA_AVX2
-    if (!(mtl_cpu_features() & MTL_AVX2)) {
-        printf("left out: this processor has no AVX2\n");
-        return 0;
-    }
+#if defined(MTL_ISA_AVX512_BF16)
+    unsigned needed = MTL_AVX512_BF16;
+#elif defined(MTL_ISA_AVX512)
+    unsigned needed = MTL_AVX512;
+#elif defined(MTL_ISA_AVX2)
+    unsigned needed = MTL_AVX2;
 #elif defined(MTL_ISA_NEON_BF16)
-    if (!(mtl_cpu_features() & MTL_NEON_BF16)) {
-        printf("left out: this processor has no bfloat16 instructions\n");
+    unsigned needed = MTL_NEON_BF16;
+#elif defined(MTL_ISA_NEON)
+    unsigned needed = MTL_NEON;
+#endif
+    if (!(mtl_cpu_features() & needed)) {
+        printf("left out: this processor has not these instructions\n");
         return 0;
     }
-#endif
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

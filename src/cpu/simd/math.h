@@ -56,20 +56,21 @@ INLINE vec exp_remainder(vec x, vec n) {
 
 #define LOG2_E ((real)0x1.71547652b82fep0)
 
-INLINE vec exp_power(vec_int n) { return (vec)((n + EXP_BIAS) << EXP_SHIFT); }
+INLINE vec exp_power(vec_bits n) { return (vec)((n + EXP_BIAS) << EXP_SHIFT); }
 
 /* The whole range: subnormals below, infinity above, NaN for NaN. */
 INLINE vec vec_exp(vec x) {
     x = vec_max(vec_set(EXP_LEAST), vec_min(vec_set(EXP_MOST), x));
     vec shifted = vec_fma(x, vec_set(LOG2_E), vec_set(EXP_MAGIC));
     vec_int n = (vec_int)shifted - (vec_int)vec_set(EXP_MAGIC), half = n >> 1;
-    return exp_reduced(exp_remainder(x, shifted - vec_set(EXP_MAGIC))) * exp_power(half) * exp_power(n - half);
+    return exp_reduced(exp_remainder(x, shifted - vec_set(EXP_MAGIC))) * exp_power((vec_bits)half) *
+           exp_power((vec_bits)(n - half));
 }
 
 /* For softmax: x <= 0, and what would be subnormal is 0. NaN for NaN. */
 INLINE vec vec_exp_of_nonpositive(vec x) {
     vec shifted = vec_fma(x, vec_set(LOG2_E), vec_set(EXP_MAGIC));
-    vec_int n = (vec_int)shifted - (vec_int)vec_set(EXP_MAGIC);
+    vec_bits n = (vec_bits)shifted - (vec_bits)vec_set(EXP_MAGIC); /* far below it wraps, and y is dropped */
     vec y = exp_reduced(exp_remainder(x, shifted - vec_set(EXP_MAGIC))) * exp_power(n);
     return (vec)((vec_int)y & ~(vec_int)(x < vec_set(EXP_LEAST_NORMAL)));
 }

@@ -16,6 +16,9 @@
 #elif defined(MTL_ISA_AVX512)
 #define MTL_ISA      avx512
 #define VECTOR_BYTES 64
+#elif defined(MTL_ISA_AVX512_BF16)
+#define MTL_ISA      avx512_bf16
+#define VECTOR_BYTES 64
 #elif defined(MTL_ISA_NEON)
 #define MTL_ISA      neon
 #define VECTOR_BYTES 16
@@ -34,6 +37,7 @@
 #ifdef MTL_IN_DOUBLE
 typedef double real;
 typedef int64_t real_int;
+typedef uint64_t real_bits;
 #define SIMD(name) MTL_SIMD_NAME(MTL_ISA, name, f64)
 #define real_load  mtl_load_double
 #define real_store mtl_store_double
@@ -41,6 +45,7 @@ typedef int64_t real_int;
 #else
 typedef float real;
 typedef int32_t real_int;
+typedef uint32_t real_bits;
 #define SIMD(name) MTL_SIMD_NAME(MTL_ISA, name, f32)
 #define real_load  mtl_load_float
 #define real_store mtl_store_float
@@ -50,6 +55,7 @@ typedef int32_t real_int;
 enum { LANES = VECTOR_BYTES / sizeof(real) };
 typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef real_int vec_int __attribute__((vector_size(VECTOR_BYTES))); /* comparisons give 0 or -1 a lane */
+typedef real_bits vec_bits __attribute__((vector_size(VECTOR_BYTES)));
 
 INLINE vec vec_set(real x) { return x - (vec){0}; }
 INLINE vec vec_zero(void) { return (vec){0}; }

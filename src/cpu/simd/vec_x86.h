@@ -1,7 +1,7 @@
 /* What vec.h needs by name on x86-64: AVX2 with FMA and F16C, or AVX-512. SPDX-License-Identifier: MIT */
 #include <immintrin.h>
 
-#ifdef MTL_ISA_AVX512
+#if VECTOR_BYTES == 64
 #define MM(name) _mm512_##name
 #else
 #define MM(name) _mm256_##name
@@ -24,7 +24,7 @@ INLINE vec vec_fma(vec a, vec b, vec c) { return (vec)MM(fmadd_pd)(a, b, c); }
 INLINE vec vec_sqrt(vec v) { return (vec)MM(sqrt_pd)(v); }
 INLINE vec vec_max(vec a, vec b) { return (vec)MM(max_pd)(a, b); } /* b where either is NaN */
 INLINE vec vec_min(vec a, vec b) { return (vec)MM(min_pd)(a, b); }
-#ifdef MTL_ISA_AVX512
+#if VECTOR_BYTES == 64
 INLINE vec vec_round(vec v) { return (vec)_mm512_roundscale_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #else
 INLINE vec vec_round(vec v) { return (vec)_mm256_round_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -37,7 +37,7 @@ INLINE vec vec_sqrt(vec v) { return (vec)MM(sqrt_ps)(v); }
 INLINE vec vec_max(vec a, vec b) { return (vec)MM(max_ps)(a, b); } /* b where either is NaN */
 INLINE vec vec_min(vec a, vec b) { return (vec)MM(min_ps)(a, b); }
 
-#ifdef MTL_ISA_AVX512
+#if VECTOR_BYTES == 64
 INLINE vec vec_round(vec v) { return (vec)_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vec vec_load_f16(const void *from) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
 INLINE void vec_store_f16(void *to, vec v) {
@@ -47,6 +47,12 @@ INLINE vec vec_load_bf16(const void *from) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
 }
 INLINE void vec_store_bf16(void *to, vec v) {
+#ifdef MTL_ISA_AVX512_BF16
+    if (!_mm512_fpclass_ps_mask(v, 0x20)) { /* the instruction takes subnormals for 0 */
+        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(v));
+        return;
+    }
+#endif
     __m512i bits = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
