@@ -22,7 +22,7 @@ static void usage(FILE *to) {
                 "Exit codes: 0 done, 1 failed, 2 usage.\n");
 }
 
-int main(int count, char **arguments) {
+static int run(int count, char **arguments) {
     if (count < 2) {
         usage(stderr);
         return EXIT_USAGE;
@@ -40,4 +40,11 @@ int main(int count, char **arguments) {
     }
     fprintf(stderr, "metalloid: no command '%s'; 'metalloid --help' lists them\n", arguments[1]);
     return EXIT_USAGE;
+}
+
+int main(int count, char **arguments) {
+    int code = run(count, arguments);
+    if (fflush(stdout) == 0 && !ferror(stdout)) return code;
+    perror("metalloid: standard output"); /* a full disk, say: what was asked for has not arrived */
+    return code == EXIT_OK ? EXIT_FAILED : code;
 }

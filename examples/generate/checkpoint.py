@@ -108,9 +108,9 @@ def _load(path: Path, progress: Callable[[int, int], None]) -> Checkpoint:
     total, done = sum(int(t.n_bytes) for t in reader.tensors), 0
     tensors: dict[str, np.ndarray] = {}
     for tensor in reader.tensors:
-        tensors[tensor.name] = np.ascontiguousarray(
-            gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32
-        )
+        # float32 tensors are views of the file, whose alignment may be any
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        tensors[tensor.name] = np.require(values, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
         done += int(tensor.n_bytes)
         progress(done, total)
 

@@ -152,5 +152,6 @@ metalloid_status metalloid_scaled_dot_product_attention(metalloid_context *conte
     MTL_TRY(mtl_check_device(all, 8, op_name, &device));
     const mtl_view *outputs[] = {&out, &logsumexp}, *inputs[] = {&q, &k, &v, &mask, &key_mask, &sinks};
     MTL_TRY(mtl_check_overlap(outputs, 2, inputs, 6, NULL, op_name));
+    if (out.elements == 0 && (!mtl_present(&logsumexp) || logsumexp.elements == 0)) return METALLOID_OK;
     return mtl_cpu_attention(context, op_name, &args);
 }

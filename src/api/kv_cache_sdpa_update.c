@@ -48,6 +48,7 @@ metalloid_status metalloid_kv_cache_sdpa_update(metalloid_context *context, cons
     MTL_TRY(mtl_check_device(all, 7, op, &device));
     const mtl_view *outputs[] = {&k_cache, &v_cache, &out}, *inputs[] = {&q, &new_k, &new_v, &key_mask};
     MTL_TRY(mtl_check_overlap(outputs, 3, inputs, 4, NULL, op));
+    if (new_k.elements == 0 && new_v.elements == 0 && out.elements == 0) return METALLOID_OK;
 
     mtl_attention_args args = {
         .batch = batch,

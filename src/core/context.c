@@ -5,7 +5,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { ALIGNMENT = 64, MOST_THREADS = 1024 };
+enum { ALIGNMENT = 64 };
 
 static atomic_int process_threads; /* 0: mtl_default_threads() */
 
@@ -35,8 +35,8 @@ void metalloid_context_destroy(metalloid_context *context) { free(context); }
 
 metalloid_status metalloid_context_set_threads(metalloid_context *context, int threads) {
     MTL_REQUIRE(context, "context_set_threads", "%s must not be NULL", "context");
-    MTL_REQUIRE(threads >= 0 && threads <= MOST_THREADS, "context_set_threads", "threads must be 0 to %d, got %d",
-                (int)MOST_THREADS, threads);
+    MTL_REQUIRE(threads >= 0 && threads <= MTL_MOST_THREADS, "context_set_threads", "threads must be 0 to %d, got %d",
+                (int)MTL_MOST_THREADS, threads);
     context->threads = threads;
     return METALLOID_OK;
 }
@@ -50,8 +50,8 @@ metalloid_status metalloid_context_set_allocator(metalloid_context *context, con
 }
 
 metalloid_status metalloid_set_num_threads(int threads) {
-    MTL_REQUIRE(threads >= 0 && threads <= MOST_THREADS, "set_num_threads", "threads must be 0 to %d, got %d",
-                (int)MOST_THREADS, threads);
+    MTL_REQUIRE(threads >= 0 && threads <= MTL_MOST_THREADS, "set_num_threads", "threads must be 0 to %d, got %d",
+                (int)MTL_MOST_THREADS, threads);
     atomic_store_explicit(&process_threads, threads, memory_order_relaxed);
     return METALLOID_OK;
 }

@@ -55,6 +55,9 @@ metalloid_status mtl_view_optional(mtl_view *view, const DLTensor *tensor, const
     return METALLOID_OK;
 }
 
+/* In bytes; no address space is so large. The check for overlap adds and doubles a few of them, which then fits in int64_t. */
+static const int64_t longest_reach = INT64_MAX / 16;
+
 /* Where empty tensors lie, so that arithmetic on their pointers is always legal; it is never read or written. */
 static char nowhere[8];
 
@@ -100,7 +103,7 @@ metalloid_status mtl_view_required(mtl_view *view, const DLTensor *tensor, const
     overflow |= (uint64_t)tensor->byte_offset > INT64_MAX;
     if (!empty && !overflow) {
         overflow |= __builtin_sub_overflow(data, (uintptr_t)0 - (uintptr_t)low, &begin) ||
-                    __builtin_add_overflow(data, (uintptr_t)high, &end);
+                    __builtin_add_overflow(data, (uintptr_t)high, &end) || low < -longest_reach || high > longest_reach;
     }
     MTL_REQUIRE(!overflow, op, "%s is too large: its size in bytes overflows", name);
     view->elements = empty ? 0 : elements;

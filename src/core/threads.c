@@ -36,7 +36,6 @@ enum {
     SPIN_NS = 40 * 1000,           /* a worker or a waiting caller spins this long before it sleeps */
     RETRY_NS = 1000 * 1000 * 1000, /* after a thread could not be created, none is tried for this long */
     MIN_STACK_BYTES = 1024 * 1024, /* kernels keep blocks on the stack; some C libraries give 128 KiB */
-    MAX_ENVIRONMENT_THREADS = 4096,
     CACHE_LINE = 64,
 };
 
@@ -298,7 +297,7 @@ static int read_environment(void) {
     const char *text = getenv("METALLOID_NUM_THREADS");
     char *end = NULL;
     long threads = text != NULL ? strtol(text, &end, 10) : 0;
-    return end != text && *end == '\0' && threads >= 1 && threads <= MAX_ENVIRONMENT_THREADS ? (int)threads : 0;
+    return end != text && *end == '\0' && threads >= 1 && threads <= MTL_MOST_THREADS ? (int)threads : 0;
 }
 
 int mtl_default_threads(void) {

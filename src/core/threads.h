@@ -12,7 +12,9 @@ typedef void (*mtl_job_fn)(void *job, int part, int worker);
  * part computes must therefore not depend on who runs it. */
 void mtl_parallel_run(int threads, int parts, mtl_job_fn fn, void *argument);
 
-/* METALLOID_NUM_THREADS (read once a process) if it is an integer in 1..4096, else the number of CPUs that the calling
+enum { MTL_MOST_THREADS = 1024 }; /* that may be asked for, by a call or by the environment */
+
+/* METALLOID_NUM_THREADS (read once a process) if it is an integer in 1..1024, else the number of CPUs that the calling
  * thread may run on now. */
 int mtl_default_threads(void);
 

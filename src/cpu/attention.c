@@ -193,6 +193,16 @@ static int threads_worth(const metalloid_context *context, const mtl_attention_a
     return worth < (double)threads ? (worth < 1 ? 1 : (int)worth) : (int)threads;
 }
 
+/* The plain kernel keeps scale and softcap in double: it serves where they leave float32's range. */
+static mtl_kernel kernel_for(const metalloid_context *context, const mtl_attention_args *args) {
+    double scale = fabs(args->scale);
+    bool fits = (scale == 0 || scale >= (double)FLT_MIN) && scale <= (double)FLT_MAX && args->softcap <= (double)FLT_MAX;
+    if (args->in_double || fits) return mtl_cpu_kernels_for(context, args->in_double)->attention;
+    const mtl_cpu_isa *const *isas;
+    mtl_cpu_isas(&isas);
+    return isas[0]->in_float.attention;
+}
+
 metalloid_status mtl_cpu_attention(const metalloid_context *context, const char *op, const mtl_attention_args *given) {
     mtl_attention_args args = *given;
     int64_t new_rows = args.append.k.data ? args.batch * args.q_len : 0,
@@ -219,7 +229,7 @@ metalloid_status mtl_cpu_attention(const metalloid_context *context, const char 
 
     /* Without scratch mtl_cpu_run allocates nothing and cannot fail. */
     mtl_cpu_run(context, op, append_to_cache, &args, new_rows, item_bytes, 0);
-    job j = {mtl_cpu_kernels_for(context, args.in_double)->attention, &args, items, 0, workspace + states, scratch};
+    job j = {kernel_for(context, &args), &args, items, 0, workspace + states, scratch};
     j.parts = (int)least(items, (int64_t)threads * PARTS_A_THREAD);
     mtl_parallel_run(threads, j.parts, run_part, &j);
     if (args.cut.key_ranges > 1) {

@@ -8,7 +8,7 @@ metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, 
     mtl_kernel kernel = mtl_cpu_kernels_for(context, args->in_double)->rope;
     int64_t heads = 0;
     for (int i = 0; i < args->sides; i++) heads += args->side[i].heads.count;
-    if (heads == 0 || args->batch == 0) return METALLOID_OK;
+    if (heads == 0 || args->batch == 0 || args->time == 0) return METALLOID_OK;
     int64_t cost = heads * args->head_dim * 8 + args->angles.dims / 2 * TURN_COST;
     int64_t blocks = args->time / MTL_ROPE_BLOCK + (args->time % MTL_ROPE_BLOCK != 0);
     return mtl_cpu_run(context, op, kernel, args, args->batch * blocks, cost * mtl_rope_most_steps(args),

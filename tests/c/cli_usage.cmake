@@ -19,3 +19,11 @@ expect(2)
 expect(2 no-such-command)
 expect(2 info --no-such-option)
 expect(2 check --no-such-option)
+
+# What could not be written has not been done.
+if(EXISTS /dev/full)
+    execute_process(COMMAND ${COMMAND} info OUTPUT_FILE /dev/full ERROR_VARIABLE err RESULT_VARIABLE result)
+    if(NOT result EQUAL 1 OR err STREQUAL "")
+        message(FATAL_ERROR "metalloid info, full disk: exit code ${result} instead of 1\n${err}")
+    endif()
+endif()

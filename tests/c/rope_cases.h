@@ -149,8 +149,8 @@ static inline int refuse_rope_options(operation (*sample)(sample_size, bool inve
         const int bad_axis[] = {-1, 2, 1000};
         for (int i = 0; i < 3; i++)
             REFUSE_OPTION("time_axis", "a bad time axis", memcpy(&bad.rope.time_axis, &bad_axis[i], sizeof(int)));
-        const size_t bad_size[] = {0, 4, 7, (size_t)1 << 40, SIZE_MAX};
-        for (int i = 0; i < 5; i++) REFUSE_OPTION("options", "a bad size", bad.rope.size = bad_size[i]);
+        const size_t bad_size[] = {0, 4, 7, 12, 44, (size_t)1 << 40, SIZE_MAX};
+        for (int i = 0; i < 7; i++) REFUSE_OPTION("options", "a bad size", bad.rope.size = bad_size[i]);
 
         /* Positions outside of int32. */
         operation by_offset = op;

@@ -470,8 +470,8 @@ static int refuse_options(void) {
     for (int i = 0; i < 5; i++) REFUSE_OPTION("softcap", "a bad softcap", bad.attention.softcap = bad_softcap[i]);
     REFUSE_OPTION("window", "a negative window", bad.attention.window = -1);
     REFUSE_OPTION("window", "the most negative window", bad.attention.window = INT64_MIN);
-    const size_t bad_size[] = {0, 4, 7, (size_t)1 << 40, SIZE_MAX};
-    for (int i = 0; i < 5; i++) REFUSE_OPTION("options", "a bad size", bad.attention.size = bad_size[i]);
+    const size_t bad_size[] = {0, 4, 7, 12, 44, (size_t)1 << 40, SIZE_MAX};
+    for (int i = 0; i < 7; i++) REFUSE_OPTION("options", "a bad size", bad.attention.size = bad_size[i]);
 
     /* q, k, v promote to float32 here. */
     REFUSE_OPTION("mask", "a float64 mask", bad.given[3] = dl(new_normal(F64, ROWS, SHAPE(2, 4, 3, 5))));

@@ -279,6 +279,33 @@ static void hostile_layouts_are_decided_quickly(void **state) {
     assert_true(mtl_overlaps_itself(&a)); /* pigeonhole: 3^20 elements, far fewer bytes */
 }
 
+/* No memory lies under such strides, but the checks must come to their answer without overflow. */
+static void strides_beyond_any_address_space_are_refused(void **state) {
+    (void)state;
+    static const struct {
+        element_type type;
+        int64_t shape[3], stride[3];
+    } far[] = {
+        {F64, {2, 3, 1}, {(int64_t)1 << 58, (int64_t)1 << 58, 1}},
+        {F32, {4, 4, 4}, {-4, (int64_t)1 << 58, (int64_t)1 << 58}},
+        {F32, {2, 1, 1}, {-((int64_t)1 << 60), 1, 1}},
+        {F16, {2, 2, 2}, {1, 2, (int64_t)1 << 61}},
+    };
+    for (size_t i = 0; i < sizeof far / sizeof *far; i++) {
+        DLTensor dl = {.data = memory + 64,
+                       .device = {kDLCPU, 0},
+                       .ndim = 3,
+                       .dtype = dtype_code(far[i].type),
+                       .shape = (int64_t *)(uintptr_t)far[i].shape,
+                       .strides = (int64_t *)(uintptr_t)far[i].stride};
+        DLTensor x = dl;
+        x.strides = NULL;
+        x.data = memory + 1024;
+        assert_int_equal(metalloid_rms_norm(NULL, &x, NULL, 0, &dl), METALLOID_INVALID_ARGUMENT);
+        assert_string_equal(metalloid_last_error(), "rms_norm: out is too large: its size in bytes overflows");
+    }
+}
+
 static void messages_show_long_shapes_cut(void **state) {
     (void)state;
     int64_t shape[64];
@@ -301,6 +328,7 @@ int main(void) {
         cmocka_unit_test(loops_visit_every_iteration_in_order),
         cmocka_unit_test(contiguous_loops_have_one_axis_at_most),
         cmocka_unit_test(hostile_layouts_are_decided_quickly),
+        cmocka_unit_test(strides_beyond_any_address_space_are_refused),
         cmocka_unit_test(messages_show_long_shapes_cut),
     };
     return cmocka_run_group_tests_name("tensor", tests, NULL, NULL);

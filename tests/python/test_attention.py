@@ -354,6 +354,30 @@ def test_scores_past_float16_are_float32(dtype):
     np.testing.assert_allclose(logsumexp, 200 * 200 * 64 + np.log(2), rtol=1e-6)
 
 
+@pytest.mark.parametrize("queries", [1, 3, 20])
+@pytest.mark.parametrize("softcap", [1e39, 1e300, 1e-50])
+def test_a_softcap_beyond_float32_is_a_number_like_any(queries, softcap):
+    q, k, v = normal(5, (1, 2, queries, 16), (1, 2, 70, 16), (1, 2, 70, 8))
+    check(q, k, v, scale=0.3, softcap=softcap)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 20])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_scale_beyond_float32_is_a_number_like_any(queries, size):
+    q, k, v = normal(6, (1, 2, queries, 16), (1, 2, 70, 16), (1, 2, 70, 8))
+    q, k = q * np.float32(size), k * np.float32(size**0.5)
+    check(q, k, v, scale=1 / size**1.5)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [float32, bfloat16])
+def test_values_near_the_largest_do_not_overflow_in_their_mean(queries, dtype):
+    q, k = normal(7, (1, 2, queries, 16), (1, 2, 70, 16), dtype=dtype)
+    largest = np.array(3e38, dtype)
+    out = attend(q, k, np.full((1, 2, 70, 8), largest), scale=0.3)
+    np.testing.assert_allclose(out.astype(np.float64), float(largest), rtol=1e-2 if dtype == bfloat16 else 1e-5)
+
+
 def test_accepts_mlx_keywords():
     q, k, v = normal(18, (1, 2, 5, 8), (1, 2, 9, 8), (1, 2, 9, 8))
     want = attend(q, k, v, scale=0.3)

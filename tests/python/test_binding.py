@@ -705,6 +705,76 @@ def test_failure_to_export_is_a_value_error_with_its_cause():
         metalloid.rms_norm(Nonsense(), None, 1e-5)
 
 
+def test_errors_of_an_export_are_one_line_and_name_the_argument():
+    class Unprintable(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    class Refuses:
+        def __dlpack__(self, **_):
+            raise error
+
+    class RefusesAttributes:
+        def __getattr__(self, name):
+            raise error
+
+    for error, words in (
+        (BufferError("not\n\n  now"), "not now"),
+        (Unprintable(), "Unprintable"),
+        (OSError(), "OSError"),
+    ):
+        for array in (Refuses(), RefusesAttributes()):
+            with pytest.raises(
+                ValueError, match=f"^rms_norm: the memory of weight cannot be shared: {words}$"
+            ) as caught:
+                metalloid.rms_norm(normal(3, 8), array, 1e-5)
+            assert caught.value.__cause__ is error
+
+
+def test_negative_extents_name_their_argument():
+    for shape in ((-1, 8), (3, -8)):
+        lying = Namespaced(normal(3, 8))
+        lying.shape = (ctypes.c_int64 * 2)(*shape)
+        with pytest.raises(ValueError, match=rf"rms_norm: x must not have a negative extent, got {min(shape)}"):
+            metalloid.rms_norm(lying, None, 1e-5)
+        assert lying.released == 1
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, Namespaced], ids=["NumPy", "namespace"])
+def test_results_too_large_for_an_address_space_are_refused(wrap):
+    x = np.broadcast_to(np.ones((), BF16), (1 << 40, 1 << 21))
+    with pytest.raises(ValueError, match=r"rms_norm: out would be too large: its size in bytes overflows"):
+        metalloid.rms_norm(wrap(x), ones(1 << 21), 1e-5)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 24, 128, 255])
+def test_kv_cache_offset_of_an_unknown_width_is_refused(bits):
+    class Wide(Exporter):
+        def __dlpack__(self, **options):
+            capsule = super().__dlpack__(**options)
+            self.managed.tensor.bits = bits
+            return capsule
+
+    step, caches = ones(1, 1, 2, 8), [np.zeros((1, 4, 2, 8), F32) for _ in range(2)]
+    with pytest.raises(ValueError, match="kv_cache_sdpa_update: offset must be an integer or an integer array"):
+        metalloid.kv_cache_sdpa_update(step, step, step, *caches, Wide(np.zeros(64, np.int64)[:1]), None, 1.0)
+    assert not caches[0].any()
+
+
+def test_a_call_without_a_place_for_its_results_writes_nothing():
+    class Raises(Exporter):
+        def __array_namespace__(self):
+            raise RuntimeError("no namespace today")
+
+    step = ones(1, 1, 2, 8)
+    for kind, error in ((Exporter, ValueError), (Raises, RuntimeError)):
+        caches = [np.zeros((1, 4, 2, 8), F32) for _ in range(2)]
+        with pytest.raises(error, match="namespace"):
+            metalloid.kv_cache_sdpa_update(kind(step), step, step, *caches, 0, None, 1.0)
+        assert not caches[0].any()
+        assert not caches[1].any()
+
+
 def test_results_go_through_the_array_namespace():
     x = normal(3, 8)
     result = metalloid.rms_norm(Namespaced(x), None, 1e-5)

@@ -182,6 +182,29 @@ def test_the_tiniest_temperature_is_greedy():
     assert choose(logits, 5e-324, np.random.default_rng(0)) == 1
 
 
+@pytest.mark.parametrize("shift", range(4))
+def test_tensors_may_start_at_any_byte_of_the_file(tmp_path, shift):
+    path = tmp_path / "unaligned.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_custom_alignment(1)
+    writer.add_string("shift", "x" * shift)
+    for name in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length"):
+        writer.add_uint32(f"llama.{name}", {"embedding_length": 4, "context_length": 8}.get(name, 1))
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    shapes = {"token_embd": (2, 4), "output_norm": (4,), "blk.0.attn_norm": (4,), "blk.0.ffn_norm": (4,)}
+    shapes |= {f"blk.0.{name}": (4, 4) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    shapes |= {"blk.0.ffn_gate": (1, 4), "blk.0.ffn_up": (1, 4), "blk.0.ffn_down": (4, 1)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = Llama(checkpoints.load(path), Metalloid(), 2)
+    assert model.logits(model.forward([0, 1])).shape == (2, 2)
+
+
 @pytest.mark.parametrize("kept", [0, 3, 4, 8, 23, 24, 100, 5_000, 1_000_000, 3_000_000, 60_000_000, -1])
 def test_a_truncated_file_is_refused(tmp_path, kept):
     cut = tmp_path / "cut.gguf"

@@ -52,6 +52,19 @@ static bool refuse_to_write(const char *op, const char *name) {
     return false;
 }
 
+/* str(cause) on one line; a new reference. */
+static PyObject *in_one_line(PyObject *cause) {
+    PyObject *text = PyObject_Str(cause), *words = text ? PyUnicode_Split(text, NULL, -1) : NULL;
+    PyObject *space = words ? PyUnicode_FromString(" ") : NULL, *line = space ? PyUnicode_Join(space, words) : NULL;
+    Py_XDECREF(space);
+    Py_XDECREF(words);
+    Py_XDECREF(text);
+    if (line && PyUnicode_GET_LENGTH(line) > 0) return line;
+    Py_XDECREF(line);
+    PyErr_Clear(); /* of an exception that cannot be printed */
+    return PyUnicode_FromString(Py_TYPE(cause)->tp_name);
+}
+
 /* Turns what the array's library raised into a ValueError that names the argument and keeps the other as its cause. */
 static bool refuse_export(const char *op, const char *name) {
     if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError)) return false;
@@ -62,8 +75,9 @@ static bool refuse_export(const char *op, const char *name) {
     Py_DECREF(type);
     Py_XDECREF(traceback);
 
-    PyErr_Format(PyExc_ValueError, "%s: the memory of %s cannot be shared: %S", op, name, cause);
-    PyObject *error;
+    PyObject *error, *line = in_one_line(cause);
+    if (line) PyErr_Format(PyExc_ValueError, "%s: the memory of %s cannot be shared: %U", op, name, line);
+    Py_XDECREF(line);
     PyErr_Fetch(&type, &error, &traceback);
     PyErr_NormalizeException(&type, &error, &traceback);
     PyException_SetCause(error, cause); /* takes the reference */
@@ -147,6 +161,12 @@ static bool take_tensor(mtl_array *opened, const DLTensor *tensor, const char *o
     }
     memcpy(opened->shape, tensor->shape, (size_t)tensor->ndim * sizeof opened->shape[0]);
     opened->tensor.shape = opened->shape;
+    for (int axis = 0; axis < tensor->ndim; axis++) { /* results are allocated before the operation looks at it */
+        if (opened->shape[axis] >= 0) continue;
+        PyErr_Format(PyExc_ValueError, "%s: %s must not have a negative extent, got %lld at axis %d", op, name,
+                     (long long)opened->shape[axis], axis);
+        return false;
+    }
     if (tensor->strides) {
         memcpy(opened->strides, tensor->strides, (size_t)tensor->ndim * sizeof opened->strides[0]);
         opened->tensor.strides = opened->strides;
@@ -247,11 +267,12 @@ bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool w
     if (PyArray_Check(object)) return open_numpy(opened, (PyArrayObject *)object, writable, op, name);
 
     PyObject *attribute;
-    if (!optional_attribute(object, state->requires_grad, &attribute)) return false;
+    if (!optional_attribute(object, state->requires_grad, &attribute)) return refuse_export(op, name);
     Py_XDECREF(attribute);
     if (attribute == Py_True && !detach(opened, &object, op, name)) return false;
 
-    if (!optional_attribute((PyObject *)Py_TYPE(object), state->exchange_api, &attribute)) return false;
+    if (!optional_attribute((PyObject *)Py_TYPE(object), state->exchange_api, &attribute))
+        return refuse_export(op, name);
     if (attribute && usable_exchange(attribute)) {
         bool done = open_exchange(opened, attribute, object, writable, op, name);
         Py_DECREF(attribute);
@@ -265,10 +286,9 @@ bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool w
         Py_DECREF(attribute);
         return done;
     }
-    if (!PyErr_Occurred()) {
-        PyErr_Format(PyExc_TypeError, "%s: %s must be an array of NumPy or another library with __dlpack__, got %.200s",
-                     op, name, Py_TYPE(object)->tp_name);
-    }
+    if (PyErr_Occurred()) return refuse_export(op, name);
+    PyErr_Format(PyExc_TypeError, "%s: %s must be an array of NumPy or another library with __dlpack__, got %.200s", op,
+                 name, Py_TYPE(object)->tp_name);
     return false;
 }
 
@@ -292,6 +312,7 @@ void array_close(mtl_array *opened) {
 /* Memory that another library takes over by its from_dlpack: an array of NumPy's with the dtype that its bits stand for. */
 typedef struct memory {
     PyObject_VAR_HEAD PyArrayObject *bits;
+    PyObject *from_dlpack; /* of that library */
     DLDataType dtype;
     int64_t shape[1]; /* ob_size of them */
 } memory;
@@ -299,6 +320,7 @@ typedef struct memory {
 static void memory_dealloc(PyObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     Py_XDECREF(((memory *)self)->bits);
+    Py_XDECREF(((memory *)self)->from_dlpack);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -397,21 +419,37 @@ static PyType_Spec memory_spec = {
     .slots = memory_slots,
 };
 
-static PyObject *allocate_memory(mtl_array *opened, module_state *state, DLDataType dtype, int rank,
-                                 const int64_t *shape) {
+/* Asked for before the call writes anything: a library without it is an error. */
+static PyObject *from_dlpack_of(PyObject *array, const char *op) {
+    PyObject *namespace = PyObject_CallMethod(array, "__array_namespace__", NULL);
+    PyObject *function = namespace ? PyObject_GetAttrString(namespace, "from_dlpack") : NULL;
+    Py_XDECREF(namespace);
+    if (!function && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: results cannot be allocated as %.200s, which has no __array_namespace__: pass out=", op,
+                     Py_TYPE(array)->tp_name);
+    }
+    return function;
+}
+
+static PyObject *allocate_memory(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype,
+                                 int rank, const int64_t *shape, const char *op) {
+    PyObject *from_dlpack = from_dlpack_of(like->object, op);
+    if (!from_dlpack) return NULL;
     npy_intp extents[MAX_RANK];
     for (int axis = 0; axis < rank; axis++) extents[axis] = (npy_intp)shape[axis];
     PyObject *bits = PyArray_SimpleNew(rank, extents,
                                        dtype.bits == 16   ? NPY_UINT16
                                        : dtype.bits == 32 ? NPY_UINT32
                                                           : NPY_UINT64);
-    if (!bits) return NULL;
-    memory *result = (memory *)state->memory_type->tp_alloc(state->memory_type, rank);
+    memory *result = bits ? (memory *)state->memory_type->tp_alloc(state->memory_type, rank) : NULL;
     if (!result) {
-        Py_DECREF(bits);
+        Py_XDECREF(bits);
+        Py_DECREF(from_dlpack);
         return NULL;
     }
     result->bits = (PyArrayObject *)bits;
+    result->from_dlpack = from_dlpack;
     result->dtype = dtype;
     memcpy(result->shape, shape, (size_t)rank * sizeof shape[0]);
     opened->tensor = (DLTensor){.data = PyArray_DATA(result->bits),
@@ -476,6 +514,13 @@ static int is_torch(PyObject *object, PyObject **torch) {
 PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype, int rank,
                          const int64_t *shape, const char *op) {
     PyObject *result, *torch;
+    npy_intp bytes = dtype.bits / 8;
+    for (int axis = 0; axis < rank; axis++) {
+        if (shape[axis] && __builtin_mul_overflow(bytes, shape[axis], &bytes)) {
+            PyErr_Format(PyExc_ValueError, "%s: out would be too large: its size in bytes overflows", op);
+            return NULL;
+        }
+    }
     if (PyArray_Check(like->object)) {
         result = allocate_numpy(like, dtype, rank, shape);
     } else {
@@ -488,7 +533,7 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
         }
         int is = is_torch(like->object, &torch);
         if (is < 0) return NULL;
-        if (!is) return allocate_memory(opened, state, dtype, rank, shape);
+        if (!is) return allocate_memory(opened, state, like, dtype, rank, shape, op);
         result = allocate_torch(torch, dtype, rank, shape);
     }
     if (result && !array_open(opened, state, result, false, op, "out")) {
@@ -498,17 +543,9 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
     return result;
 }
 
-PyObject *array_finish(PyObject *allocated, module_state *state, const mtl_array *like, const char *op) {
+PyObject *array_finish(PyObject *allocated, module_state *state) {
     if (Py_TYPE(allocated) != state->memory_type) return allocated;
-    PyObject *result = NULL, *namespace = PyObject_CallMethod(like->object, "__array_namespace__", NULL);
-    if (namespace) {
-        result = PyObject_CallMethod(namespace, "from_dlpack", "O", allocated);
-        Py_DECREF(namespace);
-    } else if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
-        PyErr_Format(PyExc_ValueError,
-                     "%s: results cannot be allocated as %.200s, which has no __array_namespace__: pass out=", op,
-                     Py_TYPE(like->object)->tp_name);
-    }
+    PyObject *result = PyObject_CallOneArg(((memory *)allocated)->from_dlpack, allocated);
     Py_DECREF(allocated);
     return result;
 }

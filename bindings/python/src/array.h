@@ -40,6 +40,6 @@ void array_close(mtl_array *opened);
  * array that the caller gets. */
 PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype, int rank,
                          const int64_t *shape, const char *op);
-PyObject *array_finish(PyObject *allocated, module_state *state, const mtl_array *like, const char *op);
+PyObject *array_finish(PyObject *allocated, module_state *state);
 
 #endif

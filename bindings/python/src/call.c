@@ -178,7 +178,7 @@ static DLTensor *take_result(mtl_call *call, PyObject *out, const char *name, co
     if (out && out != Py_None) {
         DLTensor *tensor = take_array(call, out, true, name);
         if (!tensor) return NULL;
-        call->allocated_like[call->results] = NULL;
+        call->allocated[call->results] = false;
         call->result[call->results++] = Py_NewRef(out);
         return tensor;
     }
@@ -190,7 +190,7 @@ static DLTensor *take_result(mtl_call *call, PyObject *out, const char *name, co
         return NULL;
     }
     call->arrays++;
-    call->allocated_like[call->results] = model;
+    call->allocated[call->results] = true;
     call->result[call->results++] = result;
     return &allocated->tensor;
 }
@@ -234,8 +234,8 @@ void call_settle(mtl_call *call, metalloid_status status) {
 PyObject *call_end(mtl_call *call) {
     for (int i = 0; i < call->arrays; i++) array_close(&call->array[i]);
     for (int i = 0; i < call->results && !call->failed; i++) {
-        if (!call->allocated_like[i]) continue;
-        call->result[i] = array_finish(call->result[i], call->state, call->allocated_like[i], call->signature->name);
+        if (!call->allocated[i]) continue;
+        call->result[i] = array_finish(call->result[i], call->state);
         call->failed = !call->result[i];
     }
     if (!call->failed && call->results == 1) return call->result[0];

@@ -29,7 +29,7 @@ typedef struct mtl_call {
     int arrays, results;
     int64_t elements; /* of all arrays */
     PyObject *result[2];
-    const mtl_array *allocated_like[2]; /* NULL where the caller gave the result */
+    bool allocated[2]; /* or given by the caller */
     mtl_array array[MAX_ARRAYS];
 } mtl_call;
 

@@ -439,7 +439,9 @@ static int64_t single_integer(mtl_call *call, int parameter) {
     const DLTensor *tensor = call_array(call, parameter);
     if (!tensor) return 0;
     bool single = tensor->ndim == 0 || (tensor->ndim == 1 && tensor->shape[0] == 1);
-    bool integer = (tensor->dtype.code == kDLInt || tensor->dtype.code == kDLUInt) && tensor->dtype.lanes == 1;
+    int bits = tensor->dtype.bits;
+    bool integer = (tensor->dtype.code == kDLInt || tensor->dtype.code == kDLUInt) && tensor->dtype.lanes == 1 &&
+                   (bits == 8 || bits == 16 || bits == 32 || bits == 64);
     if (!single || !integer || !tensor->data || tensor->device.device_type != kDLCPU) {
         call_fail(call, PyExc_ValueError, "%s: %s must be an integer or an integer array {} or {1} on the CPU",
                   call->signature->name, call->signature->parameters[parameter]);
@@ -457,8 +459,8 @@ static int64_t single_integer(mtl_call *call, int parameter) {
         uint32_t u32;
         uint64_t u64;
     } value;
-    memcpy(&value, element, tensor->dtype.bits / 8u);
-    switch (tensor->dtype.bits) {
+    memcpy(&value, element, (size_t)bits / 8);
+    switch (bits) {
     case 8: return is_signed ? value.i8 : value.u8;
     case 16: return is_signed ? value.i16 : value.u16;
     case 32: return is_signed ? value.i32 : (int64_t)value.u32;

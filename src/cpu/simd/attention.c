@@ -2,57 +2,70 @@
  *
  * Rows are the queries of all heads that share a key/value head (cpu/attention.h), so that a key is loaded once for them. Both products
  * run in one register-tiled micro-kernel, TILE_ROWS x 2 vectors of sums, that multiplies rows in scratch by a block whose rows are
- * vectors: V as it lies, K transposed when it is brought in. A handful of rows (decoding) does not pay for a transposed K: their scores
- * are dot products with K as it lies, and the cost is one read of the cache.
+ * vectors: V as it lies, K transposed when it is brought in. A handful of rows (decoding) does not pay for that: their scores are dot
+ * products with K as it lies, V is added up four keys at a time, and the cost is one read of the cache.
+ *
+ * Where the processor multiplies pairs of bfloat16, bfloat16 tensors stay as they are: a row of Q and a transposed K hold pairs of
+ * features, weights and V pairs of keys, and the same micro-kernel runs over half as many words.
  *
  * Numerics: online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867), scores and sums in reals. A block's sums are formed by
- * themselves and then added to the rescaled ones, so that rounding grows with the number of blocks, not of keys. A hidden key's score
- * is -infinity, its weight exactly 0. Where 0 meets an infinite or NaN value the row comes out NaN, and the plain kernel, which
- * leaves hidden keys out one by one, does the item again: the common case pays one look at its result. */
+ * themselves and then added to the rescaled ones, so that rounding grows with the number of blocks, not of keys. As pairs, weights are
+ * rounded to bfloat16 (FlashAttention does the same); their sum is not. A hidden key's score is -infinity, its weight exactly 0. Where
+ * 0 meets an infinite or NaN value, or a product of pairs overflows, a row comes out not finite, and the item is done again in reals,
+ * leaving hidden keys out one by one, and if need be (sums beyond float32) by the plain kernel, in double: the common case pays one
+ * look at its result. */
 #include "cpu/attention.h"
 #include "cpu/simd/math.h"
+
+/* Into the second-level cache: the first level has too few lines under way to keep memory busy. */
+#define prefetch(address) __builtin_prefetch(address, 0, 2)
 
 enum {
     KEYS = MTL_ATTENTION_KEYS,
     ROWS = MTL_ATTENTION_ROWS,
-    TILE_ROWS = 6,
-    TILE = 2 * LANES, /* columns */
+    TILE_ROWS = VECTOR_BYTES == 64 ? 12 : 6, /* what the registers hold */
+    TILE = 2 * LANES,                        /* columns */
     FEW_ROWS = 8,
+    AT_ONCE = VECTOR_BYTES == 64 ? 4 : 2,
 };
 
-/* One item's working set; rows of `q` are head_padded long, of `sums` value_padded, of `scores` KEYS. */
+/* One item's working set, in reals or, where `paired`, words of two bfloat16. Rows of `q` are `words` long, of `sums` value_padded, of
+ * `scores` KEYS; `keys` has a row a word, `values` one a key or pair of keys. */
 typedef struct {
     const mtl_attention_args *args;
     mtl_attention_item item;
-    int64_t head_padded, value_padded; /* to whole vectors and to whole tiles */
+    bool paired, one_by_one;            /* one_by_one: leave weights of 0 out of the sums */
+    int64_t depth, words, value_padded; /* words of a head, the same to whole vectors, features of a value to whole tiles */
     real *q, *keys, *values, *scores, *sums;
     real largest[ROWS], sum[ROWS], factor[ROWS];
-    bool one_by_one; /* leave weights of 0 out of the sums */
 } block_state;
 
 /* ---- products ----------------------------------------------------------------------------------------------------------- */
 
-/* c[r][0..TILE) = sum over i of a[r][i] b[i][0..TILE), or, where `factor` is given, that added to factor[r] c[r]. */
-INLINE void multiply_tile(int rows, const real *a, int64_t a_stride, const real *b, int64_t b_stride, int64_t depth,
-                          real *c, int64_t c_stride, const real *factor) {
+INLINE vec broadcast(bool paired, const real *from) { return paired ? vec_broadcast_pair(from) : vec_set(*from); }
+INLINE vec multiply_add(bool paired, vec a, vec b, vec sum) {
+    return paired ? vec_dot_pairs(a, b, sum) : vec_fma(a, b, sum);
+}
+
+/* c[r][0..TILE) = scale times the sum over i of a[r][i] b[i][0..TILE), or, where `factor` is given, the sum added to factor[r] c[r]. */
+INLINE void multiply_tile(bool paired, int rows, const real *a, int64_t a_stride, const real *b, int64_t b_stride,
+                          int64_t depth, real *c, int64_t c_stride, const real *factor, real scale) {
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vec_zero();
     for (int64_t i = 0; i < depth; i++) {
         vec b0 = vec_load(b + i * b_stride), b1 = vec_load(b + i * b_stride + LANES);
         for (int r = 0; r < rows; r++) {
-            vec x = vec_set(a[r * a_stride + i]);
-            sum[r][0] = vec_fma(x, b0, sum[r][0]);
-            sum[r][1] = vec_fma(x, b1, sum[r][1]);
+            vec x = broadcast(paired, a + r * a_stride + i);
+            sum[r][0] = multiply_add(paired, x, b0, sum[r][0]);
+            sum[r][1] = multiply_add(paired, x, b1, sum[r][1]);
         }
     }
     for (int r = 0; r < rows; r++) {
         real *to = c + r * c_stride;
-        if (factor) {
-            sum[r][0] = vec_fma(vec_load(to), vec_set(factor[r]), sum[r][0]);
-            sum[r][1] = vec_fma(vec_load(to + LANES), vec_set(factor[r]), sum[r][1]);
+        for (int j = 0; j < 2; j++) {
+            vec v = factor ? vec_fma(vec_load(to + j * LANES), vec_set(factor[r]), sum[r][j]) : sum[r][j] * scale;
+            vec_store(to + j * LANES, v);
         }
-        vec_store(to, sum[r][0]);
-        vec_store(to + LANES, sum[r][1]);
     }
 }
 
@@ -70,136 +83,271 @@ static void multiply_visible(const real *weights, const real *b, int64_t b_strid
     }
 }
 
-INLINE void multiply(int64_t rows, const real *a, int64_t a_stride, const real *b, int64_t b_stride, int64_t depth,
-                     real *c, int64_t c_stride, int64_t columns, const real *factor) {
-    for (int64_t column = 0; column < columns;
-         column += TILE) { /* outermost: a tile's columns of b stay in the first-level cache */
-        const real *b_tile = b + column;
-        int64_t r = 0;
-        for (; r + TILE_ROWS <= rows; r += TILE_ROWS) {
-            multiply_tile(TILE_ROWS, a + r * a_stride, a_stride, b_tile, b_stride, depth, c + r * c_stride + column,
-                          c_stride, factor ? factor + r : NULL);
-        }
-        const real *a_rest = a + r * a_stride, *factor_rest = factor ? factor + r : NULL;
-        real *c_rest = c + r * c_stride + column;
-        switch (rows - r) {
-        case 5: multiply_tile(5, a_rest, a_stride, b_tile, b_stride, depth, c_rest, c_stride, factor_rest); break;
-        case 4: multiply_tile(4, a_rest, a_stride, b_tile, b_stride, depth, c_rest, c_stride, factor_rest); break;
-        case 3: multiply_tile(3, a_rest, a_stride, b_tile, b_stride, depth, c_rest, c_stride, factor_rest); break;
-        case 2: multiply_tile(2, a_rest, a_stride, b_tile, b_stride, depth, c_rest, c_stride, factor_rest); break;
-        case 1: multiply_tile(1, a_rest, a_stride, b_tile, b_stride, depth, c_rest, c_stride, factor_rest); break;
-        default: break;
+INLINE void multiply_as(bool paired, int64_t rows, const real *a, int64_t a_stride, const real *b, int64_t b_stride,
+                        int64_t depth, real *c, int64_t c_stride, int64_t columns, const real *factor, real scale) {
+    /* Columns outermost: a tile's columns of b stay in the first-level cache. */
+    for (int64_t column = 0; column < columns; column += TILE) {
+        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+#define TILE_CASE(count)                                                                                           \
+    case count:                                                                                                    \
+        multiply_tile(paired, count, a + r * a_stride, a_stride, b + column, b_stride, depth,                      \
+                      c + r * c_stride + column, c_stride, factor ? factor + r : NULL, scale);                     \
+        break;
+            switch (rows - r) {
+            TILE_CASE(1)
+            TILE_CASE(2)
+            TILE_CASE(3)
+            TILE_CASE(4)
+            TILE_CASE(5)
+#if VECTOR_BYTES == 64
+            TILE_CASE(6)
+            TILE_CASE(7)
+            TILE_CASE(8)
+            TILE_CASE(9)
+            TILE_CASE(10)
+            TILE_CASE(11)
+#endif
+            default: TILE_CASE(TILE_ROWS)
+            }
+#undef TILE_CASE
         }
     }
 }
 
-/* scores[r][key] = q[r] . k for `rows` rows and two keys, along D as it lies. */
-INLINE void dot_keys(int rows, const real *q, int64_t q_stride, const char *k0, const char *k1, mtl_dtype dtype,
-                     int64_t length, real *scores) {
-    vec sum[4][2];
-    int64_t size = mtl_dtype_size(dtype);
-    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vec_zero();
-    int64_t i = 0;
-    for (; i + LANES <= length; i += LANES) {
-        vec a = vec_load_as(k0 + i * size, dtype), b = vec_load_as(k1 + i * size, dtype);
-        for (int r = 0; r < rows; r++) {
-            vec x = vec_load(q + r * q_stride + i);
-            sum[r][0] = vec_fma(x, a, sum[r][0]);
-            sum[r][1] = vec_fma(x, b, sum[r][1]);
-        }
+static void multiply(bool paired, int64_t rows, const real *a, int64_t a_stride, const real *b, int64_t b_stride,
+                     int64_t depth, real *c, int64_t c_stride, int64_t columns, const real *factor, real scale) {
+    if (HAS_PAIRS && paired)
+        multiply_as(true, rows, a, a_stride, b, b_stride, depth, c, c_stride, columns, factor, scale);
+    else multiply_as(false, rows, a, a_stride, b, b_stride, depth, c, c_stride, columns, factor, scale);
+}
+
+/* ---- products of few rows with K and V as they lie --------------------------------------------------------------------------- */
+
+/* Lane by lane, the products of `rows` rows with AT_ONCE keys. `size`: bytes of a word of K. */
+INLINE void dot_keys(bool paired, int rows, const real *q, int64_t q_stride, const char *const *k, mtl_dtype dtype,
+                     int64_t size, int64_t depth, const char *ahead, int64_t ahead_stride, vec products[][LANES]) {
+    vec sum[4][AT_ONCE];
+    for (int r = 0; r < rows; r++) {
+        for (int j = 0; j < AT_ONCE; j++) sum[r][j] = vec_zero();
     }
-    if (i < length) {
-        vec a = vec_load_part(k0 + i * size, dtype, length - i), b = vec_load_part(k1 + i * size, dtype, length - i);
+    for (int64_t i = 0; i < depth; i += LANES) {
+        vec key[AT_ONCE];
+        for (int j = 0; j < AT_ONCE; j++) {
+            prefetch(ahead + j * ahead_stride + i * size);
+            key[j] = vec_load_upto(k[j] + i * size, dtype, depth - i);
+        }
         for (int r = 0; r < rows; r++) {
             vec x = vec_load(q + r * q_stride + i); /* padded with 0 */
-            sum[r][0] = vec_fma(x, a, sum[r][0]);
-            sum[r][1] = vec_fma(x, b, sum[r][1]);
+            for (int j = 0; j < AT_ONCE; j++) sum[r][j] = multiply_add(paired, x, key[j], sum[r][j]);
         }
     }
     for (int r = 0; r < rows; r++) {
-        scores[r * KEYS] = vec_sum(sum[r][0]);
-        scores[r * KEYS + 1] = vec_sum(sum[r][1]);
+        for (int j = 0; j < AT_ONCE; j++) products[r][j] = sum[r][j];
     }
 }
 
-INLINE void dot_block_as(block_state *s, const char *keys, int64_t key_stride, mtl_dtype dtype, int64_t count) {
-    int64_t length = s->args->head_dim;
-    for (int64_t key = 0; key < count; key += 2) {
-        const char *k0 = keys + key * key_stride, *k1 = key + 1 < count ? k0 + key_stride : k0;
-        int64_t r = 0;
-        for (; r + 4 <= s->item.rows; r += 4) {
-            dot_keys(4, s->q + r * s->head_padded, s->head_padded, k0, k1, dtype, length, s->scores + r * KEYS + key);
+/* Past `count` the last key stands in for those that are not there; their scores are hidden. */
+INLINE void score_rows(const block_state *s, bool paired, int rows, int64_t row, const char *keys, int64_t key_stride,
+                       mtl_dtype dtype, int64_t count, const char *ahead, int64_t ahead_stride) {
+    real scale = paired ? (real)s->args->scale : 1;
+    int64_t size = paired ? (int64_t)sizeof(real) : mtl_dtype_size(dtype);
+    for (int64_t first = 0; first < count; first += LANES) {
+        vec products[4][LANES];
+        for (int64_t key = 0; key < LANES; key += AT_ONCE) {
+            const char *k[AT_ONCE];
+            for (int j = 0; j < AT_ONCE; j++)
+                k[j] = keys + (first + key + j < count ? first + key + j : count - 1) * key_stride;
+            vec(*to)[LANES] = (vec(*)[LANES])(&products[0][key]);
+            dot_keys(paired, rows, s->q + row * s->words, s->words, k, dtype, size, s->depth,
+                     ahead + (first + key) * ahead_stride, ahead_stride, to);
         }
-        for (; r < s->item.rows; r++) {
-            dot_keys(1, s->q + r * s->head_padded, s->head_padded, k0, k1, dtype, length, s->scores + r * KEYS + key);
+        for (int r = 0; r < rows; r++)
+            vec_store(s->scores + (row + r) * KEYS + first, vec_sums(products[r]) * scale);
+    }
+}
+
+/* part[r] = sum over the keys of weights[r][key] v[key]. */
+INLINE void add_values(const block_state *s, bool paired, int rows, int64_t row, const char *values,
+                       int64_t value_stride, mtl_dtype dtype, int64_t count, const char *ahead,
+                       int64_t ahead_stride) {
+    int64_t size = mtl_dtype_size(dtype), length = s->args->value_dim;
+    const real *weights = s->scores + row * KEYS;
+    real *part = s->values + row * s->value_padded;
+    const int step = paired ? 2 : 1;
+    for (int64_t key = 0; key < count; key += 2 * AT_ONCE) {
+        const char *v[2 * AT_ONCE];
+        for (int j = 0; j < 2 * AT_ONCE; j++) v[j] = values + (key + j < count ? key + j : count - 1) * value_stride;
+        vec weight[4][2 * AT_ONCE];
+        for (int r = 0; r < rows; r++) {
+            const real *from = weights + r * KEYS + (paired ? key / 2 : key);
+            for (int j = 0; j < 2 * AT_ONCE; j += step) weight[r][j] = broadcast(paired, from + j / step);
+        }
+        for (int64_t i = 0; i < length; i += LANES) {
+            vec x[2 * AT_ONCE];
+            for (int j = 0; j < 2 * AT_ONCE; j++) prefetch(ahead + (key + j) * ahead_stride + i * size);
+            for (int j = 0; j < 2 * AT_ONCE; j += step)
+                x[j] = paired ? vec_zip_pairs(v[j] + i * size, v[j + 1] + i * size) : vec_load_as(v[j] + i * size, dtype);
+            for (int r = 0; r < rows; r++) {
+                vec sum = key ? vec_load(part + r * s->value_padded + i) : vec_zero();
+                for (int j = 0; j < 2 * AT_ONCE; j += step) sum = multiply_add(paired, weight[r][j], x[j], sum);
+                vec_store(part + r * s->value_padded + i, sum);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        real *sums = s->sums + (row + r) * s->value_padded, *more = part + r * s->value_padded;
+        vec factor = vec_set(s->factor[row + r]);
+        for (int64_t i = 0; i < length; i += LANES)
+            vec_store(sums + i, vec_fma(vec_load(sums + i), factor, vec_load(more + i)));
+    }
+}
+
+INLINE void score_as(const block_state *s, bool paired, mtl_dtype dtype, const char *keys, int64_t stride,
+                     int64_t count, const char *ahead, int64_t ahead_stride) {
+    for (int64_t row = 0; row < s->item.rows; row += 4) {
+        switch (s->item.rows - row) {
+        case 1: score_rows(s, paired, 1, row, keys, stride, dtype, count, ahead, ahead_stride); break;
+        case 2: score_rows(s, paired, 2, row, keys, stride, dtype, count, ahead, ahead_stride); break;
+        case 3: score_rows(s, paired, 3, row, keys, stride, dtype, count, ahead, ahead_stride); break;
+        default: score_rows(s, paired, 4, row, keys, stride, dtype, count, ahead, ahead_stride); break;
         }
     }
 }
 
-/* ---- bringing keys and values in ------------------------------------------------------------------------------------------ */
+INLINE void add_as(const block_state *s, bool paired, mtl_dtype dtype, const char *values, int64_t stride,
+                   int64_t count, const char *ahead, int64_t ahead_stride) {
+    for (int64_t row = 0; row < s->item.rows; row += 4) {
+        switch (s->item.rows - row) {
+        case 1: add_values(s, paired, 1, row, values, stride, dtype, count, ahead, ahead_stride); break;
+        case 2: add_values(s, paired, 2, row, values, stride, dtype, count, ahead, ahead_stride); break;
+        case 3: add_values(s, paired, 3, row, values, stride, dtype, count, ahead, ahead_stride); break;
+        default: add_values(s, paired, 4, row, values, stride, dtype, count, ahead, ahead_stride); break;
+        }
+    }
+}
 
-static void read_head(real *to, const char *from, const mtl_attention_operand *operand, int64_t length,
-                      int64_t padded) {
-    read_row(to, from, (mtl_row){NULL, operand->stride[3], operand->dtype}, length);
-    for (int64_t i = length; i < padded; i++) to[i] = 0;
+/* ---- bringing queries, keys and values in ----------------------------------------------------------------------------------- */
+
+static bool contiguous(const mtl_attention_operand *operand) {
+    return operand->stride[3] == mtl_dtype_size(operand->dtype);
+}
+
+/* Whether pairs do: an even number of features, and none of the three to be gathered. */
+static bool can_be_paired(const mtl_attention_args *args) {
+    return HAS_PAIRS && args->q.dtype == MTL_BF16 && args->k.dtype == MTL_BF16 && args->v.dtype == MTL_BF16 &&
+           args->head_dim % 2 == 0 && contiguous(&args->q) && contiguous(&args->k) && contiguous(&args->v);
+}
+
+static const char *head_at(const mtl_attention_operand *operand, int64_t batch, int64_t head, int64_t time) {
+    return operand->data + batch * operand->stride[0] + head * operand->stride[1] + time * operand->stride[2];
 }
 
 static const char *key_at(const block_state *s, const mtl_attention_operand *operand, int64_t key) {
-    return operand->data + s->item.batch * operand->stride[0] + s->item.kv_head * operand->stride[1] +
-           key * operand->stride[2];
+    return head_at(operand, s->item.batch, s->item.kv_head, key);
 }
 
-/* keys[feature][key] from LANES keys of a contiguous dtype. */
-INLINE void transpose_keys(real *to, const char *from, int64_t key_stride, mtl_dtype dtype, int64_t length) {
-    int64_t size = mtl_dtype_size(dtype), i = 0;
-    for (; i + LANES <= length; i += LANES) {
+static void bring_queries(block_state *s) {
+    const mtl_attention_args *args = s->args;
+    for (int64_t r = 0; r < s->item.rows; r++) {
+        int64_t query = mtl_attention_query(args, s->item.first_row + r);
+        const char *from =
+            head_at(&args->q, s->item.batch, mtl_attention_head(args, s->item.kv_head, s->item.first_row + r), query);
+        real *q = s->q + r * s->words;
+        memset(q + s->depth, 0, (size_t)(s->words - s->depth) * sizeof(real));
+        if (s->paired) {
+            memcpy(q, from, (size_t)s->depth * sizeof(real)); /* the products are scaled instead */
+        } else {
+            read_row(q, from, (mtl_row){NULL, args->q.stride[3], args->q.dtype}, s->depth);
+            for (int64_t i = 0; i < s->words; i += LANES)
+                vec_store(q + i, vec_load(q + i) * vec_set((real)args->scale));
+        }
+        s->largest[r] = -(real)INFINITY;
+        s->sum[r] = 0;
+    }
+    memset(s->sums, 0, (size_t)(s->item.rows * s->value_padded) * sizeof(real));
+}
+
+/* keys[word][key] from LANES keys whose words are `size` bytes apart. */
+INLINE void transpose_keys(real *to, const char *from, int64_t key_stride, mtl_dtype dtype, int64_t size,
+                           int64_t words) {
+    int64_t i = 0;
+    for (; i + LANES <= words; i += LANES) {
         vec square[LANES];
         for (int key = 0; key < LANES; key++) square[key] = vec_load_as(from + key * key_stride + i * size, dtype);
         vec_transpose(square);
         for (int j = 0; j < LANES; j++) vec_store(to + (i + j) * KEYS, square[j]);
     }
-    for (; i < length; i++) {
-        for (int key = 0; key < LANES; key++) to[i * KEYS + key] = real_load(from + key * key_stride + i * size, dtype);
-    }
+    if (i == words) return;
+    vec square[LANES];
+    for (int key = 0; key < LANES; key++)
+        square[key] = vec_load_part(from + key * key_stride + i * size, dtype, words - i);
+    vec_transpose(square);
+    for (int j = 0; j < words - i; j++) vec_store(to + (i + j) * KEYS, square[j]);
 }
 
 static void bring_keys(block_state *s, int64_t first, int64_t count) {
     const mtl_attention_operand *k = &s->args->k;
-    int64_t length = s->args->head_dim, key = 0;
-    if (k->stride[3] == mtl_dtype_size(k->dtype)) {
-        for (; key + LANES <= count; key += LANES) {
-            const char *from = key_at(s, k, first + key);
-            if (k->dtype == REAL_DTYPE) transpose_keys(s->keys + key, from, k->stride[2], REAL_DTYPE, length);
+    int64_t key = 0, stride = k->stride[2];
+    for (; contiguous(k) && key + LANES <= count; key += LANES) {
+        const char *from = key_at(s, k, first + key);
+        real *to = s->keys + key;
+        if (s->paired || k->dtype == REAL_DTYPE) transpose_keys(to, from, stride, REAL_DTYPE, sizeof(real), s->depth);
 #ifndef MTL_IN_DOUBLE
-            else if (k->dtype == MTL_F16) transpose_keys(s->keys + key, from, k->stride[2], MTL_F16, length);
-            else if (k->dtype == MTL_BF16) transpose_keys(s->keys + key, from, k->stride[2], MTL_BF16, length);
+        else if (k->dtype == MTL_F16) transpose_keys(to, from, stride, MTL_F16, 2, s->depth);
+        else if (k->dtype == MTL_BF16) transpose_keys(to, from, stride, MTL_BF16, 2, s->depth);
 #endif
-            else break;
-        }
+        else break;
     }
     for (; key < count; key++) {
         const char *from = key_at(s, k, first + key);
-        for (int64_t i = 0; i < length; i++) s->keys[i * KEYS + key] = real_load(from + i * k->stride[3], k->dtype);
+        for (int64_t i = 0; i < s->depth; i++) {
+            if (s->paired) memcpy(s->keys + i * KEYS + key, from + i * (int64_t)sizeof(real), sizeof(real));
+            else s->keys[i * KEYS + key] = real_load(from + i * k->stride[3], k->dtype);
+        }
     }
-    for (int64_t i = 0; count < KEYS && i < length; i++) {
+    for (int64_t i = 0; count < KEYS && i < s->depth; i++) {
         for (key = count; key < KEYS; key++) s->keys[i * KEYS + key] = 0;
     }
 }
 
-/* V's rows where they lie if the micro-kernel can take them so, else widened into scratch. */
+/* values[pair of keys][feature]; where there is no second key it counts as 0. */
+static void bring_value_pairs(block_state *s, int64_t first, int64_t count) {
+    const mtl_attention_operand *v = &s->args->v;
+    int64_t length = s->args->value_dim, size = 2;
+    for (int64_t key = 0; key < count; key += 2) {
+        const char *one = key_at(s, v, first + key), *other = key + 1 < count ? one + v->stride[2] : NULL;
+        real *to = s->values + key / 2 * s->value_padded;
+        for (int64_t i = 0; i < s->value_padded; i += LANES) {
+            if (other && i + LANES <= length) {
+                vec_store(to + i, vec_zip_pairs(one + i * size, other + i * size));
+                continue;
+            }
+            int64_t left = length - i < 0 ? 0 : length - i < LANES ? length - i : LANES;
+            char rest[2][LANES * 2] = {{0}, {0}};
+            memcpy(rest[0], one + i * size, (size_t)(left * size));
+            if (other) memcpy(rest[1], other + i * size, (size_t)(left * size));
+            vec_store(to + i, vec_zip_pairs(rest[0], rest[1]));
+        }
+    }
+}
+
+/* V's rows where they lie if the micro-kernel can take them so, else widened or paired in scratch. */
 static const real *bring_values(block_state *s, int64_t first, int64_t count, int64_t *stride) {
     const mtl_attention_operand *v = &s->args->v;
     int64_t length = s->args->value_dim;
-    bool as_it_lies = v->dtype == REAL_DTYPE && v->stride[3] == (int64_t)sizeof(real) && length == s->value_padded &&
-                      v->stride[2] % (int64_t)sizeof(real) == 0 && s->item.rows > FEW_ROWS;
-    if (as_it_lies) {
-        *stride = v->stride[2] / (int64_t)sizeof(real);
+    *stride = v->stride[2] / (int64_t)sizeof(real);
+    if (v->dtype == REAL_DTYPE && contiguous(v) && length == s->value_padded && v->stride[2] % (int64_t)sizeof(real) == 0)
         return (const real *)(const void *)key_at(s, v, first);
+    *stride = s->value_padded;
+    if (s->paired) {
+        bring_value_pairs(s, first, count);
+        return s->values;
     }
     for (int64_t key = 0; key < count; key++) {
-        read_head(s->values + key * s->value_padded, key_at(s, v, first + key), v, length, s->value_padded);
+        real *to = s->values + key * s->value_padded;
+        read_row(to, key_at(s, v, first + key), (mtl_row){NULL, v->stride[3], v->dtype}, length);
+        memset(to + length, 0, (size_t)(s->value_padded - length) * sizeof(real));
     }
-    *stride = s->value_padded;
     return s->values;
 }
 
@@ -272,7 +420,7 @@ static bool all_visible(const block_state *s, int64_t first, int64_t count) {
 
 /* ---- softmax -------------------------------------------------------------------------------------------------------------- */
 
-/* Scores to weights exp(score - largest); factor is what the sums so far are to be multiplied by. */
+/* Scores to weights exp(score - largest), in pairs or not; factor is what the sums so far are to be multiplied by. */
 static void weigh_row(block_state *s, int64_t row) {
     real *scores = s->scores + row * KEYS;
     vec most[2] = {vec_load(scores), vec_load(scores + LANES)};
@@ -285,49 +433,58 @@ static void weigh_row(block_state *s, int64_t row) {
         s->largest[row] = largest = here;
     }
     vec shift = vec_set(largest == -(real)INFINITY ? 0 : largest), sum[2] = {vec_zero(), vec_zero()};
-    for (int i = 0; i < KEYS / LANES; i++) {
-        vec weight = vec_exp_of_nonpositive(vec_load(scores + i * LANES) - shift);
-        vec_store(scores + i * LANES, weight);
-        sum[i & 1] += weight;
+    for (int i = 0; i < KEYS / LANES; i += 2) {
+        vec weight[2];
+        for (int j = 0; j < 2; j++) {
+            weight[j] = vec_exp_of_nonpositive(vec_load(scores + (i + j) * LANES) - shift);
+            sum[j] += weight[j];
+        }
+        if (HAS_PAIRS && s->paired) {
+            vec_store(scores + i / 2 * LANES, vec_pack_pairs(weight[0], weight[1]));
+            continue;
+        }
+        for (int j = 0; j < 2; j++) vec_store(scores + (i + j) * LANES, weight[j]);
     }
     s->sum[row] = s->sum[row] * s->factor[row] + vec_sum(sum[0] + sum[1]);
 }
 
 /* ---- an item -------------------------------------------------------------------------------------------------------------- */
 
-static void bring_queries(block_state *s) {
-    const mtl_attention_args *args = s->args;
-    for (int64_t r = 0; r < s->item.rows; r++) {
-        int64_t query = mtl_attention_query(args, s->item.first_row + r);
-        int64_t head = mtl_attention_head(args, s->item.kv_head, s->item.first_row + r);
-        const char *from =
-            args->q.data + s->item.batch * args->q.stride[0] + head * args->q.stride[1] + query * args->q.stride[2];
-        real *q = s->q + r * s->head_padded;
-        read_head(q, from, &args->q, args->head_dim, s->head_padded);
-        for (int64_t i = 0; i < s->head_padded; i += LANES)
-            vec_store(q + i, vec_load(q + i) * vec_set((real)args->scale));
-        s->largest[r] = -(real)INFINITY;
-        s->sum[r] = 0;
-    }
-    memset(s->sums, 0, (size_t)(s->item.rows * s->value_padded) * sizeof(real));
+/* The two products for few rows. False where K or V cannot be taken as it lies. */
+static bool score_few(const block_state *s, int64_t first, int64_t count) {
+    const mtl_attention_operand *k = &s->args->k, *v = &s->args->v;
+    if (s->item.rows > FEW_ROWS || !contiguous(k)) return false;
+    const char *from = key_at(s, k, first), *ahead = key_at(s, v, first);
+    if (HAS_PAIRS && s->paired) score_as(s, true, REAL_DTYPE, from, k->stride[2], count, ahead, v->stride[2]);
+    else if (k->dtype == REAL_DTYPE) score_as(s, false, REAL_DTYPE, from, k->stride[2], count, ahead, v->stride[2]);
+#ifndef MTL_IN_DOUBLE
+    else if (k->dtype == MTL_F16) score_as(s, false, MTL_F16, from, k->stride[2], count, ahead, v->stride[2]);
+    else if (k->dtype == MTL_BF16) score_as(s, false, MTL_BF16, from, k->stride[2], count, ahead, v->stride[2]);
+#endif
+    else return false;
+    return true;
+}
+
+static bool add_few(const block_state *s, int64_t first, int64_t count) {
+    const mtl_attention_operand *k = &s->args->k, *v = &s->args->v;
+    if (s->item.rows > FEW_ROWS || !contiguous(v) || s->args->value_dim % LANES) return false;
+    const char *from = key_at(s, v, first), *ahead = key_at(s, k, first + KEYS);
+    if (HAS_PAIRS && s->paired) add_as(s, true, MTL_BF16, from, v->stride[2], count, ahead, k->stride[2]);
+    else if (v->dtype == REAL_DTYPE) add_as(s, false, REAL_DTYPE, from, v->stride[2], count, ahead, k->stride[2]);
+#ifndef MTL_IN_DOUBLE
+    else if (v->dtype == MTL_F16) add_as(s, false, MTL_F16, from, v->stride[2], count, ahead, k->stride[2]);
+    else if (v->dtype == MTL_BF16) add_as(s, false, MTL_BF16, from, v->stride[2], count, ahead, k->stride[2]);
+#endif
+    else return false;
+    return true;
 }
 
 static void attend_block(block_state *s, int64_t first, int64_t count) {
-    const mtl_attention_operand *k = &s->args->k;
     int64_t rows = s->item.rows;
-    bool few = rows <= FEW_ROWS && k->stride[3] == mtl_dtype_size(k->dtype);
-    const char *keys = key_at(s, k, first);
-    if (few && k->dtype == REAL_DTYPE) {
-        dot_block_as(s, keys, k->stride[2], REAL_DTYPE, count);
-#ifndef MTL_IN_DOUBLE
-    } else if (few && k->dtype == MTL_F16) {
-        dot_block_as(s, keys, k->stride[2], MTL_F16, count);
-    } else if (few && k->dtype == MTL_BF16) {
-        dot_block_as(s, keys, k->stride[2], MTL_BF16, count);
-#endif
-    } else {
+    if (!score_few(s, first, count)) {
         bring_keys(s, first, count);
-        multiply(rows, s->q, s->head_padded, s->keys, KEYS, s->args->head_dim, s->scores, KEYS, KEYS, NULL);
+        multiply(s->paired, rows, s->q, s->words, s->keys, KEYS, s->depth, s->scores, KEYS, KEYS, NULL,
+                 s->paired ? (real)s->args->scale : 1);
     }
     if (s->args->softcap > 0) cap_scores(s);
     if (!all_visible(s, first, count)) {
@@ -336,11 +493,12 @@ static void attend_block(block_state *s, int64_t first, int64_t count) {
         for (int64_t r = 0; r < rows; r++) mask_row(s, r, first, count, key_visible);
     }
     for (int64_t r = 0; r < rows; r++) weigh_row(s, r);
+    if (!s->one_by_one && add_few(s, first, count)) return;
     int64_t value_stride;
     const real *values = bring_values(s, first, count, &value_stride);
     if (!s->one_by_one) {
-        multiply(rows, s->scores, KEYS, values, value_stride, count, s->sums, s->value_padded, s->value_padded,
-                 s->factor);
+        multiply(s->paired, rows, s->scores, KEYS, values, value_stride, s->paired ? (count + 1) / 2 : count, s->sums,
+                 s->value_padded, s->value_padded, s->factor, 1);
         return;
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -351,17 +509,15 @@ static void attend_block(block_state *s, int64_t first, int64_t count) {
     }
 }
 
-static bool has_nan(const real *row, int64_t length) {
+static bool all_finite(const real *row, int64_t length) {
     vec_int found = {0};
-    int64_t i = 0;
-    for (; i + LANES <= length; i += LANES) {
+    for (int64_t i = 0; i < length; i += LANES) { /* of whole vectors */
         vec v = vec_load(row + i);
-        found |= v != v;
+        found |= v - v != vec_zero();
     }
     bool any = false;
-    for (; i < length; i++) any |= isnan(row[i]);
     for (int lane = 0; lane < LANES; lane++) any |= found[lane] != 0;
-    return any;
+    return !any;
 }
 
 /* The sink joins the sum; the row is normalized and written. */
@@ -402,29 +558,43 @@ static void hand_over_row(block_state *s, int64_t r) {
         state[MTL_STATE_VALUES + i] = (double)s->sums[r * s->value_padded + i];
 }
 
-static void attend(block_state *s) {
+static void attend(block_state *s, bool paired, bool one_by_one) {
+    s->paired = paired;
+    s->one_by_one = one_by_one;
+    s->depth = paired ? s->args->head_dim / 2 : s->args->head_dim;
+    s->words = (s->depth + LANES - 1) / LANES * LANES;
     bring_queries(s);
     for (int64_t first = s->item.first_key; first < s->item.end_key; first += KEYS) {
         attend_block(s, first, s->item.end_key - first < KEYS ? s->item.end_key - first : KEYS);
     }
 }
 
+#ifdef MTL_IN_DOUBLE
+#define PLAIN mtl_plain_attention_f64
+#else
+#define PLAIN mtl_plain_attention_f32
+#endif
+void PLAIN(const void *, int64_t, int64_t, void *);
+
 void SIMD(attention)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
     block_state state = {.args = arguments}, *s = &state;
-    s->head_padded = (s->args->head_dim + LANES - 1) / LANES * LANES;
+    int64_t head_padded = (s->args->head_dim + LANES - 1) / LANES * LANES;
+    bool paired = can_be_paired(s->args);
     s->value_padded = (s->args->value_dim + TILE - 1) / TILE * TILE;
     s->q = scratch;
-    s->keys = s->q + s->args->cut.rows * s->head_padded;
-    s->values = s->keys + KEYS * s->head_padded;
+    s->keys = s->q + s->args->cut.rows * head_padded;
+    s->values = s->keys + KEYS * head_padded;
     s->scores = s->values + KEYS * s->value_padded;
     s->sums = s->scores + s->args->cut.rows * KEYS;
     for (int64_t index = begin; index < end; index++) {
         s->item = mtl_attention_item_at(s->args, index);
-        s->one_by_one = false;
-        attend(s);
-        if (has_nan(s->sums, s->item.rows * s->value_padded)) {
-            s->one_by_one = true;
-            attend(s);
+        attend(s, paired, false);
+        if (!all_finite(s->sums, s->item.rows * s->value_padded)) {
+            attend(s, false, true);
+            if (!all_finite(s->sums, s->item.rows * s->value_padded)) {
+                PLAIN(arguments, index, index + 1, scratch);
+                continue;
+            }
         }
         for (int64_t r = 0; r < s->item.rows; r++) {
             if (s->item.states) hand_over_row(s, r);

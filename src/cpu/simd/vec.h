@@ -124,6 +124,7 @@ INLINE void vec_transpose(vec *rows) {
 
 /* ---- reductions, in a fixed order --------------------------------------------------------------------------------------- */
 
+#ifndef VEC_HAS_REDUCTIONS
 INLINE real vec_sum(vec v) {
     real lane[LANES];
     vec_store(lane, v);
@@ -142,6 +143,33 @@ INLINE real vec_largest(vec v) {
     }
     return lane[0];
 }
+#endif
+
+/* Lane i is the sum over the lanes of rows[i]; the rows are used up. */
+INLINE vec vec_sums(vec *rows) {
+#pragma GCC unroll 8
+    for (int half = LANES / 2; half; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            rows[i] = vec_zip_low(rows[i], rows[i + half]) + vec_zip_high(rows[i], rows[i + half]);
+    }
+    return rows[0];
+}
+
+/* ---- pairs of bfloat16 ----------------------------------------------------------------------------------------------------
+ *
+ * A vec may also hold 2 LANES bfloat16 as pairs, for instructions that multiply pairs and add both products to a float32. Their ISA's
+ * header says VEC_HAS_PAIRS. */
+
+#ifdef VEC_HAS_PAIRS
+enum { HAS_PAIRS = 1 };
+#else /* never called */
+enum { HAS_PAIRS = 0 };
+INLINE vec vec_dot_pairs(vec a, vec b, vec sum) { return (void)a, (void)b, sum; }
+INLINE vec vec_pack_pairs(vec first, vec second) { return (void)second, first; }
+INLINE vec vec_broadcast_pair(const void *from) { return (void)from, vec_zero(); }
+INLINE vec vec_zip_pairs(const void *a, const void *b) { return (void)a, (void)b, vec_zero(); }
+#endif
 
 /* ---- storage -------------------------------------------------------------------------------------------------------------- */
 

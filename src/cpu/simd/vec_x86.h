@@ -79,3 +79,50 @@ INLINE void vec_store_bf16(void *to, vec v) {
 }
 #endif
 #endif
+
+/* ---- reductions, in a fixed order --------------------------------------------------------------------------------------- */
+
+#define VEC_HAS_REDUCTIONS
+#if VECTOR_BYTES == 64 && !defined(MTL_IN_DOUBLE)
+INLINE real vec_sum(vec v) { return _mm512_reduce_add_ps(v); }
+INLINE real vec_largest(vec v) { return _mm512_reduce_max_ps(v); }
+#elif VECTOR_BYTES == 64
+INLINE real vec_sum(vec v) { return _mm512_reduce_add_pd(v); }
+INLINE real vec_largest(vec v) { return _mm512_reduce_max_pd(v); }
+#elif !defined(MTL_IN_DOUBLE)
+#define FOLD(name, op)                                                             \
+    INLINE real name(vec v) {                                                      \
+        __m128 half = op##_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); \
+        half = op##_ps(half, _mm_movehl_ps(half, half));                           \
+        return _mm_cvtss_f32(op##_ps(half, _mm_movehdup_ps(half)));                \
+    }
+FOLD(vec_sum, _mm_add)
+FOLD(vec_largest, _mm_max)
+#else
+#define FOLD(name, op)                                                             \
+    INLINE real name(vec v) {                                                      \
+        __m128d half = op##_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1)); \
+        return _mm_cvtsd_f64(op##_pd(half, _mm_unpackhi_pd(half, half)));          \
+    }
+FOLD(vec_sum, _mm_add)
+FOLD(vec_largest, _mm_max)
+#endif
+
+/* ---- pairs of bfloat16 ---------------------------------------------------------------------------------------------------- */
+
+#if defined(MTL_ISA_AVX512_BF16) && !defined(MTL_IN_DOUBLE)
+#define VEC_HAS_PAIRS
+INLINE vec vec_dot_pairs(vec a, vec b, vec sum) { return (vec)_mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+INLINE vec vec_pack_pairs(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh(second, first); }
+INLINE vec vec_broadcast_pair(const void *from) {
+    int32_t pair;
+    memcpy(&pair, from, sizeof pair);
+    return (vec)_mm512_set1_epi32(pair);
+}
+/* LANES pairs of what stands at the same place of a and of b. */
+INLINE vec vec_zip_pairs(const void *a, const void *b) {
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)a));
+    __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)b));
+    return (vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+#endif
