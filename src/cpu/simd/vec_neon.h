@@ -50,3 +50,12 @@ INLINE void vec_store_bf16(void *to, vec v) {
 }
 #endif
 #endif
+
+#define VEC_HAS_REDUCTIONS /* of neighbours first; FMAXNM passes over NaN */
+#ifdef MTL_IN_DOUBLE
+INLINE real vec_sum(vec v) { return vaddvq_f64(v); }
+INLINE real vec_largest(vec v) { return vmaxnmvq_f64(v); }
+#else
+INLINE real vec_sum(vec v) { return vaddvq_f32(v); }
+INLINE real vec_largest(vec v) { return vmaxnmvq_f32(v); }
+#endif
