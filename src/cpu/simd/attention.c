@@ -232,9 +232,9 @@ static bool contiguous(const mtl_attention_operand *operand) {
     return operand->stride[3] == mtl_dtype_size(operand->dtype);
 }
 
-/* Whether pairs do: an even number of features, and none of the three to be gathered. */
+/* Whether pairs do: an even number of features, none of the three to be gathered, and a result that is as coarse. */
 static bool can_be_paired(const mtl_attention_args *args) {
-    return HAS_PAIRS && args->q.dtype == MTL_BF16 && args->k.dtype == MTL_BF16 && args->v.dtype == MTL_BF16 &&
+    return HAS_PAIRS && args->out.dtype == MTL_BF16 && args->q.dtype == MTL_BF16 && args->k.dtype == MTL_BF16 && args->v.dtype == MTL_BF16 &&
            args->head_dim % 2 == 0 && contiguous(&args->q) && contiguous(&args->k) && contiguous(&args->v);
 }
 
