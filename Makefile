@@ -23,6 +23,10 @@ test:
 	cmake --preset test
 	cmake --build --preset test
 	ctest --preset test
+	cmake --preset aarch64
+	cmake --build --preset aarch64
+	ctest --preset aarch64
+	ctest --preset aarch64-no-bf16
 	.venv/bin/python -m pytest tests/python
 
 sanitize:

@@ -1,4 +1,4 @@
-# Cross compilation with Debian's gcc-aarch64-linux-gnu; programs run under qemu-aarch64.
+# Cross compilation with Debian's gcc-aarch64-linux-gnu; programs run under qemu-aarch64, as the processor that QEMU_CPU names.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
@@ -7,5 +7,4 @@ set(CMAKE_FIND_ROOT_PATH /usr/aarch64-linux-gnu)
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
 set(CMAKE_FIND_ROOT_PATH_MODE_PACKAGE ONLY)
-# dlpack.h is the same for every processor; /usr/include as a whole is not, so only its folder is looked for there.
-set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE BOTH)
+set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE BOTH) # for dlpack.h, the same on every processor: CMakeLists.txt copies it

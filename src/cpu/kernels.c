@@ -21,6 +21,9 @@ TABLE(plain)
 TABLE(avx2)
 TABLE(avx512)
 TABLE(avx512_bf16)
+#elif defined(__aarch64__)
+TABLE(neon)
+TABLE(neon_bf16)
 #endif
 
 static const mtl_cpu_isa *available[4];
@@ -40,6 +43,9 @@ static void choose(void) {
     offer(&avx2, features & MTL_AVX2);
     offer(&avx512, features & MTL_AVX512);
     offer(&avx512_bf16, features & MTL_AVX512_BF16);
+#elif defined(__aarch64__)
+    offer(&neon, features & MTL_NEON);
+    offer(&neon_bf16, features & MTL_NEON_BF16);
 #endif
     chosen = available[available_count - 1];
     const char *wanted = getenv("METALLOID_CPU_ISA");

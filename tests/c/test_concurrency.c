@@ -171,6 +171,7 @@ static void eight_threads_call_different_operations_at_once(void **state) {
 /* fork() copies the caller's thread alone: the pool of the parent is gone in the child, which must not wait for it. */
 static void a_forked_child_calls_every_operation(void **state) {
     (void)state;
+    if (!CHILD_MAY_START_THREADS) skip();
     seed(3);
     metalloid_context *context;
     expect_ok(metalloid_context_create(&context));
@@ -216,6 +217,7 @@ static void *call_until_stopped(void *argument) {
 /* The pool is busy with another thread's call at the moment of the fork. */
 static void a_child_forked_in_the_middle_of_a_call_works_too(void **state) {
     (void)state;
+    if (!CHILD_MAY_START_THREADS) skip();
     static prepared busy[OPERATIONS], calls[OPERATIONS];
     operation all[OPERATIONS];
     expect_ok(metalloid_set_num_threads(3));

@@ -307,6 +307,9 @@ static int fork_and_use_pool(void) {
 
 static void forked_child_and_its_children_have_working_pools(void **state) {
     (void)state;
+    if (!CHILD_MAY_START_THREADS) {
+        skip();
+    }
     assert_true(threads_meet(4));
     assert_int_equal(run_as_child(fork_and_use_pool, _exit), 0);
     assert_true(threads_meet(4)); /* the parent keeps its own */
@@ -318,7 +321,7 @@ static void forked_child_exits_with_and_without_threads_of_its_own(void **state)
     (void)state;
     assert_true(threads_meet(4));
     assert_int_equal(run_as_child(use_nothing, exit), 0);
-    if (CHILD_MAY_JOIN) {
+    if (CHILD_MAY_JOIN && CHILD_MAY_START_THREADS) {
         assert_int_equal(run_as_child(use_pool, exit), 0);
     }
 }
@@ -340,6 +343,9 @@ static void *call_until_told(void *argument) {
 
 static void fork_in_the_middle_of_other_threads_jobs_is_safe(void **state) {
     (void)state;
+    if (!CHILD_MAY_START_THREADS) {
+        skip();
+    }
     pthread_t callers[2];
     atomic_store(&stop_calling, false);
     for (int i = 0; i < 2; ++i) {
@@ -368,6 +374,9 @@ static void fork_in_part(void *job, int part, int worker) {
 
 static void fork_inside_a_part_is_safe(void **state) {
     (void)state;
+    if (!CHILD_MAY_START_THREADS) {
+        skip();
+    }
     atomic_int errors = 0;
     mtl_parallel_run(3, 6, fork_in_part, &errors);
     assert_int_equal(atomic_load(&errors), 0);
@@ -401,7 +410,7 @@ static int exit_on_a_worker(void) {
 
 static void exit_while_threads_are_inside_ends_the_process(void **state) {
     (void)state;
-    if (!CHILD_MAY_JOIN) {
+    if (!CHILD_MAY_JOIN || !CHILD_MAY_START_THREADS) {
         skip();
     }
     for (int i = 0; i < 10; ++i) {
@@ -708,7 +717,8 @@ static void unloading_the_library_ends_its_threads(void **state) {
         sleep_us(i % 2 * 500); /* parked or spinning */
         assert_int_equal(dlclose(module), 0);
         assert_null(dlopen(MTL_THREADS_MODULE, RTLD_NOW | RTLD_NOLOAD));
-        assert_int_equal(run_as_child(use_pool, _exit), 0); /* its fork handlers are gone too */
+        assert_int_equal(run_as_child(CHILD_MAY_START_THREADS ? use_pool : use_nothing, _exit),
+                         0); /* its fork handlers are gone too */
         for (int ms = 0; ms < PATIENCE_US / 1000 && pool_threads() > threads; ++ms) {
             sleep_us(1000); /* /proc may show a thread a moment longer than pthread_join waits for it */
         }

@@ -1,4 +1,4 @@
-/* The vector functions keep the error bounds that cpu/simd/math.h states. SPDX-License-Identifier: MIT
+/* The vector functions keep the error bounds that cpu/simd/math.h states; conversions are exact. SPDX-License-Identifier: MIT
  *
  * Built once for each instruction set and arithmetic, with the set's own flags. */
 #include "cpu/features.h"
@@ -92,17 +92,98 @@ static void erfc_keeps_its_bound(void **state) {
     worst_is_below("erfc(x / sqrt 2)", call_erfc, exact_erfc, true, false, bound_erfc);
 }
 
+static void largest_and_smallest_give_the_second_beside_nan(void **state) {
+    (void)state;
+    const real with[] = {1, 2, -(real)INFINITY, 0, NAN};
+    for (int i = 0; i < 5; i++) {
+        for (int j = 0; j < 5; j++) {
+            real a = with[i], b = with[j], most[LANES], least[LANES];
+            vec_store(most, vec_max(vec_set(a), vec_set(b)));
+            vec_store(least, vec_min(vec_set(a), vec_set(b)));
+            for (int lane = 0; lane < LANES; lane++) {
+                assert_true(isnan(b) ? isnan(most[lane]) : most[lane] == (a > b ? a : b));
+                assert_true(isnan(b) ? isnan(least[lane]) : least[lane] == (a < b ? a : b));
+            }
+        }
+    }
+}
+
+#ifndef MTL_IN_DOUBLE
+/* Bit for bit as mtl_store_float and mtl_load_float, but for the payload of a NaN, which stays a quiet one. */
+static bool same_16_bits(mtl_dtype dtype, uint16_t a, uint16_t b) {
+    uint16_t infinity = dtype == MTL_F16 ? 0x7c00 : 0x7f80, quiet = dtype == MTL_F16 ? 0x200 : 0x40;
+    bool nan_a = (a & 0x7fff) > infinity, nan_b = (b & 0x7fff) > infinity;
+    return nan_a || nan_b ? nan_a && nan_b && (a & b & quiet) : a == b;
+}
+
+INLINE void stores_round_as_the_scalar_ones(mtl_dtype dtype) {
+    /* Every upper half, with lower halves that are ties of float16 (0x1000, 0x3000) or bfloat16 (0x8000), next to ties, exact. */
+    static const uint16_t lower[] = {0, 1, 0x0fff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x7fff, 0x8000, 0x8001, 0xffff};
+    for (size_t i = 0; i < sizeof lower / sizeof *lower * 0x10000; i += LANES) {
+        float in[LANES];
+        uint16_t out[LANES], wanted;
+        for (size_t lane = 0; lane < LANES; lane++)
+            in[lane] = mtl_bits_float((uint32_t)((i + lane) % 0x10000 << 16 | lower[i / 0x10000]));
+        vec_store_as(out, dtype, vec_load(in));
+        for (int lane = 0; lane < LANES; lane++) {
+            mtl_store_float(&wanted, dtype, in[lane]);
+            if (!same_16_bits(dtype, out[lane], wanted))
+                fail_msg("%s of %a is 0x%04x instead of 0x%04x", mtl_dtype_name(dtype), (double)in[lane], out[lane],
+                         wanted);
+        }
+    }
+}
+
+INLINE void loads_are_exact(mtl_dtype dtype) {
+    for (uint32_t bits = 0; bits < 0x10000; bits += LANES) {
+        uint16_t in[LANES];
+        float out[LANES];
+        for (uint32_t lane = 0; lane < LANES; lane++) in[lane] = (uint16_t)(bits + lane);
+        vec_store(out, vec_load_as(in, dtype));
+        for (int lane = 0; lane < LANES; lane++) {
+            float wanted = mtl_load_float(&in[lane], dtype);
+            if (isnan(wanted) ? !isnan(out[lane]) : mtl_float_bits(out[lane]) != mtl_float_bits(wanted))
+                fail_msg("%s 0x%04x is %a instead of %a", mtl_dtype_name(dtype), in[lane], (double)out[lane],
+                         (double)wanted);
+        }
+    }
+}
+
+static void stores_of_16_bits_round_as_the_scalar_ones(void **state) {
+    (void)state;
+    stores_round_as_the_scalar_ones(MTL_F16);
+    stores_round_as_the_scalar_ones(MTL_BF16);
+}
+
+static void loads_of_16_bits_are_exact(void **state) {
+    (void)state;
+    loads_are_exact(MTL_F16);
+    loads_are_exact(MTL_BF16);
+}
+#endif
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(exp_keeps_its_bound),
         cmocka_unit_test(exp_of_nonpositive_keeps_its_bound),
         cmocka_unit_test(tanh_keeps_its_bound),
         cmocka_unit_test(erfc_keeps_its_bound),
+        cmocka_unit_test(largest_and_smallest_give_the_second_beside_nan),
+#ifndef MTL_IN_DOUBLE
+        cmocka_unit_test(stores_of_16_bits_round_as_the_scalar_ones),
+        cmocka_unit_test(loads_of_16_bits_are_exact),
+#endif
     };
-#if defined(MTL_ISA_AVX512)
+#if defined(MTL_ISA_AVX512_BF16)
+    unsigned needed = MTL_AVX512_BF16;
+#elif defined(MTL_ISA_AVX512)
     unsigned needed = MTL_AVX512;
 #elif defined(MTL_ISA_AVX2)
     unsigned needed = MTL_AVX2;
+#elif defined(MTL_ISA_NEON_BF16)
+    unsigned needed = MTL_NEON_BF16;
+#elif defined(MTL_ISA_NEON)
+    unsigned needed = MTL_NEON;
 #endif
     if (!(mtl_cpu_features() & needed)) {
         printf("left out: this processor has not these instructions\n");

@@ -22,6 +22,9 @@
 #elif defined(MTL_ISA_NEON)
 #define MTL_ISA      neon
 #define VECTOR_BYTES 16
+#elif defined(MTL_ISA_NEON_BF16)
+#define MTL_ISA      neon_bf16
+#define VECTOR_BYTES 16
 #else
 #error "no instruction set is named"
 #endif

@@ -1,0 +1,61 @@
+/* What vec.h needs by name on 64-bit Arm: Advanced SIMD, for `neon_bf16` with BFCVTN. SPDX-License-Identifier: MIT */
+#include <arm_neon.h>
+
+#ifdef MTL_IN_DOUBLE
+
+INLINE vec vec_fma(vec a, vec b, vec c) { return (vec)vfmaq_f64(c, a, b); }
+INLINE vec vec_sqrt(vec v) { return (vec)vsqrtq_f64(v); }
+INLINE vec vec_swap_neighbours(vec v) { return (vec)vextq_f64(v, v, 1); }
+/* b where either is NaN; FMAX would give NaN, FMAXNM the number. */
+INLINE vec vec_max(vec a, vec b) { return (vec)vbslq_f64(vcgtq_f64(a, b), a, b); }
+INLINE vec vec_min(vec a, vec b) { return (vec)vbslq_f64(vcltq_f64(a, b), a, b); }
+
+#else
+
+#define angle_fma(a, b, c) ((angle_vec)vfmaq_f64(c, a, b))
+
+INLINE vec vec_fma(vec a, vec b, vec c) { return (vec)vfmaq_f32(c, a, b); }
+INLINE vec vec_sqrt(vec v) { return (vec)vsqrtq_f32(v); }
+INLINE vec vec_swap_neighbours(vec v) { return (vec)vrev64q_f32(v); } /* lanes 0 and 1, 2 and 3 trade places */
+/* b where either is NaN; FMAX would give NaN, FMAXNM the number. */
+INLINE vec vec_max(vec a, vec b) { return (vec)vbslq_f32(vcgtq_f32(a, b), a, b); }
+INLINE vec vec_min(vec a, vec b) { return (vec)vbslq_f32(vcltq_f32(a, b), a, b); }
+
+INLINE vec vec_load_f16(const void *from) {
+    float16x4_t half;
+    memcpy(&half, from, sizeof half);
+    return (vec)vcvt_f32_f16(half);
+}
+INLINE void vec_store_f16(void *to, vec v) {
+    float16x4_t half = vcvt_f16_f32(v);
+    memcpy(to, &half, sizeof half);
+}
+
+INLINE vec vec_load_bf16(const void *from) {
+    uint16x4_t half;
+    memcpy(&half, from, sizeof half);
+    return (vec)vshll_n_u16(half, 16);
+}
+#ifdef MTL_ISA_NEON_BF16
+INLINE void vec_store_bf16(void *to, vec v) {
+    bfloat16x4_t half = vcvt_bf16_f32(v); /* to nearest even, subnormals kept, NaN made quiet: as mtl_float_to_bf16 */
+    memcpy(to, &half, sizeof half);
+}
+#else
+INLINE void vec_store_bf16(void *to, vec v) {
+    uint32x4_t bits = (uint32x4_t)v, odd = (bits >> 16) & 1;
+    bits = vbslq_u32(vceqq_f32(v, v), bits + (odd + 0x7fff), bits | 0x400000); /* NaN: the quiet bit, and no carry */
+    uint16x4_t half = vshrn_n_u32(bits, 16);
+    memcpy(to, &half, sizeof half);
+}
+#endif
+#endif
+
+#define VEC_HAS_REDUCTIONS /* of neighbours first; FMAXNM passes over NaN */
+#ifdef MTL_IN_DOUBLE
+INLINE real vec_sum(vec v) { return vaddvq_f64(v); }
+INLINE real vec_largest(vec v) { return vmaxnmvq_f64(v); }
+#else
+INLINE real vec_sum(vec v) { return vaddvq_f32(v); }
+INLINE real vec_largest(vec v) { return vmaxnmvq_f32(v); }
+#endif
