@@ -58,7 +58,7 @@ class Process:
                 return json.loads(self.process.stdout.readline())
             problem = f"no answer in {PATIENCE} s"
         except (OSError, ValueError):
-            problem = f"its process ended ({self.process.poll()})"
+            problem = "its process ended"
         self.stop()
         self.start()
         return {"error": problem}
@@ -89,8 +89,9 @@ class Processes:
         self.running: dict[str, Process] = {}
         self.versions: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
-        for name in peers:
-            answer = self[name].ask("info")
+        started = {name: self[name] for name in peers}  # all of them before the first is asked: imports take a while
+        for name, process in started.items():
+            answer = process.ask("info")
             if "version" in answer:
                 self.versions[name] = answer["version"]
             else:
@@ -202,6 +203,9 @@ class Bench:
                 return
             if answer.get("takes_out") is False:
                 allocating.append(name)
+            if name not in OWN and answer["seconds"] > max(SLOW * own, 0.5):
+                times[name], calls[name] = [answer["seconds"]], 1
+                return
             try:
                 seconds = process.time(1)
                 if seconds < 0.002:
@@ -214,6 +218,7 @@ class Bench:
             if seconds > ROUND:
                 times[name].append(seconds)  # a call so long is a measurement already
 
+        own = 0.0
         add("C")
         own = times["C"][0] if times["C"] else ROUND / calls["C"]
         ceiling = self.ceilings.of(case)
@@ -391,11 +396,14 @@ def run(options: argparse.Namespace) -> None:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
+    busy = os.getloadavg()[0]
     with (
         processes_of(command, threads, () if options.no_peers else PEERS) as processes,
         Progress(*columns, console=bar) as progress,
     ):
         task = progress.add_task("ceilings", total=len(wanted))
+        if busy > 0.5:
+            progress.console.print(f"other programs keep {busy:.1f} processors busy: the figures will be worth less")
         version = processes["C"].ask("info")
         ceilings = Ceilings(processes, cache_bytes, rounds)
         result = {
@@ -404,6 +412,7 @@ def run(options: argparse.Namespace) -> None:
             "threads": threads,
             "cache_bytes": cache_size(),
             "rounds": rounds,
+            "load": busy,
             "ceilings": {**ceilings.rates, "copies": ceilings.copies},
             "blas": blas(processes, rounds),
             "peers": processes.versions,

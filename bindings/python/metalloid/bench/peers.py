@@ -524,7 +524,11 @@ class OnnxRuntime(Library):
         for tensors, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
             for name, x in tensors.items():
                 bind(name, "cpu", 0, kind(x), x.shape, x.ctypes.data)
-        return lambda: session.run_with_iobinding(binding), True
+
+        def run(_memory=(inputs, outputs)):  # which the binding does not keep
+            session.run_with_iobinding(binding)
+
+        return run, True
 
     def session(self, nodes: list, inputs: list, outputs: list):
         helper, made = self.onnx.helper, []
@@ -642,5 +646,4 @@ def operands(library: Any, op: str, dtype: str, p: dict[str, int]) -> SimpleName
         arrays = {"a": square, "b": square.copy(), "out": np.zeros_like(square)}
     else:
         arrays = tensors(op, dtype, p)
-    # The NumPy arrays stay referenced: onnxruntime is bound to their memory.
     return SimpleNamespace(**{name: library.array(array) for name, array in arrays.items()})

@@ -12,6 +12,8 @@ from time import perf_counter
 
 from metalloid.bench import peers
 
+LONG_CALL = 0.3  # seconds: such a call is not repeated to warm up
+
 
 class Worker:
     def __init__(self, name: str, threads: int):
@@ -33,27 +35,28 @@ class Worker:
         self.library.fresh()
         sets = (peers.operands(self.library, op, dtype, parameters) for _ in range(copies))
         ways = method(next(sets), parameters)
-        which, takes_out = self.fastest(ways)
+        which, takes_out, seconds = self.fastest(ways)
         self.calls = [ways[which][0], *(method(operands, parameters)[which][0] for operands in sets)]
-        for call in self.calls:
-            call()
-        return {"takes_out": takes_out}
+        for call in self.calls[1:]:
+            seconds = self.seconds_of(call)
+        return {"takes_out": takes_out, "seconds": seconds}
 
-    def fastest(self, ways: list[tuple[Callable, bool]]) -> tuple[int, bool]:
-        """The index of the way to go on with, and whether it writes into a given tensor. Those that raise are out."""
-        best, found, refusal = float("inf"), None, None
+    def fastest(self, ways: list[tuple[Callable, bool]]) -> tuple[int, bool, float]:
+        """The index of the way to go on with, whether it is given its output, its time. Those that raise are out."""
+        best, refusal = None, None
         for i, (call, takes_out) in enumerate(ways):
             try:
-                call()
-                seconds = 0.0 if len(ways) == 1 else min(self.seconds_of(call) for _ in range(3))
+                seconds = self.seconds_of(call)  # with what is done once, such as compilation
+                if seconds < LONG_CALL or hasattr(self.library, "compiled"):
+                    seconds = min(self.seconds_of(call) for _ in range(3))
             except Exception as error:
                 refusal = error
                 continue
-            if seconds < best:
-                best, found = seconds, (i, takes_out)
-        if found is None:
+            if best is None or seconds < best[2]:
+                best = i, takes_out, seconds
+        if best is None:
             raise refusal or NotImplementedError("no such operation")
-        return found
+        return best
 
     @staticmethod
     def seconds_of(call: Callable) -> float:

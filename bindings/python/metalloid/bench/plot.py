@@ -1,0 +1,155 @@
+"""The picture: what a slide needs to say about a machine, and no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metalloid.bench.report import rate
+
+COLORS = {
+    "Metalloid": "#d9480f",
+    "torch": "#4263eb",
+    "torch.compile": "#15aabf",
+    "mlx": "#868e96",
+    "onnxruntime": "#7048e8",
+}
+INK, FAINT = "#212529", "#ced4da"
+PEERS = tuple(COLORS)[1:]
+
+
+def rates(row: dict) -> dict[str, float]:
+    """Bytes or operations a second of each implementation."""
+    found = {"Metalloid": rate(row)}
+    return found | {peer: row["work"] / row["seconds"][peer] for peer in PEERS if peer in row["seconds"]}
+
+
+def bars(axes: Any, result: dict) -> bool:
+    """Memory-bound operations out of cache: the share of the ceiling that each implementation reaches."""
+    rows = [row for row in result["cases"] if row["section"] in ("Out of cache", "Loss") and row["of_ceiling"]]
+    best: dict[tuple[str, str], dict] = {}
+    for row in rows:  # the largest of each operation and dtype
+        key = (row["operation"], row["dtype"])
+        if row["dtype"] in ("float32", "bfloat16") and row["work"] > best.get(key, {"work": 0})["work"]:
+            best[key] = row
+    rows = sorted(best.values(), key=lambda row: (row["dtype"] != "float32", row["section"], row["operation"]))[:14]
+    if not rows:
+        return False
+    for y, row in enumerate(reversed(rows)):
+        shares = {name: 100 * each / row["ceiling_rate"] for name, each in rates(row).items()}
+        axes.barh(y, min(shares["Metalloid"], 125), 0.62, color=COLORS["Metalloid"])
+        for name, share in shares.items():
+            if name != "Metalloid":
+                axes.plot(share, y, "o", color=COLORS[name], markersize=7, markeredgecolor="white", clip_on=False)
+        axes.text(2, y, f"{shares['Metalloid']:.0f} %", va="center", color="white", fontsize=9, fontweight="bold")
+    names = [f"{row['operation']}  {'bf16' if row['dtype'] == 'bfloat16' else 'f32'}" for row in reversed(rows)]
+    axes.set_yticks(range(len(rows)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.axvline(100, color=INK, linewidth=1.2)
+    axes.text(99, len(rows) - 0.35, "ceiling", ha="right", va="bottom", fontsize=9, color=INK)
+    axes.set(xlim=(0, 125), ylim=(-0.6, len(rows)), xlabel="% of the memory ceiling")
+    axes.set_title("Out of cache", loc="left")
+    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    return True
+
+
+def curves(axes: Any, rows: list[dict], x: str, title: str, ylabel: str, ceiling: str) -> bool:
+    rows = sorted(rows, key=lambda row: row["parameters"][x])
+    if not rows:
+        return False
+    names = [name for name in COLORS if any(name in rates(row) for row in rows)]
+    for name in sorted(names, key=lambda name: name == "Metalloid"):  # on top
+        points = [(row["parameters"][x], rates(row)[name] / 1e9) for row in rows if name in rates(row)]
+        style = {"linewidth": 3, "markersize": 8, "zorder": 3} if name == "Metalloid" else {"linewidth": 1.8}
+        axes.plot(*zip(*points, strict=True), "o-", color=COLORS[name], **style)
+    highest = [(row["parameters"][x], row["ceiling_rate"] / 1e9) for row in rows]
+    axes.plot(*zip(*highest, strict=True), "--", color=INK, linewidth=1.2)
+    axes.annotate(ceiling, highest[0], (0, 5), textcoords="offset points", fontsize=9, color=INK)
+    axes.set_xscale("log", base=2)
+    ticks = [row["parameters"][x] for row in rows]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set(ylim=(0, None), xlabel="tokens", ylabel=ylabel)
+    axes.margins(y=0.12)
+    axes.set_title(title, loc="left")
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    return True
+
+
+def attention_of(result: dict, section: str, causal: int) -> list[dict]:
+    """float32 rows of the model that has most of them."""
+    rows = [
+        row
+        for row in result["cases"]
+        if row["section"] == section
+        and row["dtype"] == "float32"
+        and row["ceiling_rate"]
+        and row["parameters"].get("causal", 0) == causal
+        and not row["parameters"].get("mask")
+        and not row["parameters"].get("window")
+    ]
+    models = [row["model"] for row in rows]
+    return [row for row in rows if row["model"] == max(models, key=models.count)]
+
+
+def draw(result: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+
+    style = {
+        "font.size": 11,
+        "axes.titlesize": 13,
+        "axes.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": FAINT,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.axisbelow": True,
+    }
+    causal = attention_of(result, "Attention, prefill", 1)
+    full = attention_of(result, "Attention, prefill", 0)
+    prefill = causal if len(causal) > len(full) else full
+    decode = attention_of(result, "Attention, decode", 0)
+    panels = [
+        lambda axes: bars(axes, result),
+        lambda axes: curves(axes, prefill, "kv_len", f"Prefill attention, {model_of(prefill)}", "GFLOP/s", "FMA rate"),
+        lambda axes: curves(axes, decode, "kv_len", f"Decode attention, {model_of(decode)}", "GB/s", "read ceiling"),
+    ]
+    with plt.rc_context(style):
+        figure, grid = plt.subplots(1, 3, figsize=(16, 9), width_ratios=(1.15, 1, 1))
+        for axes, panel in zip(grid, panels, strict=True):
+            if not panel(axes):
+                axes.axis("off")
+                axes.text(0.5, 0.5, "not measured in this run", ha="center", color="#868e96")
+        version = result["metalloid"]
+        figure.text(0.03, 0.94, "Metalloid against the machine and its peers", fontsize=24, fontweight="bold")
+        about = f"Metalloid {version['version']} ({version['isa']}), {result['processor']}, {result['threads']} threads"
+        peers = ", ".join(f"{name} {number}" for name, number in result["peers"].items())
+        figure.text(0.03, 0.905, f"{about}, medians of {result['rounds']} interleaved rounds", fontsize=12)
+        handles = [
+            Line2D([], [], color=color, marker="o", linewidth=6 if name == "Metalloid" else 2, label=name)
+            for name, color in COLORS.items()
+            if name == "Metalloid" or name in result["peers"]
+        ]
+        figure.legend(
+            handles=handles, loc="upper right", ncols=len(handles), frameon=False, bbox_to_anchor=(0.985, 0.99)
+        )
+        figure.text(
+            0.03,
+            0.02,
+            f"Higher is better everywhere. {'Peers: ' + peers if peers else ''}",
+            fontsize=9,
+            color="#868e96",
+        )
+        figure.subplots_adjust(left=0.13, right=0.98, top=0.83, bottom=0.12, wspace=0.28)
+        figure.savefig(path, dpi=120, facecolor="white")
+        plt.close(figure)
+
+
+def model_of(rows: list[dict]) -> str:
+    return rows[0]["model"] if rows else ""
