@@ -21,7 +21,7 @@
 #define FMA_LOOP(name, target, real, vector_bytes, chains)                            \
     target static double name(int64_t steps, double factor) {                         \
         typedef real vector __attribute__((vector_size(vector_bytes)));               \
-        vector sum[chains], times, plus;                                              \
+        vector sum[chains], times = {0}, plus = {0};                                  \
         for (size_t lane = 0; lane < sizeof(vector) / sizeof(real); lane++) {         \
             times[lane] = (real)factor;                                               \
             plus[lane] = (real)(1 - factor);                                          \

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
-from metalloid.bench.report import rate
+from metalloid.bench.report import rate, rounds
 
 COLORS = {
     "Metalloid": "#d9480f",
@@ -52,7 +53,8 @@ def bars(axes: Any, result: dict) -> bool:
     return True
 
 
-def curves(axes: Any, rows: list[dict], x: str, title: str, ylabel: str, ceiling: str) -> bool:
+def curves(axes: Any, rows: list[dict], title: str, xlabel: str, ylabel: str, ceiling: str) -> bool:
+    x = "kv_len"
     rows = sorted(rows, key=lambda row: row["parameters"][x])
     if not rows:
         return False
@@ -61,14 +63,16 @@ def curves(axes: Any, rows: list[dict], x: str, title: str, ylabel: str, ceiling
         points = [(row["parameters"][x], rates(row)[name] / 1e9) for row in rows if name in rates(row)]
         style = {"linewidth": 3, "markersize": 8, "zorder": 3} if name == "Metalloid" else {"linewidth": 1.8}
         axes.plot(*zip(*points, strict=True), "o-", color=COLORS[name], **style)
-    highest = [(row["parameters"][x], row["ceiling_rate"] / 1e9) for row in rows]
-    axes.plot(*zip(*highest, strict=True), "--", color=INK, linewidth=1.2)
-    axes.annotate(ceiling, highest[0], (0, 5), textcoords="offset points", fontsize=9, color=INK)
+    highest = median(row["ceiling_rate"] for row in rows) / 1e9
+    axes.axhline(highest, color=INK, linewidth=1.2)
+    axes.annotate(
+        ceiling, (rows[0]["parameters"][x], highest), (0, 4), textcoords="offset points", fontsize=9, color=INK
+    )
     axes.set_xscale("log", base=2)
     ticks = [row["parameters"][x] for row in rows]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set(ylim=(0, None), xlabel="tokens", ylabel=ylabel)
+    axes.set(ylim=(0, None), xlabel=xlabel, ylabel=ylabel)
     axes.margins(y=0.12)
     axes.set_title(title, loc="left")
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -117,8 +121,10 @@ def draw(result: dict, path: str) -> None:
     decode = attention_of(result, "Attention, decode", 0)
     panels = [
         lambda axes: bars(axes, result),
-        lambda axes: curves(axes, prefill, "kv_len", f"Prefill attention, {model_of(prefill)}", "GFLOP/s", "FMA rate"),
-        lambda axes: curves(axes, decode, "kv_len", f"Decode attention, {model_of(decode)}", "GB/s", "read ceiling"),
+        lambda axes: curves(axes, prefill, of("Prefill", prefill), "tokens", "GFLOP/s", "multiply-add rate"),
+        lambda axes: curves(
+            axes, decode, of("Decode", decode), "keys in the cache", "GB/s of keys and values", "read ceiling"
+        ),
     ]
     with plt.rc_context(style):
         figure, grid = plt.subplots(1, 3, figsize=(16, 9), width_ratios=(1.15, 1, 1))
@@ -130,9 +136,9 @@ def draw(result: dict, path: str) -> None:
         figure.text(0.03, 0.94, "Metalloid against the machine and its peers", fontsize=24, fontweight="bold")
         about = f"Metalloid {version['version']} ({version['isa']}), {result['processor']}, {result['threads']} threads"
         peers = ", ".join(f"{name} {number}" for name, number in result["peers"].items())
-        figure.text(0.03, 0.905, f"{about}, medians of {result['rounds']} interleaved rounds", fontsize=12)
+        figure.text(0.03, 0.905, f"{about}, {rounds(result['rounds'])}", fontsize=12)
         handles = [
-            Line2D([], [], color=color, marker="o", linewidth=6 if name == "Metalloid" else 2, label=name)
+            Line2D([], [], color=color, marker="o", linewidth=3 if name == "Metalloid" else 1.8, label=name)
             for name, color in COLORS.items()
             if name == "Metalloid" or name in result["peers"]
         ]
@@ -151,5 +157,8 @@ def draw(result: dict, path: str) -> None:
         plt.close(figure)
 
 
-def model_of(rows: list[dict]) -> str:
-    return rows[0]["model"] if rows else ""
+def of(what: str, rows: list[dict]) -> str:
+    if not rows:
+        return f"{what} attention"
+    causal = "causal " if rows[0]["parameters"].get("causal") else ""
+    return f"{what}, {causal}attention, {rows[0]['model']} f32"

@@ -126,11 +126,15 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
+def rounds(count: int) -> str:
+    return f"medians of {count} rounds in turn" if count > 1 else "one round"
+
+
 def print_machine(console: Any, result: dict) -> None:
     version, ceilings = result["metalloid"], result["ceilings"]
     console.print(
         f"\n[bold]Metalloid {version['version']}[/] ({version['isa']}) on {result['processor']}, "
-        f"{result['threads']} threads, {result['cache_bytes'] >> 20} MiB of cache, medians of {result['rounds']} rounds"
+        f"{result['threads']} threads, {result['cache_bytes'] >> 20} MiB of cache, {rounds(result['rounds'])}"
     )
     memory = f"read {ceilings['read'] / 1e9:.1f} GB/s, copy {ceilings['copy'] / 1e9:.1f} GB/s"
     copies = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in ceilings["copies"].items())
