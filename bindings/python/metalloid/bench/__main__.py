@@ -214,7 +214,9 @@ class Bench:
                 notes[name] = str(error)
                 return
             times[name] = []
-            calls[name] = max(1, math.ceil(ROUND / seconds))
+            # A ceiling is sampled for as long as a call takes (or a while), since what disturbs one shall disturb both.
+            lasting = min(max(own, ROUND), 10 * ROUND) if name == "ceiling" else ROUND
+            calls[name] = max(1, math.ceil(lasting / seconds))
             if seconds > ROUND:
                 times[name].append(seconds)  # a call so long is a measurement already
 
@@ -268,8 +270,8 @@ class Bench:
             "unit": case.unit,
             "ceiling": case.ceiling,
             "ceiling_rate": ceiling[1] / medians["ceiling"] if ceiling and "ceiling" in medians else None,
-            "seconds": {name: s for name, s in medians.items() if name != "ceiling"},
-            "rounds": {name: seen for name, seen in times.items() if name != "ceiling"},
+            "seconds": medians,
+            "rounds": {name: seen for name, seen in times.items() if seen},
             "allocating": allocating,
             "notes": notes,
         }

@@ -14,16 +14,16 @@ import numpy as np
 
 EPS = 1e-5
 PEERS = ("torch", "torch.compile", "mlx", "onnxruntime")
-MOST_SCORES = 2 << 30  # bytes: above it, a library that may store the scores of attention is left out
+MOST_SCORES = 1 << 30  # bytes: from there on, a library that may store the scores of attention is left out
 
 
 def stores_scores(p: dict[str, int], item_size: int = 4) -> bool:
-    return p["heads"] * p["q_len"] * p["kv_len"] * item_size > MOST_SCORES
+    return p["heads"] * p["q_len"] * p["kv_len"] * item_size >= MOST_SCORES
 
 
 class TooLarge(Exception):
     def __init__(self):
-        super().__init__("left out: the scores might be stored, more than 2 GB of them")
+        super().__init__("left out: the scores might be stored, a GiB of them or more")
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
