@@ -214,8 +214,8 @@ def suite() -> Iterator[Case]:
             for dtype in ("float32", "bfloat16", "float16"):
                 case = attention(DECODE, model, 1, length, dtype)
                 targets = (Target("of_ceiling", 0.85),) if case.work >= 16e6 else ()
-                quick = model is LLAMA and length == 8192 and dtype != "float16"
-                yield replace(case, targets=targets, quick=quick)
+                quick = {"float32": (1024, 8192), "bfloat16": (8192,), "float16": ()}[dtype] if model is LLAMA else ()
+                yield replace(case, targets=targets, quick=length in quick)
     yield attention(DECODE, LLAMA, 1, 8192, "float64", targets=(Target("of_ceiling", 0.85),))
 
     for model in MODELS:
@@ -244,7 +244,7 @@ def prefill() -> Iterator[Case]:
     for dtype in ("float32", "bfloat16", "float16"):
         for length in (128, 512, 1024, 2048):
             full = attention(PREFILL, LLAMA, length, length, dtype, targets=over_torch[dtype])
-            yield replace(full, quick=length == 512 and dtype != "float16")
+            yield replace(full, quick=(length == 512 and dtype != "float16") or (length == 128 and dtype == "float32"))
             if length < 1024:
                 continue
             no_more = Target("vs_case", 0.6, at_least=False, other=full.name)

@@ -35,19 +35,20 @@ def bars(axes: Any, result: dict) -> bool:
     rows = sorted(best.values(), key=lambda row: (row["dtype"] != "float32", row["section"], row["operation"]))[:14]
     if not rows:
         return False
-    for y, row in enumerate(reversed(rows)):
+    for y, row in enumerate(rows):
         shares = {name: 100 * each / row["ceiling_rate"] for name, each in rates(row).items()}
-        axes.barh(y, min(shares["Metalloid"], 125), 0.62, color=COLORS["Metalloid"])
+        own = shares.pop("Metalloid")
+        axes.barh(y, min(own, 100), 0.6, color=COLORS["Metalloid"])
+        axes.text(102, y, f"{own:.0f} %", va="center", ha="left", color=COLORS["Metalloid"], fontweight="bold")
         for name, share in shares.items():
-            if name != "Metalloid":
-                axes.plot(share, y, "o", color=COLORS[name], markersize=7, markeredgecolor="white", clip_on=False)
-        axes.text(2, y, f"{shares['Metalloid']:.0f} %", va="center", color="white", fontsize=9, fontweight="bold")
-    names = [f"{row['operation']}  {'bf16' if row['dtype'] == 'bfloat16' else 'f32'}" for row in reversed(rows)]
+            axes.plot(min(share, 100), y, "o", color=COLORS[name], markersize=8, markeredgecolor="white")
+    names = [f"{row['operation']}  {'bf16' if row['dtype'] == 'bfloat16' else 'f32'}" for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.tick_params(axis="y", length=0)
     axes.axvline(100, color=INK, linewidth=1.2)
-    axes.text(99, len(rows) - 0.35, "ceiling", ha="right", va="bottom", fontsize=9, color=INK)
-    axes.set(xlim=(0, 125), ylim=(-0.6, len(rows)), xlabel="% of the memory ceiling")
+    axes.text(99, -0.5, "ceiling", ha="right", va="bottom", fontsize=9, color=INK)
+    axes.set(xlim=(0, 114), ylim=(max(len(rows), 6) - 0.4, -0.9), xlabel="% of the memory ceiling")
+    axes.set_xticks(range(0, 101, 20))
     axes.set_title("Out of cache", loc="left")
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     return True
@@ -72,8 +73,9 @@ def curves(axes: Any, rows: list[dict], title: str, xlabel: str, ylabel: str, ce
     ticks = [row["parameters"][x] for row in rows]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set(ylim=(0, None), xlabel=xlabel, ylabel=ylabel)
-    axes.margins(y=0.12)
+    top = max(highest, *(each / 1e9 for row in rows for each in rates(row).values()))
+    axes.set(ylim=(0, 1.12 * top), xlabel=xlabel, ylabel=ylabel)
+    axes.margins(x=0.08)
     axes.set_title(title, loc="left")
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     return True
@@ -143,7 +145,7 @@ def draw(result: dict, path: str) -> None:
             if name == "Metalloid" or name in result["peers"]
         ]
         figure.legend(
-            handles=handles, loc="upper right", ncols=len(handles), frameon=False, bbox_to_anchor=(0.985, 0.99)
+            handles=handles, loc="upper left", ncols=5, frameon=False, bbox_to_anchor=(0.022, 0.893), borderpad=0
         )
         figure.text(
             0.03,
@@ -152,7 +154,7 @@ def draw(result: dict, path: str) -> None:
             fontsize=9,
             color="#868e96",
         )
-        figure.subplots_adjust(left=0.13, right=0.98, top=0.83, bottom=0.12, wspace=0.28)
+        figure.subplots_adjust(left=0.13, right=0.98, top=0.79, bottom=0.11, wspace=0.3)
         figure.savefig(path, dpi=120, facecolor="white")
         plt.close(figure)
 
@@ -161,4 +163,4 @@ def of(what: str, rows: list[dict]) -> str:
     if not rows:
         return f"{what} attention"
     causal = "causal " if rows[0]["parameters"].get("causal") else ""
-    return f"{what}, {causal}attention, {rows[0]['model']} f32"
+    return f"{what}: {causal}attention, {rows[0]['model']} f32"
