@@ -27,7 +27,13 @@ test:
 	cmake --build --preset aarch64
 	ctest --preset aarch64
 	ctest --preset aarch64-no-bf16
-	.venv/bin/python -m pytest tests/python
+	METALLOID_COMMAND=build/test/metalloid .venv/bin/python -m pytest tests/python
+
+# Against the machine's ceilings and PyTorch, MLX, onnxruntime; make bench ARGS='--quick --plot bench.png'
+bench: all
+	@tools/setup bench
+	@tools/install_python
+	@METALLOID_PYTHON=.venv/bin/python build/release/metalloid bench $(ARGS)
 
 sanitize:
 	@tools/setup sanitize
@@ -37,7 +43,7 @@ fuzz:
 	@tools/setup fuzz
 	@tools/fuzz $(FUZZ_SECONDS)
 
-C_FILES = $(shell find include src cli bindings tests bench -name '*.[ch]')
+C_FILES = $(shell find include src cli bindings tests -name '*.[ch]')
 
 lint:
 	@tools/setup lint
@@ -58,5 +64,5 @@ format:
 clean:
 	rm -rf build
 
-.PHONY: all install demo test sanitize fuzz lint format clean
+.PHONY: all install demo test bench sanitize fuzz lint format clean
 .NOTPARALLEL:

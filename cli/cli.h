@@ -7,5 +7,6 @@ enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
 /* Each gets the arguments after its own name. */
 int metalloid_cli_info(int count, char **arguments);
 int metalloid_cli_check(int count, char **arguments);
+int metalloid_cli_bench(int count, char **arguments);
 
 #endif

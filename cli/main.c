@@ -11,6 +11,8 @@ static const struct {
 } commands[] = {
     {"info", "version, CPU features in use, threads, GPUs, compilers for custom kernels", metalloid_cli_info},
     {"check", "compare each optimized kernel with the plain C one, on this machine", metalloid_cli_check},
+    {"bench", "time every operation against the machine's ceilings and the libraries that are installed",
+     metalloid_cli_bench},
 };
 
 enum { COMMANDS = sizeof commands / sizeof *commands };
