@@ -25,6 +25,7 @@ typedef struct mtl_norm_args {
     double eps;
     mtl_row x, residual, weight, bias, sum, out;
     bool in_double;
+    bool stream; /* the CPU backend's to set: results go past the caches */
 } mtl_norm_args;
 
 enum { MTL_NORM_X, MTL_NORM_OUT, MTL_NORM_RESIDUAL, MTL_NORM_SUM };
@@ -37,6 +38,7 @@ typedef struct mtl_gated_args {
     mtl_row gate, up, out;
     bool tanh; /* geglu's approximation */
     bool in_double;
+    bool stream;
 } mtl_gated_args;
 
 enum { MTL_GATED_GATE, MTL_GATED_UP, MTL_GATED_OUT };
@@ -83,6 +85,7 @@ typedef struct mtl_rope_args {
     bool normed;
     double eps;
     bool in_double;
+    bool stream;
 } mtl_rope_args;
 
 /* scaled_dot_product_attention. */

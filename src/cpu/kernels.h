@@ -44,6 +44,14 @@ const mtl_cpu_kernels *mtl_cpu_kernels_for(const metalloid_context *context, boo
 metalloid_status mtl_cpu_run(const metalloid_context *context, const char *op, mtl_kernel kernel, const void *args,
                              int64_t items, int64_t item_cost, size_t scratch);
 
+/* Whether results of so many bytes are better written past the caches: they and the operands beside them would not stay there. */
+bool mtl_cpu_streams(double bytes);
+
+/* A row each of weights, bias, x and residual, as reals. */
+static inline size_t mtl_norm_scratch(const mtl_norm_args *args) {
+    return (size_t)args->length * 4 * (args->in_double ? sizeof(double) : sizeof(float));
+}
+
 /* rope's items are blocks of so many time steps: enough to read runs of memory, few enough to share out. */
 enum { MTL_ROPE_BLOCK = 16 };
 
@@ -79,11 +87,11 @@ static inline size_t mtl_gated_delta_scratch(const mtl_gated_delta_args *args) {
 }
 
 /* Entry points: how an operation's work is cut into items, and which kernel does it. `op` is for messages. */
-metalloid_status mtl_cpu_rms_norm(const metalloid_context *context, const char *op, const mtl_norm_args *args);
-metalloid_status mtl_cpu_layer_norm(const metalloid_context *context, const char *op, const mtl_norm_args *args);
+metalloid_status mtl_cpu_rms_norm(const metalloid_context *context, const char *op, mtl_norm_args *args);
+metalloid_status mtl_cpu_layer_norm(const metalloid_context *context, const char *op, mtl_norm_args *args);
 metalloid_status mtl_cpu_swiglu(const metalloid_context *context, const char *op, mtl_gated_args *args);
 metalloid_status mtl_cpu_geglu(const metalloid_context *context, const char *op, mtl_gated_args *args);
-metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, const mtl_rope_args *args);
+metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, mtl_rope_args *args);
 metalloid_status mtl_cpu_attention(const metalloid_context *context, const char *op, const mtl_attention_args *given);
 metalloid_status mtl_cpu_cross_entropy(const metalloid_context *context, const char *op,
                                        const mtl_cross_entropy_args *args);

@@ -4,12 +4,14 @@
 
 enum { TURN_COST = 128 }; /* of a cosine and a sine, as memory traffic */
 
-metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, const mtl_rope_args *args) {
+metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, mtl_rope_args *args) {
     mtl_kernel kernel = mtl_cpu_kernels_for(context, args->in_double)->rope;
     int64_t heads = 0;
     for (int i = 0; i < args->sides; i++) heads += args->side[i].heads.count;
     if (heads == 0 || args->batch == 0 || args->time == 0) return METALLOID_OK;
     int64_t cost = heads * args->head_dim * 8 + args->angles.dims / 2 * TURN_COST;
+    args->stream = mtl_cpu_streams((double)args->batch * (double)args->time * (double)heads * (double)args->head_dim *
+                                   (double)mtl_dtype_size(args->side[0].out.dtype));
     int64_t blocks = args->time / MTL_ROPE_BLOCK + (args->time % MTL_ROPE_BLOCK != 0);
     return mtl_cpu_run(context, op, kernel, args, args->batch * blocks, cost * mtl_rope_most_steps(args),
                        mtl_rope_scratch(args));

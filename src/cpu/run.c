@@ -2,12 +2,28 @@
 #include "core/threads.h"
 #include "cpu/kernels.h"
 
+#include <unistd.h>
+
 enum {
     PART_COST = 32 << 10,     /* below this a part is done before another thread has woken up */
     PARTS_A_THREAD = 4,       /* so that a thread that the machine takes away holds up little */
-    STACK_SCRATCH = 16 << 10, /* small calls on one thread do without malloc */
+    STACK_SCRATCH = 32 << 10, /* small calls on one thread do without malloc */
     CACHE_LINE = 64,
+    UNKNOWN_CACHE = 32 << 20, /* where the system does not say how large its last level is */
 };
+
+bool mtl_cpu_streams(double bytes) {
+    static _Atomic long last_level;
+    long size = last_level;
+    if (!size) {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+        size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+        if (size <= 0) size = UNKNOWN_CACHE;
+        last_level = size;
+    }
+    return bytes > (double)size / 2;
+}
 
 typedef struct {
     mtl_kernel kernel;

@@ -2,11 +2,12 @@
  *
  * Included by swiglu.c and geglu.c after they define activation(vec). One read of gate and up, one write of out. */
 
-INLINE void gated_run(const char *gate, const char *up, char *out, mtl_dtype dtype, int64_t count, bool tanh) {
+INLINE void gated_run(const char *gate, const char *up, char *out, mtl_dtype dtype, int64_t count, bool tanh,
+                      bool stream) {
     int64_t size = mtl_dtype_size(dtype), i = 0;
     for (; i + LANES <= count; i += LANES) {
         vec v = activation(vec_load_as(gate + i * size, dtype), tanh) * vec_load_as(up + i * size, dtype);
-        vec_store_as(out + i * size, dtype, v);
+        vec_put_as(stream, out + i * size, dtype, v);
     }
     if (i < count) {
         vec v = activation(vec_load_part(gate + i * size, dtype, count - i), tanh) *
@@ -26,20 +27,21 @@ INLINE void gated_items(const mtl_gated_args *args, int64_t begin, int64_t end, 
         const char *gate = args->gate.data + at.offset[MTL_GATED_GATE] + first * args->gate.stride;
         const char *up = args->up.data + at.offset[MTL_GATED_UP] + first * args->up.stride;
         char *out = args->out.data + at.offset[MTL_GATED_OUT] + first * args->out.stride;
+        bool stream = args->stream && can_stream(out);
         if (direct && dtype == REAL_DTYPE) {
-            gated_run(gate, up, out, REAL_DTYPE, count, tanh);
+            gated_run(gate, up, out, REAL_DTYPE, count, tanh, stream);
 #ifndef MTL_IN_DOUBLE
         } else if (direct && dtype == MTL_F16) {
-            gated_run(gate, up, out, MTL_F16, count, tanh);
+            gated_run(gate, up, out, MTL_F16, count, tanh, stream);
         } else if (direct && dtype == MTL_BF16) {
-            gated_run(gate, up, out, MTL_BF16, count, tanh);
+            gated_run(gate, up, out, MTL_BF16, count, tanh, stream);
 #endif
         } else {
             real *up_row = scratch + args->run;
             read_row(scratch, gate, args->gate, count);
             read_row(up_row, up, args->up, count);
-            gated_run((const char *)scratch, (const char *)up_row, (char *)scratch, REAL_DTYPE, count, tanh);
+            gated_run((const char *)scratch, (const char *)up_row, (char *)scratch, REAL_DTYPE, count, tanh, false);
             write_row(out, args->out, scratch, count);
         }
-    }
+    }    if (args->stream) vec_stream_end();
 }

@@ -56,23 +56,37 @@ INLINE vec exp_remainder(vec x, vec n) {
 
 #define LOG2_E ((real)0x1.71547652b82fep0)
 
+#ifndef VEC_HAS_SCALE
 INLINE vec exp_power(vec_bits n) { return (vec)((n + EXP_BIAS) << EXP_SHIFT); }
+#endif
 
 /* The whole range: subnormals below, infinity above, NaN for NaN. */
 INLINE vec vec_exp(vec x) {
     x = vec_max(vec_set(EXP_LEAST), vec_min(vec_set(EXP_MOST), x));
-    vec shifted = vec_fma(x, vec_set(LOG2_E), vec_set(EXP_MAGIC));
-    vec_int n = (vec_int)shifted - (vec_int)vec_set(EXP_MAGIC), half = n >> 1;
-    return exp_reduced(exp_remainder(x, shifted - vec_set(EXP_MAGIC))) * exp_power((vec_bits)half) *
-           exp_power((vec_bits)(n - half));
+    vec shifted = vec_fma(x, vec_set(LOG2_E), vec_set(EXP_MAGIC)), n = shifted - vec_set(EXP_MAGIC);
+    vec y = exp_reduced(exp_remainder(x, n));
+#ifdef VEC_HAS_SCALE
+    return vec_scale(y, n);
+#else
+    vec_int power = (vec_int)shifted - (vec_int)vec_set(EXP_MAGIC), half = power >> 1;
+    return y * exp_power((vec_bits)half) * exp_power((vec_bits)(power - half));
+#endif
 }
 
-/* For softmax: x <= 0, and what would be subnormal is 0. NaN for NaN. */
+/* For x <= 0; what would be subnormal may be 0, and below EXP_LEAST is. NaN for NaN. */
 INLINE vec vec_exp_of_nonpositive(vec x) {
-    vec shifted = vec_fma(x, vec_set(LOG2_E), vec_set(EXP_MAGIC));
-    vec_bits n = (vec_bits)shifted - (vec_bits)vec_set(EXP_MAGIC); /* far below it wraps, and y is dropped */
-    vec y = exp_reduced(exp_remainder(x, shifted - vec_set(EXP_MAGIC))) * exp_power(n);
+#ifdef VEC_HAS_SCALE
+    x = vec_max(vec_set(EXP_LEAST), x);
+#endif
+    vec shifted = vec_fma(x, vec_set(LOG2_E), vec_set(EXP_MAGIC)), n = shifted - vec_set(EXP_MAGIC);
+    vec y = exp_reduced(exp_remainder(x, n));
+#ifdef VEC_HAS_SCALE
+    return vec_scale(y, n);
+#else
+    vec_bits power = (vec_bits)shifted - (vec_bits)vec_set(EXP_MAGIC); /* far below it wraps, and y is dropped */
+    y *= exp_power(power);
     return (vec)((vec_int)y & ~(vec_int)(x < vec_set(EXP_LEAST_NORMAL)));
+#endif
 }
 
 /* tanh(y) = y + y^3 P(y^2) for |y| <= 0.65, else 1 - 2 / (exp(2|y|) + 1) with the sign of y. */

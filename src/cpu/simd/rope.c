@@ -116,9 +116,17 @@ static const angle_real *make_inv_freqs(angle_real *scratch, const mtl_rope_angl
 
 /* (x1 cos - x2 sin, x1 sin + x2 cos); a pair whose sine is 0 is unrotated and takes nothing from an infinite partner. */
 INLINE void turn_halves(const char *x, char *out, mtl_dtype dtype, int64_t pairs, const real *cosines,
-                        const real *sines) {
+                        const real *sines, bool stream) {
     int64_t size = mtl_dtype_size(dtype);
-    for (int64_t i = 0; i < pairs; i += LANES) {
+    int64_t i = 0;
+    for (; i + LANES <= pairs; i += LANES) {
+        vec x1 = vec_load_as(x + i * size, dtype), x2 = vec_load_as(x + (pairs + i) * size, dtype);
+        vec c = vec_load(cosines + i), s = vec_load(sines + i);
+        vec_int still = s == vec_zero();
+        vec_put_as(stream, out + i * size, dtype, vec_select(still, x1, vec_fma(x1, c, -(x2 * s))));
+        vec_put_as(stream, out + (pairs + i) * size, dtype, vec_select(still, x2, vec_fma(x1, s, x2 * c)));
+    }
+    if (i < pairs) {
         int64_t count = pairs - i;
         vec x1 = vec_load_upto(x + i * size, dtype, count), x2 = vec_load_upto(x + (pairs + i) * size, dtype, count);
         vec c = vec_load_upto(cosines + i, REAL_DTYPE, count), s = vec_load_upto(sines + i, REAL_DTYPE, count);
@@ -130,9 +138,15 @@ INLINE void turn_halves(const char *x, char *out, mtl_dtype dtype, int64_t pairs
 
 /* The same for neighbours: the table has each cosine twice, and each sine as -sin, sin. */
 INLINE void turn_neighbours(const char *x, char *out, mtl_dtype dtype, int64_t dims, const real *cosines,
-                            const real *sines) {
+                            const real *sines, bool stream) {
     int64_t size = mtl_dtype_size(dtype);
-    for (int64_t i = 0; i < dims; i += LANES) {
+    int64_t i = 0;
+    for (; i + LANES <= dims; i += LANES) {
+        vec v = vec_load_as(x + i * size, dtype), c = vec_load(cosines + i), s = vec_load(sines + i);
+        v = vec_select(s == vec_zero(), v, vec_fma(v, c, vec_swap_neighbours(v) * s));
+        vec_put_as(stream, out + i * size, dtype, v);
+    }
+    if (i < dims) {
         int64_t count = dims - i;
         vec v = vec_load_upto(x + i * size, dtype, count);
         vec c = vec_load_upto(cosines + i, REAL_DTYPE, count), s = vec_load_upto(sines + i, REAL_DTYPE, count);
@@ -141,9 +155,9 @@ INLINE void turn_neighbours(const char *x, char *out, mtl_dtype dtype, int64_t d
     }
 }
 
-INLINE void turn(const char *x, char *out, mtl_dtype dtype, const mtl_rope_angles *angles, const real *table) {
-    if (angles->traditional) turn_neighbours(x, out, dtype, angles->dims, table, table + angles->dims);
-    else turn_halves(x, out, dtype, angles->dims / 2, table, table + angles->dims);
+INLINE void turn(const char *x, char *out, mtl_dtype dtype, const mtl_rope_angles *angles, const real *table, bool stream) {
+    if (angles->traditional) turn_neighbours(x, out, dtype, angles->dims, table, table + angles->dims, stream);
+    else turn_halves(x, out, dtype, angles->dims / 2, table, table + angles->dims, stream);
 }
 
 static void norm_head(real *head, int64_t length, const real *weight, double eps) {
@@ -176,10 +190,12 @@ static void do_row(const row_work *work, const char *x, char *out, const real *t
     int64_t dims = args->angles.dims;
     mtl_dtype dtype = side->x.dtype;
     if (!args->normed && in_place_row(side->x, dtype) && in_place_row(side->out, dtype)) {
-        if (dtype == REAL_DTYPE) turn(x, out, REAL_DTYPE, &args->angles, table);
+        int64_t half = dims / 2 * mtl_dtype_size(dtype);
+        bool stream = args->stream && can_stream(out) && half % VECTOR_BYTES == 0;
+        if (dtype == REAL_DTYPE) turn(x, out, REAL_DTYPE, &args->angles, table, stream);
 #ifndef MTL_IN_DOUBLE
-        else if (dtype == MTL_F16) turn(x, out, MTL_F16, &args->angles, table);
-        else if (dtype == MTL_BF16) turn(x, out, MTL_BF16, &args->angles, table);
+        else if (dtype == MTL_F16) turn(x, out, MTL_F16, &args->angles, table, stream);
+        else if (dtype == MTL_BF16) turn(x, out, MTL_BF16, &args->angles, table, stream);
 #endif
         if (dtype == REAL_DTYPE || dtype == MTL_F16 || dtype == MTL_BF16) {
             int64_t size = mtl_dtype_size(dtype);
@@ -192,7 +208,7 @@ static void do_row(const row_work *work, const char *x, char *out, const real *t
     int64_t length = as_it_is ? dims : args->head_dim;
     read_row(work->head, x, side->x, length);
     if (args->normed) norm_head(work->head, length, work->weight, args->eps);
-    turn((const char *)work->head, (char *)work->head, REAL_DTYPE, &args->angles, table);
+    turn((const char *)work->head, (char *)work->head, REAL_DTYPE, &args->angles, table, false);
     for (int64_t i = length; i < args->head_dim; i++) {
         memmove(out + i * side->out.stride, x + i * side->x.stride, (size_t)mtl_dtype_size(side->x.dtype));
     }
@@ -256,5 +272,5 @@ void SIMD(rope)(const void *arguments, int64_t begin, int64_t end, void *scratch
                 }
             }
         }
-    }
+    }    if (args->stream) vec_stream_end();
 }

@@ -1,11 +1,14 @@
 /* silu(gate) * up, silu(x) = x / (1 + exp(-x)). SPDX-License-Identifier: MIT
  *
- * exp(-x) is infinity for x below -89, and x / infinity the right 0; -infinity is moved to where that holds for it too. */
+ * With t = exp(-|x|), silu(x) = x / (1 + t) for x >= 0 and x t / (1 + t) below: nothing overflows, and the divisor is in [1, 2].
+ * -infinity, which would meet t = 0, is moved to a number that gives the right 0 too. */
 #include "cpu/simd/math.h"
 
 INLINE vec activation(vec x, bool unused) {
     (void)unused;
-    return vec_max(vec_set((real)-1e30), x) / (vec_set(1) + vec_exp(-x));
+    vec t = vec_exp_of_nonpositive(-vec_abs(x));
+    vec y = vec_max(vec_set((real)-1e30), x) * vec_reciprocal(vec_set(1) + t);
+    return vec_select(x < vec_zero(), y * t, y);
 }
 
 #include "cpu/simd/gated.h"

@@ -57,6 +57,8 @@ typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef real_int vec_int __attribute__((vector_size(VECTOR_BYTES))); /* comparisons give 0 or -1 a lane */
 typedef real_bits vec_bits __attribute__((vector_size(VECTOR_BYTES)));
 
+typedef uint16_t vec_half __attribute__((vector_size(LANES * 2))); /* float16 or bfloat16 */
+
 INLINE vec vec_set(real x) { return x - (vec){0}; }
 INLINE vec vec_zero(void) { return (vec){0}; }
 
@@ -84,12 +86,14 @@ INLINE vec_int vec_first(int64_t count) {
 #endif
 
 /* 0 or -1 a lane, from LANES bytes of which non-zero ones are true. */
+#ifndef VEC_HAS_NONZERO_BYTES
 INLINE vec_int vec_nonzero_bytes(const char *from) {
     typedef int8_t bytes __attribute__((vector_size(LANES)));
     bytes b;
     memcpy(&b, from, sizeof b);
     return __builtin_convertvector(b, vec_int) != 0;
 }
+#endif
 
 /* The two halves of a and b interleaved: a0 b0 a1 b1 ... */
 #if VECTOR_BYTES == 64 && !defined(MTL_IN_DOUBLE)
@@ -191,16 +195,35 @@ INLINE void vec_store_as(void *to, mtl_dtype dtype, vec v) {
         return;
     }
 #ifndef MTL_IN_DOUBLE
-    if (dtype == MTL_F16) {
-        vec_store_f16(to, v);
-        return;
-    }
-    if (dtype == MTL_BF16) {
-        vec_store_bf16(to, v);
+    if (dtype == MTL_F16 || dtype == MTL_BF16) {
+        vec_half half = dtype == MTL_F16 ? vec_to_f16(v) : vec_to_bf16(v);
+        memcpy(to, &half, sizeof half);
         return;
     }
 #endif
     for (int i = 0; i < LANES; i++) real_store((char *)to + i * mtl_dtype_size(dtype), dtype, v[i]);
+}
+
+/* A result larger than the caches (mtl_cpu_streams) goes past them, so that its lines need not be read first. */
+#ifdef VEC_HAS_STREAM
+INLINE void vec_stream_as(void *to, mtl_dtype dtype, vec v) {
+    if (dtype == REAL_DTYPE) vec_stream(to, v);
+#ifndef MTL_IN_DOUBLE
+    else if (dtype == MTL_F16) vec_stream_half(to, vec_to_f16(v));
+    else if (dtype == MTL_BF16) vec_stream_half(to, vec_to_bf16(v));
+#endif
+    else vec_store_as(to, dtype, v);
+}
+INLINE bool can_stream(const char *to) { return (uintptr_t)to % VECTOR_BYTES == 0; }
+#else
+INLINE void vec_stream_as(void *to, mtl_dtype dtype, vec v) { vec_store_as(to, dtype, v); }
+INLINE void vec_stream_end(void) {}
+INLINE bool can_stream(const char *to) { return (void)to, false; }
+#endif
+
+INLINE void vec_put_as(bool stream, void *to, mtl_dtype dtype, vec v) {
+    if (stream) vec_stream_as(to, dtype, v);
+    else vec_store_as(to, dtype, v);
 }
 
 /* The first `count` < LANES elements; the other lanes are 0, and are not stored. */

@@ -26,10 +26,7 @@ INLINE vec vec_load_f16(const void *from) {
     memcpy(&half, from, sizeof half);
     return (vec)vcvt_f32_f16(half);
 }
-INLINE void vec_store_f16(void *to, vec v) {
-    float16x4_t half = vcvt_f16_f32(v);
-    memcpy(to, &half, sizeof half);
-}
+INLINE vec_half vec_to_f16(vec v) { return (vec_half)vcvt_f16_f32(v); }
 
 INLINE vec vec_load_bf16(const void *from) {
     uint16x4_t half;
@@ -37,19 +34,18 @@ INLINE vec vec_load_bf16(const void *from) {
     return (vec)vshll_n_u16(half, 16);
 }
 #ifdef MTL_ISA_NEON_BF16
-INLINE void vec_store_bf16(void *to, vec v) {
-    bfloat16x4_t half = vcvt_bf16_f32(v); /* to nearest even, subnormals kept, NaN made quiet: as mtl_float_to_bf16 */
-    memcpy(to, &half, sizeof half);
-}
+/* To nearest even, subnormals kept, NaN made quiet: as mtl_float_to_bf16. */
+INLINE vec_half vec_to_bf16(vec v) { return (vec_half)vcvt_bf16_f32(v); }
 #else
-INLINE void vec_store_bf16(void *to, vec v) {
+INLINE vec_half vec_to_bf16(vec v) {
     uint32x4_t bits = (uint32x4_t)v, odd = (bits >> 16) & 1;
     bits = vbslq_u32(vceqq_f32(v, v), bits + (odd + 0x7fff), bits | 0x400000); /* NaN: the quiet bit, and no carry */
-    uint16x4_t half = vshrn_n_u32(bits, 16);
-    memcpy(to, &half, sizeof half);
+    return (vec_half)vshrn_n_u32(bits, 16);
 }
 #endif
 #endif
+
+INLINE vec vec_reciprocal(vec v) { return vec_set(1) / v; }
 
 #define VEC_HAS_REDUCTIONS /* of neighbours first; FMAXNM passes over NaN */
 #ifdef MTL_IN_DOUBLE

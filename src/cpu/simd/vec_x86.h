@@ -40,44 +40,86 @@ INLINE vec vec_min(vec a, vec b) { return (vec)MM(min_ps)(a, b); }
 #if VECTOR_BYTES == 64
 INLINE vec vec_round(vec v) { return (vec)_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vec vec_load_f16(const void *from) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
-INLINE void vec_store_f16(void *to, vec v) {
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+INLINE vec_half vec_to_f16(vec v) {
+    return (vec_half)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 INLINE vec vec_load_bf16(const void *from) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
 }
-INLINE void vec_store_bf16(void *to, vec v) {
+INLINE vec_half vec_to_bf16(vec v) {
 #ifdef MTL_ISA_AVX512_BF16
-    if (!_mm512_fpclass_ps_mask(v, 0x20)) { /* the instruction takes subnormals for 0 */
-        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(v));
-        return;
-    }
+    /* The instruction takes subnormals for 0. */
+    if (!_mm512_fpclass_ps_mask(v, 0x20)) return (vec_half)_mm512_cvtneps_pbh(v);
 #endif
     __m512i bits = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
     rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(rounded));
+    return (vec_half)_mm512_cvtepi32_epi16(rounded);
 }
 #else
 INLINE vec vec_round(vec v) { return (vec)_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vec vec_load_f16(const void *from) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
-INLINE void vec_store_f16(void *to, vec v) {
-    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+INLINE vec_half vec_to_f16(vec v) {
+    return (vec_half)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 INLINE vec vec_load_bf16(const void *from) {
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
 }
-INLINE void vec_store_bf16(void *to, vec v) {
+INLINE vec_half vec_to_bf16(vec v) {
     __m256i bits = (__m256i)v, odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
     rounded = _mm256_blendv_epi8(rounded, quiet, (__m256i)_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     __m256i packed =
         _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08); /* 0, 2: the two halves' low words */
-    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(packed));
+    return (vec_half)_mm256_castsi256_si128(packed);
 }
 #endif
+#endif
+
+/* ---- stores past the caches; the address is a multiple of the size ---------------------------------------------------------- */
+
+#define VEC_HAS_STREAM
+#if VECTOR_BYTES == 64
+INLINE void vec_stream(void *to, vec v) { _mm512_stream_si512((__m512i *)to, (__m512i)v); }
+#else
+INLINE void vec_stream(void *to, vec v) { _mm256_stream_si256((__m256i *)to, (__m256i)v); }
+#endif
+#if VECTOR_BYTES == 64 && !defined(MTL_IN_DOUBLE)
+INLINE void vec_stream_half(void *to, vec_half v) { _mm256_stream_si256((__m256i *)to, (__m256i)v); }
+#elif !defined(MTL_IN_DOUBLE)
+INLINE void vec_stream_half(void *to, vec_half v) { _mm_stream_si128((__m128i *)to, (__m128i)v); }
+#endif
+/* Other threads see them after this. */
+INLINE void vec_stream_end(void) { _mm_sfence(); }
+
+/* ---- what AVX-512 alone has an instruction for ------------------------------------------------------------------------------- */
+
+#if VECTOR_BYTES == 64
+#define VEC_HAS_SCALE
+#define VEC_HAS_NONZERO_BYTES
+#ifdef MTL_IN_DOUBLE
+INLINE vec vec_scale(vec v, vec n) { return (vec)_mm512_scalef_pd(v, n); } /* v 2^n for an integer n */
+INLINE vec vec_reciprocal(vec v) { return vec_set(1) / v; }
+INLINE vec_int vec_nonzero_bytes(const char *from) {
+    __m128i bytes = _mm_loadl_epi64((const __m128i *)from);
+    return (vec_int)_mm512_movm_epi64((__mmask8)_mm_test_epi8_mask(bytes, bytes));
+}
+#else
+INLINE vec vec_scale(vec v, vec n) { return (vec)_mm512_scalef_ps(v, n); } /* v 2^n for an integer n */
+/* Of normal numbers with a normal reciprocal: 14 bits, and a Newton step to within a unit in the last place. */
+INLINE vec vec_reciprocal(vec v) {
+    vec guess = (vec)_mm512_rcp14_ps(v);
+    return vec_fma(vec_fma(-v, guess, vec_set(1)), guess, guess);
+}
+INLINE vec_int vec_nonzero_bytes(const char *from) {
+    __m128i bytes = _mm_loadu_si128((const __m128i *)from);
+    return (vec_int)_mm512_movm_epi32(_mm_test_epi8_mask(bytes, bytes));
+}
+#endif
+#else
+INLINE vec vec_reciprocal(vec v) { return vec_set(1) / v; }
 #endif
 
 /* ---- reductions, in a fixed order --------------------------------------------------------------------------------------- */
