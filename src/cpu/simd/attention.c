@@ -17,9 +17,6 @@
 #include "cpu/attention.h"
 #include "cpu/simd/math.h"
 
-/* Into the second-level cache: the first level has too few lines under way to keep memory busy. */
-#define prefetch(address) __builtin_prefetch(address, 0, 2)
-
 enum {
     KEYS = MTL_ATTENTION_KEYS,
     ROWS = MTL_ATTENTION_ROWS,

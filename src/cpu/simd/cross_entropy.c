@@ -5,45 +5,48 @@
  * LANES at a time, and the chunks' sums in double. Rows with infinities, where x - largest would be NaN, go to the plain kernel. */
 #include "cpu/simd/math.h"
 
-enum { CHUNK = 512 };
+enum { CHUNK = 512, AHEAD = 2 * CHUNK };
 
 /* The largest of `count` logits; NaN is passed over (and comes back in the sum). */
 INLINE real chunk_largest(const char *logits, mtl_dtype dtype, int64_t count) {
     int64_t size = mtl_dtype_size(dtype), i = 0;
-    vec largest[2] = {vec_set(-(real)INFINITY), vec_set(-(real)INFINITY)};
-    for (; i + 2 * LANES <= count; i += 2 * LANES) {
-        for (int j = 0; j < 2; j++)
+    vec largest[4];
+    for (int j = 0; j < 4; j++) largest[j] = vec_set(-(real)INFINITY);
+    for (; i + 4 * LANES <= count; i += 4 * LANES) {
+        for (int j = 0; j < 4; j++) {
+            prefetch(logits + (AHEAD + i + j * LANES) * size);
             largest[j] = vec_max(vec_load_as(logits + (i + j * LANES) * size, dtype), largest[j]);
+        }
     }
     for (; i < count; i += LANES) {
         vec x = vec_load_upto(logits + i * size, dtype, count - i);
         if (count - i < LANES) x = vec_select(vec_first(count - i), x, vec_set(-(real)INFINITY));
         largest[0] = vec_max(x, largest[0]);
     }
-    return vec_largest(vec_max(largest[0], largest[1]));
+    return vec_largest(vec_max(vec_max(largest[0], largest[1]), vec_max(largest[2], largest[3])));
 }
 
-/* The sum of exp(x - largest) but for logits that equal `largest`: their terms are 1, beside which the small ones, the loss of a confident
- * row, would be lost. They are counted. */
+/* The sum of exp(x - largest). Logits that equal `largest` are counted instead: their terms are 1, beside which the small ones, the loss of
+ * a confident row, would be lost. Where `equal` is NULL there are none. */
 INLINE double chunk_sum(const char *logits, mtl_dtype dtype, int64_t count, real largest, double *equal) {
     int64_t size = mtl_dtype_size(dtype), i = 0;
-    vec sum[2] = {vec_zero(), vec_zero()}, ones[2] = {vec_zero(), vec_zero()}, shift = vec_set(largest),
-        one = vec_set(1);
-    for (; i + 2 * LANES <= count; i += 2 * LANES) {
-        for (int j = 0; j < 2; j++) {
+    vec sum[4], ones = vec_zero(), shift = vec_set(largest);
+    for (int j = 0; j < 4; j++) sum[j] = vec_zero();
+    for (; i + 4 * LANES <= count; i += 4 * LANES) {
+        for (int j = 0; j < 4; j++) {
             vec x = vec_load_as(logits + (i + j * LANES) * size, dtype), e = vec_exp_of_nonpositive(x - shift);
-            sum[j] += vec_select(x == shift, vec_zero(), e);
-            ones[j] += vec_select(x == shift, one, vec_zero());
+            sum[j] += equal ? vec_select(x == shift, vec_zero(), e) : e;
+            if (equal) ones += vec_select(x == shift, vec_set(1), vec_zero());
         }
     }
     for (; i < count; i += LANES) {
         vec x = vec_load_upto(logits + i * size, dtype, count - i), e = vec_exp_of_nonpositive(x - shift);
         vec_int there = vec_first(count - i < LANES ? count - i : LANES);
         sum[0] += vec_select(there & ~(x == shift), e, vec_zero());
-        ones[0] += vec_select(there & (x == shift), one, vec_zero());
+        ones += vec_select(there & (x == shift), vec_set(1), vec_zero());
     }
-    *equal = (double)vec_sum(ones[0] + ones[1]);
-    return (double)vec_sum(sum[0] + sum[1]);
+    if (equal) *equal = (double)vec_sum(ones);
+    return (double)vec_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 /* False where the row has to be done the plain way. */
@@ -60,8 +63,9 @@ INLINE bool row_loss(const char *logits, mtl_dtype dtype, int64_t classes, int64
             largest = here;
         }
         if (isinf(largest)) return false;
-        double equal, sum = chunk_sum(logits + i * size, dtype, count, largest, &equal);
-        rest += sum + (equal - larger);
+        double equal = 0;
+        if (here == largest) rest += chunk_sum(logits + i * size, dtype, count, largest, &equal) + (equal - larger);
+        else rest += chunk_sum(logits + i * size, dtype, count, largest, NULL);
     }
     *loss = ((double)largest - mtl_load_double(logits + target * size, dtype)) + log1p(rest);
     return true;

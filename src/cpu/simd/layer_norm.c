@@ -42,6 +42,7 @@ INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_d
     double inverse = 1 / sqrt(variance);
     vec minus = vec_set(shift), offset = vec_set((real)delta), factor = vec_set((real)inverse);
     for (; i + LANES <= length; i += LANES) {
+        prefetch(x + (length + i) * size); /* the next row */
         vec d = (vec_load_as(x + i * size, x_dtype) - minus) - offset;
         vec v = vec_fma(d * factor, vec_load_as(weight + i * weight_size, weight_dtype),
                         vec_load_as(bias + i * bias_size, bias_dtype));

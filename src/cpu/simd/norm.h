@@ -20,11 +20,15 @@ static norm_weights settle_weights(mtl_row weights, int64_t length, mtl_dtype x_
     return (norm_weights){(const char *)scratch, REAL_DTYPE};
 }
 
+enum { AHEAD = 4096 };
+
 /* row = x + residual, and that rounded to sum. */
 INLINE void add_row(real *row, const char *x, const char *residual, char *sum, mtl_dtype dtype, bool stream,
                     int64_t length) {
     int64_t size = mtl_dtype_size(dtype), i = 0;
     for (; i + LANES <= length; i += LANES) {
+        prefetch(x + AHEAD + i * size);
+        prefetch(residual + AHEAD + i * size);
         vec v = vec_load_as(x + i * size, dtype) + vec_load_as(residual + i * size, dtype);
         vec_store(row + i, v);
         vec_put_as(stream, sum + i * size, dtype, v);

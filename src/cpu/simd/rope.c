@@ -114,12 +114,16 @@ static const angle_real *make_inv_freqs(angle_real *scratch, const mtl_rope_angl
 
 /* ---- rows --------------------------------------------------------------------------------------------------------------- */
 
+enum { AHEAD = 4096 };
+
 /* (x1 cos - x2 sin, x1 sin + x2 cos); a pair whose sine is 0 is unrotated and takes nothing from an infinite partner. */
 INLINE void turn_halves(const char *x, char *out, mtl_dtype dtype, int64_t pairs, const real *cosines,
                         const real *sines, bool stream) {
     int64_t size = mtl_dtype_size(dtype);
     int64_t i = 0;
     for (; i + LANES <= pairs; i += LANES) {
+        prefetch(x + AHEAD + i * size);
+        prefetch(x + AHEAD + (pairs + i) * size);
         vec x1 = vec_load_as(x + i * size, dtype), x2 = vec_load_as(x + (pairs + i) * size, dtype);
         vec c = vec_load(cosines + i), s = vec_load(sines + i);
         vec_int still = s == vec_zero();
@@ -142,6 +146,7 @@ INLINE void turn_neighbours(const char *x, char *out, mtl_dtype dtype, int64_t d
     int64_t size = mtl_dtype_size(dtype);
     int64_t i = 0;
     for (; i + LANES <= dims; i += LANES) {
+        prefetch(x + AHEAD + i * size);
         vec v = vec_load_as(x + i * size, dtype), c = vec_load(cosines + i), s = vec_load(sines + i);
         v = vec_select(s == vec_zero(), v, vec_fma(v, c, vec_swap_neighbours(v) * s));
         vec_put_as(stream, out + i * size, dtype, v);

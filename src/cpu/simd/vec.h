@@ -95,6 +95,10 @@ INLINE vec_int vec_nonzero_bytes(const char *from) {
 }
 #endif
 
+/* Asks for a line that is needed soon, into the second-level cache: the first has too few lines under way to keep memory busy. It may lie
+ * past the end of what is read. */
+INLINE void prefetch(const void *address) { __builtin_prefetch(address, 0, 2); }
+
 /* The two halves of a and b interleaved: a0 b0 a1 b1 ... */
 #if VECTOR_BYTES == 64 && !defined(MTL_IN_DOUBLE)
 INLINE vec vec_zip_low(vec a, vec b) {
