@@ -433,7 +433,7 @@ static void weigh_row(block_state *s, int64_t row) {
     for (int i = 0; i < KEYS / LANES; i += 2) {
         vec weight[2];
         for (int j = 0; j < 2; j++) {
-            weight[j] = vec_exp_of_nonpositive(vec_load(scores + (i + j) * LANES) - shift);
+            weight[j] = vec_exp_of_softmax(vec_load(scores + (i + j) * LANES) - shift);
             sum[j] += weight[j];
         }
         if (HAS_PAIRS && s->paired) {

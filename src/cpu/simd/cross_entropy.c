@@ -1,71 +1,83 @@
 /* loss = logsumexp(logits) - logits[target]. SPDX-License-Identifier: MIT
  *
- * One read of the logits from memory: a chunk is looked at for its largest logit, and summed while it lies in the first-level cache;
- * the sum so far is rescaled when a chunk brings a larger one (Milakov & Gimelshein 2018, arXiv:1805.02867). Chunks are summed in reals,
- * LANES at a time, and the chunks' sums in double. Rows with infinities, where x - largest would be NaN, go to the plain kernel. */
+ * One read of the logits from memory, a chunk at a time, in terms of the largest logit so far (Milakov & Gimelshein 2018,
+ * arXiv:1805.02867). Most chunks have none as large: one pass sums their exponentials and makes sure of that. A chunk that has is looked
+ * at again, in the first-level cache. A chunk is summed in reals, LANES at a time, and the chunks' sums in double. Rows with
+ * infinities, where x - largest would be NaN, go to the plain kernel. */
 #include "cpu/simd/math.h"
 
-enum { CHUNK = 512, AHEAD = 2 * CHUNK };
+enum { CHUNK = 2048, AHEAD = 4096 };
+
+INLINE vec load_logits(const char *logits, mtl_dtype dtype, int64_t count) {
+    if (count >= LANES) return vec_load_as(logits, dtype);
+    return vec_select(vec_first(count), vec_load_part(logits, dtype, count), vec_set(-(real)INFINITY));
+}
 
 /* The largest of `count` logits; NaN is passed over (and comes back in the sum). */
 INLINE real chunk_largest(const char *logits, mtl_dtype dtype, int64_t count) {
-    int64_t size = mtl_dtype_size(dtype), i = 0;
-    vec largest[4];
-    for (int j = 0; j < 4; j++) largest[j] = vec_set(-(real)INFINITY);
-    for (; i + 4 * LANES <= count; i += 4 * LANES) {
-        for (int j = 0; j < 4; j++) {
-            prefetch(logits + (AHEAD + i + j * LANES) * size);
-            largest[j] = vec_max(vec_load_as(logits + (i + j * LANES) * size, dtype), largest[j]);
-        }
-    }
-    for (; i < count; i += LANES) {
-        vec x = vec_load_upto(logits + i * size, dtype, count - i);
-        if (count - i < LANES) x = vec_select(vec_first(count - i), x, vec_set(-(real)INFINITY));
-        largest[0] = vec_max(x, largest[0]);
-    }
-    return vec_largest(vec_max(vec_max(largest[0], largest[1]), vec_max(largest[2], largest[3])));
+    int64_t size = mtl_dtype_size(dtype);
+    vec largest = vec_set(-(real)INFINITY);
+    for (int64_t i = 0; i < count; i += LANES)
+        largest = vec_max(load_logits(logits + i * size, dtype, count - i), largest);
+    return vec_largest(largest);
 }
 
-/* The sum of exp(x - largest). Logits that equal `largest` are counted instead: their terms are 1, beside which the small ones, the loss of
- * a confident row, would be lost. Where `equal` is NULL there are none. */
-INLINE double chunk_sum(const char *logits, mtl_dtype dtype, int64_t count, real largest, double *equal) {
+/* The sum of exp(x - shift), and the largest logit, or NaN's company where that is passed over. */
+INLINE double chunk_sum(const char *logits, mtl_dtype dtype, int64_t count, real shift, real *largest) {
     int64_t size = mtl_dtype_size(dtype), i = 0;
-    vec sum[4], ones = vec_zero(), shift = vec_set(largest);
-    for (int j = 0; j < 4; j++) sum[j] = vec_zero();
+    vec sum[4], most[4], minus = vec_set(shift);
+    for (int j = 0; j < 4; j++) sum[j] = vec_zero(), most[j] = vec_set(-(real)INFINITY);
     for (; i + 4 * LANES <= count; i += 4 * LANES) {
         for (int j = 0; j < 4; j++) {
-            vec x = vec_load_as(logits + (i + j * LANES) * size, dtype), e = vec_exp_of_nonpositive(x - shift);
-            sum[j] += equal ? vec_select(x == shift, vec_zero(), e) : e;
-            if (equal) ones += vec_select(x == shift, vec_set(1), vec_zero());
+            const char *from = logits + (i + j * LANES) * size;
+            prefetch(from + AHEAD);
+            vec x = vec_load_as(from, dtype);
+            most[j] = vec_max(x, most[j]);
+            sum[j] += vec_exp_of_softmax(x - minus);
         }
     }
     for (; i < count; i += LANES) {
-        vec x = vec_load_upto(logits + i * size, dtype, count - i), e = vec_exp_of_nonpositive(x - shift);
-        vec_int there = vec_first(count - i < LANES ? count - i : LANES);
-        sum[0] += vec_select(there & ~(x == shift), e, vec_zero());
-        ones += vec_select(there & (x == shift), vec_set(1), vec_zero());
+        vec x = load_logits(logits + i * size, dtype, count - i);
+        most[0] = vec_max(x, most[0]);
+        sum[0] += vec_exp_of_softmax(x - minus);
     }
-    if (equal) *equal = (double)vec_sum(ones);
+    *largest = vec_largest(vec_max(vec_max(most[0], most[1]), vec_max(most[2], most[3])));
     return (double)vec_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+/* The sum of exp(x - largest) but for logits that equal `largest`: their terms are 1, beside which the small ones, the loss of a confident
+ * row, would be lost. They are counted. */
+INLINE double chunk_rest(const char *logits, mtl_dtype dtype, int64_t count, real largest, double *equal) {
+    int64_t size = mtl_dtype_size(dtype);
+    vec sum = vec_zero(), ones = vec_zero(), shift = vec_set(largest);
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec x = load_logits(logits + i * size, dtype, count - i);
+        sum += vec_select(x == shift, vec_zero(), vec_exp_of_softmax(x - shift));
+        ones += vec_select(x == shift, vec_set(1), vec_zero());
+    }
+    *equal = (double)vec_sum(ones);
+    return (double)vec_sum(sum);
 }
 
 /* False where the row has to be done the plain way. */
 INLINE bool row_loss(const char *logits, mtl_dtype dtype, int64_t classes, int64_t target, double *loss) {
-    int64_t size = mtl_dtype_size(dtype);
-    real largest = -(real)INFINITY;
-    double rest = 0; /* the terms but one of the largest logit, which is 1 */
-    for (int64_t i = 0; i < classes; i += CHUNK) {
-        int64_t count = classes - i < CHUNK ? classes - i : CHUNK;
-        real here = chunk_largest(logits + i * size, dtype, count);
-        bool larger = here > largest;
-        if (larger) {
-            rest = (rest + 1) * exp((double)largest - (double)here);
-            largest = here;
-        }
+    int64_t size = mtl_dtype_size(dtype), count = classes < CHUNK ? classes : CHUNK;
+    real largest = chunk_largest(logits, dtype, count);
+    double rest = -1; /* the terms but one of the largest logit, which is 1 */
+    for (int64_t i = 0; i < classes; i += count) {
+        const char *chunk = logits + i * size;
+        count = classes - i < CHUNK ? classes - i : CHUNK;
         if (isinf(largest)) return false;
-        double equal = 0;
-        if (here == largest) rest += chunk_sum(logits + i * size, dtype, count, largest, &equal) + (equal - larger);
-        else rest += chunk_sum(logits + i * size, dtype, count, largest, NULL);
+        real here;
+        double sum = chunk_sum(chunk, dtype, count, largest, &here), equal;
+        if (here >= largest) {
+            if (isinf(here)) return false;
+            rest = (rest + 1) * exp((double)largest - (double)here) - 1;
+            largest = here;
+            sum = chunk_rest(chunk, dtype, count, largest, &equal);
+            rest += equal;
+        }
+        rest += sum;
     }
     *loss = ((double)largest - mtl_load_double(logits + target * size, dtype)) + log1p(rest);
     return true;

@@ -2,7 +2,7 @@
  *
  * Coefficients: minimax fits (Remez exchange) over the reduced ranges, made for these functions; each comment gives the fit's
  * largest relative error. Largest error measured over a seventh of all float32 arguments, in units in the last place: exp 0.99,
- * tanh 1.29, erfc 5.4. tests/c/vector_math.c holds them to 1, 1.5 and 6, and double's to 2 (erfc: 4). */
+ * tanh 1.29, erfc 5.4. tests/c/vector_math.c holds them to 1, 1.5 and 6, exp of softmax to 3 + |x| / 4, and double's to 2 (erfc: 4). */
 #ifndef METALLOID_CPU_SIMD_MATH_H
 #define METALLOID_CPU_SIMD_MATH_H
 
@@ -73,13 +73,23 @@ INLINE vec vec_exp(vec x) {
 #endif
 }
 
-/* For x <= 0; what would be subnormal may be 0, and below EXP_LEAST is. NaN for NaN. */
-INLINE vec vec_exp_of_nonpositive(vec x) {
+/* For softmax: x up to 80, where sums need fewer digits than single values. What would be subnormal may be 0, and below EXP_LEAST is. NaN for
+ * NaN. In float32 2^r of r = x / ln 2 - n, a polynomial (1.1e-7); the rounding of 1 / ln 2 makes the error grow with |x|. */
+INLINE vec vec_exp_of_softmax(vec x) {
 #ifdef VEC_HAS_SCALE
     x = vec_max(vec_set(EXP_LEAST), x);
 #endif
     vec shifted = vec_fma(x, vec_set(LOG2_E), vec_set(EXP_MAGIC)), n = shifted - vec_set(EXP_MAGIC);
+#ifdef MTL_IN_DOUBLE
     vec y = exp_reduced(exp_remainder(x, n));
+#else
+    vec r = vec_fma(x, vec_set(LOG2_E), -n), y = vec_set(0x1.5bb9fcp-10f);
+    y = vec_fma(y, r, vec_set(0x1.3cea9ep-7f));
+    y = vec_fma(y, r, vec_set(0x1.c6b754p-5f));
+    y = vec_fma(y, r, vec_set(0x1.ebf9bcp-3f));
+    y = vec_fma(y, r, vec_set(0x1.62e42ap-1f));
+    y = vec_fma(y, r, vec_set(1));
+#endif
 #ifdef VEC_HAS_SCALE
     return vec_scale(y, n);
 #else

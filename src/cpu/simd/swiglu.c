@@ -6,7 +6,7 @@
 
 INLINE vec activation(vec x, bool unused) {
     (void)unused;
-    vec t = vec_exp_of_nonpositive(-vec_abs(x));
+    vec t = vec_exp_of_softmax(-vec_abs(x));
     vec y = vec_max(vec_set((real)-1e30), x) * vec_reciprocal(vec_set(1) + t);
     return vec_select(x < vec_zero(), y * t, y);
 }
