@@ -1,7 +1,7 @@
 /* loss = logsumexp(logits) - logits[target]. SPDX-License-Identifier: MIT
  *
  * One read of the logits from memory, a chunk at a time, in terms of the largest logit so far (Milakov & Gimelshein 2018,
- * arXiv:1805.02867). Most chunks have none as large: one pass sums their exponentials and makes sure of that. A chunk that has is looked
+ * arXiv:1805.02867). Most chunks have none larger: one pass sums their exponentials and makes sure of that. A chunk that has is looked
  * at again, in the first-level cache. A chunk is summed in reals, LANES at a time, and the chunks' sums in double. Rows with
  * infinities, where x - largest would be NaN, go to the plain kernel. */
 #include "cpu/simd/math.h"
@@ -62,20 +62,17 @@ INLINE double chunk_rest(const char *logits, mtl_dtype dtype, int64_t count, rea
 /* False where the row has to be done the plain way. */
 INLINE bool row_loss(const char *logits, mtl_dtype dtype, int64_t classes, int64_t target, double *loss) {
     int64_t size = mtl_dtype_size(dtype), count = classes < CHUNK ? classes : CHUNK;
-    real largest = chunk_largest(logits, dtype, count);
+    real largest = chunk_largest(logits, dtype, count), here = largest;
     double rest = -1; /* the terms but one of the largest logit, which is 1 */
     for (int64_t i = 0; i < classes; i += count) {
         const char *chunk = logits + i * size;
         count = classes - i < CHUNK ? classes - i : CHUNK;
-        if (isinf(largest)) return false;
-        real here;
-        double sum = chunk_sum(chunk, dtype, count, largest, &here), equal;
-        if (here >= largest) {
-            if (isinf(here)) return false;
+        double sum = i ? chunk_sum(chunk, dtype, count, largest, &here) : 0, equal;
+        if (isinf(here)) return false;
+        if (i == 0 || here > largest) { /* one that is as large does no harm: then the loss is not small */
             rest = (rest + 1) * exp((double)largest - (double)here) - 1;
             largest = here;
-            sum = chunk_rest(chunk, dtype, count, largest, &equal);
-            rest += equal;
+            sum = chunk_rest(chunk, dtype, count, largest, &equal) + equal;
         }
         rest += sum;
     }
