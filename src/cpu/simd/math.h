@@ -73,7 +73,7 @@ INLINE vec vec_exp(vec x) {
 #endif
 }
 
-/* For softmax: x up to 80, where sums need fewer digits than single values. What would be subnormal may be 0, and below EXP_LEAST is. NaN for
+/* For softmax: x up to 87 (700), where sums need fewer digits than single values. What would be subnormal may be 0, and below EXP_LEAST is. NaN for
  * NaN. In float32 2^r of r = x / ln 2 - n, a polynomial (1.1e-7); the rounding of 1 / ln 2 makes the error grow with |x|. */
 INLINE vec vec_exp_of_softmax(vec x) {
 #ifdef VEC_HAS_SCALE
