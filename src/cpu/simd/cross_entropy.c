@@ -63,16 +63,17 @@ INLINE double chunk_rest(const char *logits, mtl_dtype dtype, int64_t count, rea
 INLINE bool row_loss(const char *logits, mtl_dtype dtype, int64_t classes, int64_t target, double *loss) {
     int64_t size = mtl_dtype_size(dtype), count = classes < CHUNK ? classes : CHUNK;
     real largest = chunk_largest(logits, dtype, count), here = largest;
-    double rest = -1; /* the terms but one of the largest logit, which is 1 */
+    double rest = 0; /* the terms but one of the largest logit, which is 1 */
     for (int64_t i = 0; i < classes; i += count) {
         const char *chunk = logits + i * size;
         count = classes - i < CHUNK ? classes - i : CHUNK;
         double sum = i ? chunk_sum(chunk, dtype, count, largest, &here) : 0, equal;
         if (isinf(here)) return false;
         if (i == 0 || here > largest) { /* one that is as large does no harm: then the loss is not small */
-            rest = (rest + 1) * exp((double)largest - (double)here) - 1;
+            rest = i ? (rest + 1) * exp((double)largest - (double)here) : 0;
             largest = here;
-            sum = chunk_rest(chunk, dtype, count, largest, &equal) + equal;
+            sum = chunk_rest(chunk, dtype, count, largest, &equal);
+            sum += equal - 1;
         }
         rest += sum;
     }
