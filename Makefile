@@ -24,6 +24,11 @@ test:
 	cmake --build --preset test
 	ctest --preset test
 	.venv/bin/python -m pytest tests/python
+	@tools/test_cuda
+
+# The tests of a GPU machine alone: builds the CUDA kernels where nvcc is, and needs no set-up beyond PyTorch.
+test-cuda:
+	@tools/test_cuda
 
 sanitize:
 	@tools/setup sanitize
@@ -54,5 +59,5 @@ format:
 clean:
 	rm -rf build
 
-.PHONY: all install demo test sanitize fuzz lint format clean
+.PHONY: all install demo test test-cuda sanitize fuzz lint format clean
 .NOTPARALLEL:
