@@ -36,7 +36,7 @@ find_path(METALLOID_CUDA_INCLUDE_DIR cuda.h HINTS ${cuda_bin}/../include ${cuda_
 
 file(GLOB CUDA_SOURCES CONFIGURE_DEPENDS src/cuda/*.c)
 file(GLOB CUDA_KERNELS CONFIGURE_DEPENDS src/cuda/*.cu)
-file(GLOB CUDA_HEADERS CONFIGURE_DEPENDS src/cuda/*.cuh src/cuda/arguments.h)
+file(GLOB CUDA_HEADERS CONFIGURE_DEPENDS src/cuda/*.cuh src/cuda/*.inc src/cuda/arguments.h)
 set(image_dir ${PROJECT_BINARY_DIR}/cuda)
 file(MAKE_DIRECTORY ${image_dir})
 set(cuda_images "")

@@ -50,8 +50,8 @@ typedef enum metalloid_status {
     METALLOID_OK = 0,
     METALLOID_INVALID_ARGUMENT =
         1, /* a null pointer, dtype, rank, shape, stride, overlap or value that the call refuses */
-    METALLOID_OUT_OF_MEMORY = 2, /* the workspace could not be allocated; nothing was written */
-    METALLOID_UNSUPPORTED = 3,   /* no backend of this build serves the tensors' device, or the device is too old */
+    METALLOID_OUT_OF_MEMORY = 2,  /* the workspace could not be allocated; nothing was written */
+    METALLOID_UNSUPPORTED = 3,    /* no backend of this build serves the tensors' device, or the device is too old */
     METALLOID_DEVICE_FAILURE = 4, /* the device or its driver refused the work; the message has its words */
 } metalloid_status;
 

@@ -86,6 +86,12 @@ typedef struct mtl_cuda_attention_args {
     float *parts, *part_logs;
 } mtl_cuda_attention_args;
 
+/* The same with q, k and v as the copy engine wants them described: a CUtensorMap each. */
+typedef struct mtl_cuda_attention_hopper_args {
+    __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128];
+    mtl_cuda_attention_args attention;
+} mtl_cuda_attention_hopper_args;
+
 /* kv_cache_sdpa_update: what is written into the cache first. */
 typedef struct mtl_cuda_append_args {
     mtl_cuda_strided from, to; /* batch, head, time, feature */

@@ -64,6 +64,39 @@ static metalloid_status append(const mtl_cuda_call *call, const mtl_attention_ar
     return mtl_cuda_launch(call, kernel_of(APPEND), grid, &arguments);
 }
 
+/* Many queries on Hopper: a block is 128 of one head. *done is false where attention.cu has to serve. */
+static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
+                                      const mtl_cuda_attention_args *attention, bool *done) {
+    enum { ROWS = 128, STAGES = 2, GROUPS = 3, ALIGNMENT = 1024, ELEMENT = 2 };
+    static const struct {
+        int key_dim, value_dim, keys;
+        const char *name[2]; /* float16, bfloat16 */
+    } kernels[] = {{64, 64, 128, {"attention_f16_64_64", "attention_bf16_64_64"}},
+                   {128, 128, 128, {"attention_f16_128_128", "attention_bf16_128_128"}},
+                   {192, 128, 128, {"attention_f16_192_128", "attention_bf16_192_128"}},
+                   {256, 256, 64, {"attention_f16_256_256", "attention_bf16_256_256"}}};
+    int64_t blocks = (args->q_len + ROWS - 1) / ROWS, heads = args->batch * args->q_heads;
+    *done = false;
+    if (args->q_len < ROWS / 2 || blocks * heads * 2 < call->device->multiprocessors || heads > 65535 ||
+        args->q_len > INT32_MAX - ROWS || args->kv_len > INT32_MAX - ROWS)
+        return METALLOID_OK;
+    int at = 0;
+    while (kernels[at].key_dim < args->head_dim || kernels[at].value_dim < args->value_dim) at++;
+    int keys = kernels[at].keys, key_dim = kernels[at].key_dim, value_dim = kernels[at].value_dim;
+
+    mtl_cuda_attention_hopper_args hopper = {.attention = *attention};
+    if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch, ROWS) ||
+        !mtl_cuda_describe(call, hopper.k_map, &args->k, args->head_dim, args->kv_len, args->kv_heads, args->batch, keys) ||
+        !mtl_cuda_describe(call, hopper.v_map, &args->v, args->value_dim, args->kv_len, args->kv_heads, args->batch, keys))
+        return METALLOID_OK;
+    *done = true;
+    bool bf16 = args->q.dtype == MTL_BF16;
+    mtl_cuda_grid grid = {.blocks = blocks, .y = (int)heads, .threads = GROUPS * 4 * WARP};
+    grid.shared_memory = (ROWS * key_dim + STAGES * keys * (key_dim + value_dim)) * ELEMENT + ALIGNMENT;
+    mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_hopper, 2 * at + bf16, kernels[at].name[bf16]};
+    return mtl_cuda_launch(call, kernel, grid, &hopper);
+}
+
 static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_args *args,
                                mtl_cuda_attention_args *attention) {
     if (!tensor_cores_serve(args)) {
@@ -71,6 +104,9 @@ static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_ar
         mtl_cuda_grid grid = {.blocks = blocks < 1 << 20 ? blocks : 1 << 20, .threads = WARP, .rows = 4};
         return mtl_cuda_launch(call, kernel_of(ANY), grid, attention);
     }
+    bool done;
+    metalloid_status in_groups = attend_hopper(call, args, attention, &done);
+    if (done) return in_groups;
     int64_t dim = args->head_dim > args->value_dim ? args->head_dim : args->value_dim;
     int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
     int class = dim <= 64 ? 0 : dim <= 128 ? 1 : 2, few = rows <= FEW_ROWS;
