@@ -68,13 +68,19 @@ static metalloid_status append(const mtl_cuda_call *call, const mtl_attention_ar
 static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       const mtl_cuda_attention_args *attention, bool *done) {
     enum { ROWS = 128, STAGES = 2, GROUPS = 3, ALIGNMENT = 1024, ELEMENT = 2 };
+#define FORMS(dims)                                                     \
+    {                                                                   \
+        {"attention_f16_" dims, "attention_bf16_" dims}, {              \
+            "attention_masked_f16_" dims, "attention_masked_bf16_" dims \
+        }                                                               \
+    }
     static const struct {
         int key_dim, value_dim, keys;
-        const char *name[2]; /* float16, bfloat16 */
-    } kernels[] = {{64, 64, 128, {"attention_f16_64_64", "attention_bf16_64_64"}},
-                   {128, 128, 128, {"attention_f16_128_128", "attention_bf16_128_128"}},
-                   {192, 128, 128, {"attention_f16_192_128", "attention_bf16_192_128"}},
-                   {256, 256, 64, {"attention_f16_256_256", "attention_bf16_256_256"}}};
+        const char *name[2][2]; /* with a mask or not; float16, bfloat16 */
+    } kernels[] = {{64, 64, 128, FORMS("64_64")},
+                   {128, 128, 128, FORMS("128_128")},
+                   {192, 128, 128, FORMS("192_128")},
+                   {256, 256, 64, FORMS("256_256")}};
     int64_t blocks = (args->q_len + ROWS - 1) / ROWS, heads = args->batch * args->q_heads;
     *done = false;
     if (args->q_len < ROWS / 2 || blocks * heads * 2 < call->device->multiprocessors || heads > 65535 ||
@@ -85,15 +91,20 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     int keys = kernels[at].keys, key_dim = kernels[at].key_dim, value_dim = kernels[at].value_dim;
 
     mtl_cuda_attention_hopper_args hopper = {.attention = *attention};
-    if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch, ROWS) ||
-        !mtl_cuda_describe(call, hopper.k_map, &args->k, args->head_dim, args->kv_len, args->kv_heads, args->batch, keys) ||
-        !mtl_cuda_describe(call, hopper.v_map, &args->v, args->value_dim, args->kv_len, args->kv_heads, args->batch, keys))
+    if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
+                           ROWS) ||
+        !mtl_cuda_describe(call, hopper.k_map, &args->k, args->head_dim, args->kv_len, args->kv_heads, args->batch,
+                           keys) ||
+        !mtl_cuda_describe(call, hopper.v_map, &args->v, args->value_dim, args->kv_len, args->kv_heads, args->batch,
+                           keys))
         return METALLOID_OK;
     *done = true;
     bool bf16 = args->q.dtype == MTL_BF16;
+    bool masked = args->mask.data || args->key_mask.data || attention->softcap > 0 || !(attention->scale > 0);
     mtl_cuda_grid grid = {.blocks = blocks, .y = (int)heads, .threads = GROUPS * 4 * WARP};
     grid.shared_memory = (ROWS * key_dim + STAGES * keys * (key_dim + value_dim)) * ELEMENT + ALIGNMENT;
-    mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_hopper, 2 * at + bf16, kernels[at].name[bf16]};
+    mtl_cuda_kernel kernel = {masked ? MTL_CUDA_IMAGE_attention_hopper_masked : MTL_CUDA_IMAGE_attention_hopper,
+                              2 * at + bf16, kernels[at].name[masked][bf16]};
     return mtl_cuda_launch(call, kernel, grid, &hopper);
 }
 

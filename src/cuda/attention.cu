@@ -285,11 +285,13 @@ extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
     for (int64_t column = threadIdx.x; column < (p.value_dim + MERGE_COLUMNS - 1) / MERGE_COLUMNS * MERGE_COLUMNS;
          column += MERGE_COLUMNS) {
         float x = 0, sum = 0;
+        int64_t from = column < p.value_dim ? column : 0;
+#pragma unroll 8 // so that the loads of several ranges are in flight
         for (int split = threadIdx.y; split < p.splits; split += MERGE_GROUPS) {
             float weight = exp_of_difference(p.part_logs[split * all + at], base);
-            if (weight == 0) continue;
+            float part = p.parts[(split * all + at) * p.value_dim + from];
             sum += weight;
-            if (column < p.value_dim) x = fmaf(weight, p.parts[(split * all + at) * p.value_dim + column], x);
+            x += weight == 0 ? 0 : weight * part;
         }
         __syncthreads();
         joined[threadIdx.y][threadIdx.x] = x;

@@ -28,7 +28,8 @@ enum {
     X(cross_entropy)       \
     X(gated_delta)         \
     X(attention)           \
-    X(attention_hopper)
+    X(attention_hopper)    \
+    X(attention_hopper_masked)
 
 #define MTL_CUDA_IMAGE_ID(name) MTL_CUDA_IMAGE_##name,
 typedef enum mtl_cuda_image { MTL_CUDA_IMAGES(MTL_CUDA_IMAGE_ID) MTL_CUDA_IMAGE_COUNT } mtl_cuda_image;
@@ -71,8 +72,8 @@ typedef struct mtl_cuda_grid {
 metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid grid,
                                  const void *arguments);
 
-/* How the copy engine of Hopper finds boxes of 64 features and `rows` time steps in {batch, head, time, feature}, 16-bit.
- * False where the layout or the driver does not allow it. */
+/* How the copy engine of Hopper finds boxes of 64 features and `rows` time steps in {batch, head, time, feature},
+ * 16-bit. False where the layout or the driver does not allow it. */
 bool mtl_cuda_describe(const mtl_cuda_call *call, void *map, const mtl_attention_operand *operand, int64_t features,
                        int64_t time, int64_t heads, int64_t batch, int rows);
 

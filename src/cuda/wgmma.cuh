@@ -27,10 +27,11 @@ template <int N> __device__ inline void settle(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Of a tile of rows of 64 16-bit elements under the 128-byte swizzle; `blocks` is the distance of two such tiles in bytes,
-// which counts where rows run along n.
+// Of a tile of rows of 64 16-bit elements under the 128-byte swizzle; `blocks` is the distance of two such tiles in
+// bytes, which counts where rows run along n.
 __device__ inline uint64_t descriptor(unsigned at, unsigned blocks) {
-    return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)(blocks >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+    return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)(blocks >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
+           (uint64_t)1 << 62;
 }
 
 // ---- barriers in shared memory
@@ -55,9 +56,11 @@ __device__ inline void barrier_wait(unsigned barrier, int parity) {
 
 // ---- a box of a tensor {feature, time, head, batch}, by the copy engine
 
-__device__ inline void copy_box(unsigned to, const void *map, unsigned barrier, int feature, int time, int head, int batch) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-                 "[%2];" ::"r"(to),
-                 "l"(map), "r"(barrier), "r"(feature), "r"(time), "r"(head), "r"(batch)
-                 : "memory");
+__device__ inline void copy_box(unsigned to, const void *map, unsigned barrier, int feature, int time, int head,
+                                int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(feature), "r"(time), "r"(head), "r"(batch)
+        : "memory");
 }

@@ -89,7 +89,15 @@ SIXTEEN = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 @pytest.mark.parametrize("dtype", SIXTEEN)
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
 @pytest.mark.parametrize(
-    ("heads", "queries", "keys"), [((4, 4), 384, 384), ((8, 2), 333, 1001), ((8, 2), 1, 8192), ((4, 1), 5, 700)]
+    ("heads", "queries", "keys"),
+    [
+        ((4, 4), 384, 384),
+        ((8, 2), 333, 1001),
+        ((8, 2), 1, 8192),
+        ((4, 1), 5, 700),
+        ((40, 8), 520, 1000),
+        ((40, 8), 300, 1001),
+    ],
 )
 @pytest.mark.parametrize("form", ["full", "causal", "window", "mask"])
 def test_attention_on_tensor_cores(form, heads, queries, keys, dims, dtype):
