@@ -146,6 +146,7 @@ typedef struct mtl_gated_delta_args {
     mtl_strided q, k, v, gamma, beta, out; /* batch, time, head, feature; the last is 0 for a head's own gamma */
     mtl_strided initial_state, state;      /* batch, head, value feature, key feature */
     mtl_strided mask;                      /* batch, time */
+    int64_t blocks;                        /* how many an item has; the backend's */
     bool in_double;
 } mtl_gated_delta_args;
 
