@@ -1,14 +1,17 @@
-/* gated_delta_update: the rows of a head's state have nothing to do with each other, so blocks of them are done apart, over all time
- * steps. In chunks, what depends on keys alone is computed once for the blocks of an item that share a key head: an item then has as
- * many as leave every thread its share. Bits do not depend on the cut. SPDX-License-Identifier: MIT */
+/* gated_delta_update: the rows of a head's state have nothing to do with each other, so blocks of them are done apart,
+ * over all time steps. In chunks, what depends on keys alone is computed once for the blocks of an item that share a
+ * key head: an item then has as many as leave every thread its share. Bits do not depend on the cut.
+ * SPDX-License-Identifier: MIT */
 #include "cpu/kernels.h"
 
 enum { MOST_STATES = 512 << 10 }; /* bytes of an item: what stays in a second-level cache */
 
+#define SHARED_COST 0.6 /* of what a block costs */
+
 static int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* The run of blocks, a divisor of a key head's, for which the busiest thread is done first. A chunk's products of keys and queries cost
- * STEPS / value rows of what a block costs: for 128 features as much as 0.6 of one, whatever their number. */
+/* The run of blocks, a divisor of a key head's, for which the busiest thread is done first. A chunk's products of keys
+ * and queries cost an item 2 STEPS key_dim multiply-adds a step; a block costs it 3 ROWS key_dim and a little. */
 static int64_t blocks_of_item(const mtl_gated_delta_args *args, int64_t threads) {
     int64_t group = mtl_gated_delta_blocks(args) * (args->v_heads / args->k_heads), heads = args->batch * args->k_heads;
     int64_t state = MTL_GATED_DELTA_ROWS * args->key_dim * (int64_t)sizeof(float), best = 1;
@@ -16,7 +19,7 @@ static int64_t blocks_of_item(const mtl_gated_delta_args *args, int64_t threads)
     for (int64_t blocks = 1; blocks <= group && blocks * state <= MOST_STATES; blocks++) {
         if (group % blocks) continue;
         double rounds = (double)quotient_up(heads * (group / blocks), threads);
-        double time = rounds * ((double)blocks + 0.6);
+        double time = rounds * ((double)blocks + SHARED_COST);
         if (time <= least) {
             least = time;
             best = blocks;

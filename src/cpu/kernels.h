@@ -70,16 +70,16 @@ static inline size_t mtl_rope_scratch(const mtl_rope_args *args) {
 /* Cosine and sine of a pair whose angle leaves the range of double on its way. */
 void mtl_rope_turn_far(const mtl_rope_angles *angles, int64_t pair, int64_t position, double *cosine, double *sine);
 
-/* gated_delta's items are runs of blocks, of so many rows of a head's state each. Calls of fewer than so many steps go step by step,
- * others in chunks. */
+/* gated_delta's items are runs of blocks, of so many rows of a head's state each. Calls of fewer than so many steps go
+ * step by step, others in chunks. */
 enum { MTL_GATED_DELTA_ROWS = 32, MTL_GATED_DELTA_STEPS = 32, MTL_GATED_DELTA_FEW = 6 };
 
 static inline int64_t mtl_gated_delta_blocks(const mtl_gated_delta_args *args) { /* of a head */
     return (args->value_dim + MTL_GATED_DELTA_ROWS - 1) / MTL_GATED_DELTA_ROWS;
 }
 
-/* Step by step: a block, and q, k and gamma of a step, each row padded to full vectors. In chunks: the states of an item, the keys and
- * queries of a chunk in five forms, and what lies between steps. */
+/* Step by step: a block, and q, k and gamma of a step, each row padded to full vectors. In chunks: the states of an
+ * item, the keys and queries of a chunk in five forms, and what lies between steps. */
 static inline size_t mtl_gated_delta_scratch(const mtl_gated_delta_args *args) {
     size_t padded = (size_t)(args->key_dim + 15) / 16 * 16, rows = MTL_GATED_DELTA_ROWS, steps = MTL_GATED_DELTA_STEPS;
     size_t reals = args->time < MTL_GATED_DELTA_FEW

@@ -2,27 +2,29 @@
  *
  *   S <- S gamma_t;  S <- S + beta_t (v_t - S k_t) k_t^T;  out_t = S q_t
  *
- * A few steps (decoding) go one by one. A pass over a row s of S decays it and forms s.k and s.q together; with delta = beta (v - s.k),
- * out = s.q + delta (k.q), and a second pass over the row, now in the first-level cache, adds delta k. Four rows go together, so that k,
- * q and gamma are loaded once for them. Where the state lies as vectors can take it, it is worked on in place: memory is read once and
- * written once, no scratch between.
+ * A few steps (decoding) go one by one. A pass over a row s of S decays it and forms s.k and s.q together; with
+ * delta = beta (v - s.k), out = s.q + delta (k.q), and a second pass over the row, now in the first-level cache, adds
+ * delta k. Four rows go together, so that k, q and gamma are loaded once for them. Rows that can be loaded as vectors
+ * are read and written where they lie, no scratch between.
  *
- * Many steps go in chunks, as products of matrices (DeltaNet's chunks, Yang et al. 2024, arXiv:2406.06484, with decay). With S the state
- * before the chunk, G_t = gamma_1 ... gamma_t and R_tj = gamma_(j+1) ... gamma_t, unrolling the rule gives
+ * Many steps go in chunks, as products of matrices (DeltaNet's chunks, Yang et al. 2024, arXiv:2406.06484, with decay).
+ * With S the state before the chunk, G_t = gamma_1 ... gamma_t and R_tj = gamma_(j+1) ... gamma_t, the rule unrolls to
  *
  *   delta_t = beta_t (v_t - G_t S k_t - sum over j < t of R_tj (k_j.k_t) delta_j)
  *   out_t   = G_t S q_t + sum over j <= t of R_tj (k_j.q_t) delta_j
  *   S       = G_C S + sum over j of R_Cj delta_j k_j^T
  *
- * The system for delta is triangular and is solved forward, eight steps at a time. S is kept transposed, in blocks of value features, so that
- * time and key features are the rows of every product and value features the lanes. What depends on keys alone serves all value heads
- * of a key head. A state passes through the first-level cache once a chunk.
+ * The system for delta is triangular and is solved forward, eight steps at a time. S is kept transposed, in blocks of
+ * value features, so that time and key features are the rows of every product and value features the lanes. What
+ * depends on keys alone serves all value heads of a key head. Once a chunk, a state passes
+ * through the first-level cache.
  *
- * Numerics: R is formed by multiplying decays on, row after row. Nothing is divided, so a decay of 0 or products that underflow are
- * nothing special. Decays by channel are multiplied onto the keys instead (k_j R_tj, k_t G_t): again the recurrence's own
- * products, none above 1. Growth (|gamma| > 1, beta |k|^2 > 2) and whatever is not finite would spread through the products in other ways
- * than through the rule, so a chunk with a decay outside [-1, 1] or NaN, or with anything above MOST, goes by steps. A masked step
- * is not read at all: chunks are made of the steps that are left. */
+ * Numerics: R is formed by multiplying decays on, row after row. Nothing is divided, so a decay of 0 or products that
+ * underflow are nothing special. Decays by channel are multiplied onto the keys instead (k_j R_tj, k_t G_t): again the
+ * recurrence's own products, none above 1. Keys that make the rule grow (beta |k|^2 > 2) cost twice the rounding error
+ * that steps have, as all do. Decays that make it grow, and whatever is not finite, would spread through the products
+ * in other ways than through the rule: a chunk with a decay outside [-1, 1] or NaN, or with anything above MOST, goes
+ * by steps. A masked step is not read at all: chunks are made of the steps that are left. */
 #include "cpu/simd/products.h"
 
 enum {
@@ -66,6 +68,17 @@ static void read_values(const mtl_gated_delta_args *args, block_place at, int64_
     read_row(v, step(args->v, at.batch, time, at.head) + at.first * args->v.stride[3], features(args->v), at.rows);
 }
 
+/* The decay of every key feature. */
+static void read_gamma(const mtl_gated_delta_args *args, block_place at, int64_t time, real *gamma) {
+    const char *from = step(args->gamma, at.batch, time, at.head);
+    if (args->gamma.stride[3] != 0) {
+        read_row(gamma, from, features(args->gamma), args->key_dim);
+        return;
+    }
+    real of_head = args->key_dim ? real_load(from, args->gamma.dtype) : 0;
+    for (int64_t i = 0; i < args->key_dim; i++) gamma[i] = of_head;
+}
+
 static void write_out(const mtl_gated_delta_args *args, block_place at, int64_t time, const real *out) {
     write_row(step(args->out, at.batch, time, at.head) + at.first * args->out.stride[3], features(args->out), out,
               at.rows);
@@ -77,10 +90,10 @@ INLINE real dot(const real *a, const real *b, int64_t padded) {
     return vec_sum(products);
 }
 
-/* ---- step by step ----------------------------------------------------------------------------------------------------------- */
+/* ---- step by step ------------------------------------------------------------------------------------------------ */
 
-/* `count` rows of `padded` reals, read at `from`, written at `to`, which may be the same. What lies between the key dimension and the
- * padding is 0 in q and k, and so stays out of all sums. */
+/* `count` rows of `padded` reals, read at `from`, written at `to`, which may be the same. What lies between the key
+ * dimension and the padding is 0 in q and k, and so stays out of all sums. */
 INLINE void step_rows(const real *from, int64_t from_stride, real *to, int64_t to_stride, int64_t padded, int count,
                       const real *q, const real *k, const real *gamma, real kq, real beta, const real *v, real *out) {
     vec with_k[4], with_q[4];
@@ -89,7 +102,10 @@ INLINE void step_rows(const real *from, int64_t from_stride, real *to, int64_t t
         vec k_lanes = vec_load(k + i), q_lanes = vec_load(q + i), decay = vec_load(gamma + i);
         for (int r = 0; r < count; r++) {
             prefetch((const char *)(from + i) + (r + ROWS_AHEAD) * from_stride * (int64_t)sizeof(real));
+            if (to != from)
+                __builtin_prefetch((char *)(to + i) + (r + ROWS_AHEAD) * to_stride * (int64_t)sizeof(real), 1, 2);
             vec s = vec_load(from + r * from_stride + i) * decay;
+            vec_store(to + r * to_stride + i, s);
             with_k[r] = vec_fma(s, k_lanes, with_k[r]);
             with_q[r] = vec_fma(s, q_lanes, with_q[r]);
         }
@@ -101,10 +117,11 @@ INLINE void step_rows(const real *from, int64_t from_stride, real *to, int64_t t
         delta[r] = vec_set(d);
     }
     for (int64_t i = 0; i < padded; i += LANES) {
-        vec k_lanes = vec_load(k + i), decay = vec_load(gamma + i);
-        for (int r = 0; r < count; r++)
-            vec_store(to + r * to_stride + i,
-                      vec_fma(delta[r], k_lanes, vec_load(from + r * from_stride + i) * decay));
+        vec k_lanes = vec_load(k + i);
+        for (int r = 0; r < count; r++) {
+            real *s = to + r * to_stride + i;
+            vec_store(s, vec_fma(delta[r], k_lanes, vec_load(s)));
+        }
     }
 }
 
@@ -118,13 +135,14 @@ static void do_steps(const mtl_gated_delta_args *args, int64_t begin, int64_t en
     int64_t key_dim = args->key_dim, padded = (key_dim + LANES - 1) / LANES * LANES;
     real *q = scratch, *k = q + padded, *gamma = k + padded, *staged = gamma + padded;
     real v[ROWS], out[ROWS];
-    bool in_place = taken_in_place(args, args->state) &&
-                    (!args->initial_state.data || taken_in_place(args, args->initial_state));
+    bool in_place =
+        taken_in_place(args, args->state) && (!args->initial_state.data || taken_in_place(args, args->initial_state));
     for (int64_t i = key_dim; i < padded; i++) q[i] = k[i] = gamma[i] = 0;
     for (int64_t index = begin; index < end; index++) {
         block_place at = block_at(args, index);
         char *state = state_row(args->state, at.batch, at.head, at.first);
-        const char *initial = args->initial_state.data ? state_row(args->initial_state, at.batch, at.head, at.first) : NULL;
+        const char *initial =
+            args->initial_state.data ? state_row(args->initial_state, at.batch, at.head, at.first) : NULL;
         const real *from = staged;
         real *to = staged;
         int64_t from_stride = padded, to_stride = padded;
@@ -157,7 +175,7 @@ static void do_steps(const mtl_gated_delta_args *args, int64_t begin, int64_t en
             }
             read_row(q, step(args->q, at.batch, time, at.k_head), features(args->q), key_dim);
             read_row(k, step(args->k, at.batch, time, at.k_head), features(args->k), key_dim);
-            read_row(gamma, step(args->gamma, at.batch, time, at.head), features(args->gamma), key_dim);
+            read_gamma(args, at, time, gamma);
             read_values(args, at, time, v);
             real beta = real_load(step(args->beta, at.batch, time, at.head), args->beta.dtype);
             real kq = dot(k, q, padded);
@@ -178,21 +196,21 @@ static void do_steps(const mtl_gated_delta_args *args, int64_t begin, int64_t en
     }
 }
 
-/* ---- chunk by chunk --------------------------------------------------------------------------------------------------------- */
+/* ---- chunk by chunk ---------------------------------------------------------------------------------------------- */
 
-/* The working set of a chunk. Rows of q and k are `padded` reals, those of matrices over steps STEPS, of blocks ROWS. */
+/* The working set of a chunk. Rows of q and k have `padded` reals, of matrices over steps STEPS, of blocks ROWS. */
 typedef struct {
     const mtl_gated_delta_args *args;
     int64_t padded, batch, k_head, count; /* steps of the chunk */
     int64_t time[STEPS];
     bool by_channel, bounded;
-    real *k, *q;                       /* as given */
-    real *k_decayed, *q_decayed;       /* times G_t, where decay is by channel */
-    real *keys;                        /* transposed: a row a feature; times R_Cj, where decay is by channel */
-    real *with_keys, *with_queries;    /* [t][j]: k_j.k_t, k_j.q_t (times R_tj, where decay is by channel) */
-    real *from_before, *to_out;        /* [t][j]: -beta_t R_tj k_j.k_t for j < t, R_tj k_j.q_t for j <= t, else 0 */
-    real *gamma, *state_factor;        /* a feature's decay in a step and in the whole chunk */
-    real *delta, *out;                 /* rows of a block */
+    real *k, *q;                    /* as given */
+    real *k_decayed, *q_decayed;    /* times G_t, where decay is by channel */
+    real *keys;                     /* transposed: a row a feature; times R_Cj, where decay is by channel */
+    real *with_keys, *with_queries; /* [t][j]: k_j.k_t, k_j.q_t (times R_tj, where decay is by channel) */
+    real *from_before, *to_out;     /* [t][j]: -beta_t R_tj k_j.k_t for j < t, R_tj k_j.q_t for j <= t, else 0 */
+    real *gamma, *state_factor;     /* a feature's decay in a step and in the whole chunk */
+    real *delta, *out;              /* rows of a block */
     real beta[STEPS], decay[STEPS], step_factor[STEPS], rest[STEPS]; /* of a head: beta, gamma, G_t and R_Cj or 1 */
 } chunk;
 
@@ -239,7 +257,7 @@ static void write_state(const chunk *c, block_place at, const real *state) {
                   c->args->key_dim);
 }
 
-/* The next steps that are not masked, with their keys and queries, and, where decay is a head's, the products of these. */
+/* The next steps that are not masked, their keys and queries, and, where decay is a head's, the products of these. */
 static int64_t begin_chunk(chunk *c, int64_t time) {
     const mtl_gated_delta_args *args = c->args;
     int64_t length = args->key_dim;
@@ -296,7 +314,7 @@ static bool decay_by_head(chunk *c) {
     return true;
 }
 
-/* Decay by channel, onto the keys: `keys` holds k_j R_tj and takes in k_t, whose products with all before it are then taken. */
+/* Decay by channel, onto the keys: `keys` holds k_j R_tj, takes k_t in, and is multiplied with k_t and q_t. */
 static bool decay_by_channel(chunk *c, int64_t head) {
     const mtl_gated_delta_args *args = c->args;
     int64_t length = args->key_dim;
@@ -362,6 +380,28 @@ static void solve_square(const real *factors, real *x, int64_t columns) {
     }
 }
 
+/* Rows of steps lie far apart, out of reach of the processor's own prefetching: what is wanted after the products, and
+ * the next chunk's keys and queries, are asked for a few at a time between products. Inlined, because gcc drops calls
+ * of functions that do nothing but prefetch. */
+INLINE void prefetch_row(const char *row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) prefetch(row + i);
+}
+
+INLINE void prefetch_steps(const chunk *c, block_place at, int64_t first, int64_t count) {
+    const mtl_gated_delta_args *args = c->args;
+    for (int64_t t = first; t < first + count; t++) {
+        prefetch_row(step(args->v, at.batch, c->time[t], at.head) + at.first * args->v.stride[3],
+                     at.rows * mtl_dtype_size(args->v.dtype));
+        prefetch_row(step(args->out, at.batch, c->time[t], at.head) + at.first * args->out.stride[3],
+                     at.rows * mtl_dtype_size(args->out.dtype));
+        if (at.first > 0 || c->time[t] + STEPS >= args->time) continue;
+        prefetch_row(step(args->k, at.batch, c->time[t] + STEPS, at.k_head),
+                     args->key_dim * mtl_dtype_size(args->k.dtype));
+        prefetch_row(step(args->q, at.batch, c->time[t] + STEPS, at.k_head),
+                     args->key_dim * mtl_dtype_size(args->q.dtype));
+    }
+}
+
 /* A block's part of the chunk. False, and the state as it was, where it has to go by steps. */
 static bool do_block(chunk *c, block_place at, real *state) {
     const mtl_gated_delta_args *args = c->args;
@@ -369,8 +409,14 @@ static bool do_block(chunk *c, block_place at, real *state) {
     real ones[SQUARE], v[ROWS] = {0};
     for (int i = 0; i < SQUARE; i++) ones[i] = 1;
     int64_t columns = (at.rows + TILE - 1) / TILE * TILE, squares = (c->count + SQUARE - 1) / SQUARE * SQUARE;
-    multiply(false, c->count, k, c->padded, state, ROWS, args->key_dim, c->delta, ROWS, columns, NULL, 1);
-    multiply(false, c->count, q, c->padded, state, ROWS, args->key_dim, c->out, ROWS, columns, NULL, 1);
+    for (int64_t t = 0; t < c->count; t += TILE_ROWS) {
+        int64_t rows = c->count - t < TILE_ROWS ? c->count - t : TILE_ROWS;
+        prefetch_steps(c, at, t, rows);
+        multiply(false, rows, k + t * c->padded, c->padded, state, ROWS, args->key_dim, c->delta + t * ROWS, ROWS,
+                 columns, NULL, 1);
+        multiply(false, rows, q + t * c->padded, c->padded, state, ROWS, args->key_dim, c->out + t * ROWS, ROWS,
+                 columns, NULL, 1);
+    }
     for (int64_t t = 0; t < c->count; t++) {
         read_values(args, at, c->time[t], v);
         vec beta = vec_set(c->beta[t]), factor = vec_set(c->step_factor[t]);
@@ -381,7 +427,9 @@ static bool do_block(chunk *c, block_place at, real *state) {
     memset(c->delta + c->count * ROWS, 0, (size_t)((squares - c->count) * ROWS) * sizeof(real));
     memset(c->out + c->count * ROWS, 0, (size_t)((squares - c->count) * ROWS) * sizeof(real));
     for (int64_t t = 0; t < squares; t += SQUARE) {
-        if (t) multiply(false, SQUARE, c->from_before + t * STEPS, STEPS, c->delta, ROWS, t, c->delta + t * ROWS, ROWS, columns, ones, 1);
+        if (t)
+            multiply(false, SQUARE, c->from_before + t * STEPS, STEPS, c->delta, ROWS, t, c->delta + t * ROWS, ROWS,
+                     columns, ones, 1);
         solve_square(c->from_before + t * STEPS + t, c->delta + t * ROWS, columns);
         multiply(false, SQUARE, c->to_out + t * STEPS, STEPS, c->delta, ROWS, t + SQUARE, c->out + t * ROWS, ROWS,
                  columns, c->step_factor + t, 1);
@@ -390,8 +438,7 @@ static bool do_block(chunk *c, block_place at, real *state) {
     for (int64_t t = 0; t < c->count; t++) write_out(args, at, c->time[t], c->out + t * ROWS);
     for (int64_t t = 0; t < c->count && !c->by_channel; t++) {
         real *delta = c->delta + t * ROWS;
-        for (int64_t i = 0; i < columns; i += LANES)
-            vec_store(delta + i, vec_load(delta + i) * vec_set(c->rest[t]));
+        for (int64_t i = 0; i < columns; i += LANES) vec_store(delta + i, vec_load(delta + i) * vec_set(c->rest[t]));
     }
     multiply(false, args->key_dim, c->keys, STEPS, c->delta, ROWS, c->count, state, ROWS, columns, c->state_factor, 1);
     return true;
@@ -404,7 +451,7 @@ static void do_block_by_steps(const chunk *c, block_place at, real *state) {
     real v[ROWS] = {0}, out[ROWS];
     for (int64_t t = 0; t < c->count; t++) {
         const real *k = c->k + t * c->padded, *q = c->q + t * c->padded;
-        read_row(c->gamma, step(args->gamma, at.batch, c->time[t], at.head), features(args->gamma), length);
+        read_gamma(args, at, c->time[t], c->gamma);
         read_values(args, at, c->time[t], v);
         vec kq = vec_set(dot(k, q, c->padded)), beta = vec_set(c->beta[t]);
         for (int64_t column = 0; column < at.rows; column += LANES) {
@@ -430,7 +477,8 @@ static void do_block_by_steps(const chunk *c, block_place at, real *state) {
 static void do_chunks(chunk *c, int64_t begin, int64_t end, real *states) {
     const mtl_gated_delta_args *args = c->args;
     int64_t size = c->padded * ROWS;
-    for (int64_t index = begin; index < end; index++) read_state(c, block_at(args, index), states + (index - begin) * size);
+    for (int64_t index = begin; index < end; index++)
+        read_state(c, block_at(args, index), states + (index - begin) * size);
     if (args->mask.data) {
         const real zeros[ROWS] = {0};
         for (int64_t time = 0; time < args->time; time++) {
@@ -451,7 +499,8 @@ static void do_chunks(chunk *c, int64_t begin, int64_t end, real *states) {
             if (!as_chunk || !do_block(c, at, state)) do_block_by_steps(c, at, state);
         }
     }
-    for (int64_t index = begin; index < end; index++) write_state(c, block_at(args, index), states + (index - begin) * size);
+    for (int64_t index = begin; index < end; index++)
+        write_state(c, block_at(args, index), states + (index - begin) * size);
 }
 
 void SIMD(gated_delta)(const void *arguments, int64_t begin, int64_t end, void *scratch) {

@@ -1,7 +1,7 @@
 /* Products of matrices, a register tile at a time. SPDX-License-Identifier: MIT
  *
- * TILE_ROWS x 2 vectors of sums stay in registers while the rows of `a` are broadcast, an element at a time, against rows of `b` that are
- * vectors. `paired`: what is multiplied are words of two bfloat16 (vec.h). */
+ * TILE_ROWS x 2 vectors of sums stay in registers while the rows of `a` are broadcast, an element at a time, against
+ * rows of `b` that are vectors. `paired`: what is multiplied are words of two bfloat16 (vec.h). */
 #ifndef METALLOID_CPU_SIMD_PRODUCTS_H
 #define METALLOID_CPU_SIMD_PRODUCTS_H
 
@@ -20,7 +20,8 @@ INLINE vec multiply_add(bool paired, vec a, vec b, vec sum) {
     return paired ? vec_dot_pairs(a, b, sum) : vec_fma(a, b, sum);
 }
 
-/* c[r][0..TILE) = scale times the sum over i of a[r][i] b[i][0..TILE), or, where `factor` is given, the sum added to factor[r] c[r]. */
+/* c[r][0..TILE) = scale times the sum over i of a[r][i] b[i][0..TILE), or, where `factor` is given, the sum added to
+ * factor[r] c[r]. */
 INLINE void multiply_tile(bool paired, int rows, const real *a, int64_t a_stride, const real *b, int64_t b_stride,
                           int64_t depth, real *c, int64_t c_stride, const real *factor, real scale) {
     vec sum[TILE_ROWS][2];
@@ -47,24 +48,24 @@ INLINE void multiply_as(bool paired, int64_t rows, const real *a, int64_t a_stri
     /* Columns outermost: a tile's columns of b stay in the first-level cache. */
     for (int64_t column = 0; column < columns; column += TILE) {
         for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-#define TILE_CASE(count)                                                                                           \
-    case count:                                                                                                    \
-        multiply_tile(paired, count, a + r * a_stride, a_stride, b + column, b_stride, depth,                      \
-                      c + r * c_stride + column, c_stride, factor ? factor + r : NULL, scale);                     \
+#define TILE_CASE(count)                                                                       \
+    case count:                                                                                \
+        multiply_tile(paired, count, a + r * a_stride, a_stride, b + column, b_stride, depth,  \
+                      c + r * c_stride + column, c_stride, factor ? factor + r : NULL, scale); \
         break;
             switch (rows - r) {
-            TILE_CASE(1)
-            TILE_CASE(2)
-            TILE_CASE(3)
-            TILE_CASE(4)
-            TILE_CASE(5)
+                TILE_CASE(1)
+                TILE_CASE(2)
+                TILE_CASE(3)
+                TILE_CASE(4)
+                TILE_CASE(5)
 #if VECTOR_BYTES == 64
-            TILE_CASE(6)
-            TILE_CASE(7)
-            TILE_CASE(8)
-            TILE_CASE(9)
-            TILE_CASE(10)
-            TILE_CASE(11)
+                TILE_CASE(6)
+                TILE_CASE(7)
+                TILE_CASE(8)
+                TILE_CASE(9)
+                TILE_CASE(10)
+                TILE_CASE(11)
 #endif
             default: TILE_CASE(TILE_ROWS)
             }
