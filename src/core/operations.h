@@ -155,7 +155,7 @@ typedef struct mtl_gated_delta_args {
     mtl_strided initial_state, state;      /* batch, head, value feature, key feature */
     mtl_strided mask;                      /* batch, time */
     DLDevice device;
-    int64_t blocks;                        /* how many an item has; the backend's */
+    int64_t blocks; /* how many an item has; the backend's */
     bool in_double;
 } mtl_gated_delta_args;
 

@@ -196,7 +196,8 @@ static int threads_worth(const metalloid_context *context, const mtl_attention_a
 /* The plain kernel keeps scale and softcap in double: it serves where they leave float32's range. */
 static mtl_kernel kernel_for(const metalloid_context *context, const mtl_attention_args *args) {
     double scale = fabs(args->scale);
-    bool fits = (scale == 0 || scale >= (double)FLT_MIN) && scale <= (double)FLT_MAX && args->softcap <= (double)FLT_MAX;
+    bool fits =
+        (scale == 0 || scale >= (double)FLT_MIN) && scale <= (double)FLT_MAX && args->softcap <= (double)FLT_MAX;
     if (args->in_double || fits) return mtl_cpu_kernels_for(context, args->in_double)->attention;
     const mtl_cpu_isa *const *isas;
     mtl_cpu_isas(&isas);

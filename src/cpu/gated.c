@@ -6,7 +6,8 @@ enum { RUN = 4096 }; /* elements: large enough that its start costs nothing, sma
 static metalloid_status run(const metalloid_context *context, const char *op, mtl_kernel kernel, mtl_gated_args *args) {
     args->run = args->length < RUN ? args->length : RUN;
     if (args->run == 0) return METALLOID_OK;
-    args->stream = mtl_cpu_streams((double)args->rows.count * (double)args->length * (double)mtl_dtype_size(args->out.dtype));
+    args->stream =
+        mtl_cpu_streams((double)args->rows.count * (double)args->length * (double)mtl_dtype_size(args->out.dtype));
     args->runs = (args->length + RUN - 1) / RUN;
     return mtl_cpu_run(context, op, kernel, args, args->rows.count * args->runs, args->run * 12,
                        (size_t)args->run * 2 * (args->in_double ? sizeof(double) : sizeof(float)));

@@ -12,8 +12,8 @@
     void mtl_##isa##_##name##_f64(const void *, int64_t, int64_t, void *);
 #define IN_FLOAT(isa, name)  .name = mtl_##isa##_##name##_f32,
 #define IN_DOUBLE(isa, name) .name = mtl_##isa##_##name##_f64,
-#define TABLE(isa)             \
-    MTL_KERNELS(DECLARE, isa)  \
+#define TABLE(isa)            \
+    MTL_KERNELS(DECLARE, isa) \
     static const mtl_cpu_isa isa = {#isa, {MTL_KERNELS(IN_FLOAT, isa)}, {MTL_KERNELS(IN_DOUBLE, isa)}};
 
 TABLE(plain)

@@ -3,8 +3,8 @@
 import ctypes
 import doctest
 import gc
-import os
 import inspect
+import os
 import sys
 import threading
 import time
@@ -941,13 +941,15 @@ ERROR_PATHS = {
     "keyword": lambda: refused(metalloid.rms_norm, x_ok, None, 1e-5, wrong=1),
     "value": lambda: refused(metalloid.rms_norm, x_ok, None, "eps"),
 }
-# NumPy frees a capsule's memory behind tracemalloc's back. Nobody notices where the next allocation takes the same place, but
-# AddressSanitizer keeps it free for long.
+# NumPy frees a capsule's memory behind tracemalloc's back. Nobody notices where the next allocation takes the same place,
+# but AddressSanitizer keeps it free for long.
 CAPSULE_PATHS = {
     "capsule": lambda: refused_export(x_short[0], 1e-5),
     "no namespace": lambda: refused_export(None, 1e-5),
 }
-capsules_are_counted = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="runs under AddressSanitizer")
+capsules_are_counted = pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="runs under AddressSanitizer"
+)
 ERROR_PATHS |= {name: pytest.param(path, marks=capsules_are_counted) for name, path in CAPSULE_PATHS.items()}
 
 

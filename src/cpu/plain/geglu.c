@@ -7,11 +7,11 @@
 /* Both exponentials multiply the rounding of their argument, so each is taken in the next wider arithmetic. */
 #ifdef MTL_IN_DOUBLE
 typedef long double wide;
-#define wide_exp expl
+#define wide_exp  expl
 #define wide_erfc erfcl
 #else
 typedef double wide;
-#define wide_exp exp
+#define wide_exp  exp
 #define wide_erfc erfc
 #endif
 

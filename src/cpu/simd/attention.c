@@ -30,8 +30,9 @@ enum {
 typedef struct {
     const mtl_attention_args *args;
     mtl_attention_item item;
-    bool paired, one_by_one;            /* one_by_one: leave weights of 0 out of the sums */
-    int64_t depth, words, value_padded; /* words of a head, the same to whole vectors, features of a value to whole tiles */
+    bool paired, one_by_one; /* one_by_one: leave weights of 0 out of the sums */
+    int64_t depth, words,
+        value_padded; /* words of a head, the same to whole vectors, features of a value to whole tiles */
     real *q, *keys, *values, *scores, *sums;
     real largest[ROWS], sum[ROWS], factor[ROWS];
 } block_state;
@@ -92,15 +93,13 @@ INLINE void score_rows(const block_state *s, bool paired, int rows, int64_t row,
             dot_keys(paired, rows, s->q + row * s->words, s->words, k, dtype, size, s->depth,
                      ahead + (first + key) * ahead_stride, ahead_stride, to);
         }
-        for (int r = 0; r < rows; r++)
-            vec_store(s->scores + (row + r) * KEYS + first, vec_sums(products[r]) * scale);
+        for (int r = 0; r < rows; r++) vec_store(s->scores + (row + r) * KEYS + first, vec_sums(products[r]) * scale);
     }
 }
 
 /* part[r] = sum over the keys of weights[r][key] v[key]. */
 INLINE void add_values(const block_state *s, bool paired, int rows, int64_t row, const char *values,
-                       int64_t value_stride, mtl_dtype dtype, int64_t count, const char *ahead,
-                       int64_t ahead_stride) {
+                       int64_t value_stride, mtl_dtype dtype, int64_t count, const char *ahead, int64_t ahead_stride) {
     int64_t size = mtl_dtype_size(dtype), length = s->args->value_dim;
     const real *weights = s->scores + row * KEYS;
     real *part = s->values + row * s->value_padded;
@@ -117,7 +116,8 @@ INLINE void add_values(const block_state *s, bool paired, int rows, int64_t row,
             vec x[2 * AT_ONCE];
             for (int j = 0; j < 2 * AT_ONCE; j++) prefetch(ahead + (key + j) * ahead_stride + i * size);
             for (int j = 0; j < 2 * AT_ONCE; j += step)
-                x[j] = paired ? vec_zip_pairs(v[j] + i * size, v[j + 1] + i * size) : vec_load_as(v[j] + i * size, dtype);
+                x[j] =
+                    paired ? vec_zip_pairs(v[j] + i * size, v[j + 1] + i * size) : vec_load_as(v[j] + i * size, dtype);
             for (int r = 0; r < rows; r++) {
                 vec sum = key ? vec_load(part + r * s->value_padded + i) : vec_zero();
                 for (int j = 0; j < 2 * AT_ONCE; j += step) sum = multiply_add(paired, weight[r][j], x[j], sum);
@@ -165,8 +165,9 @@ static bool contiguous(const mtl_attention_operand *operand) {
 
 /* Whether pairs do: an even number of features, none of the three to be gathered, and a result that is as coarse. */
 static bool can_be_paired(const mtl_attention_args *args) {
-    return HAS_PAIRS && args->out.dtype == MTL_BF16 && args->q.dtype == MTL_BF16 && args->k.dtype == MTL_BF16 && args->v.dtype == MTL_BF16 &&
-           args->head_dim % 2 == 0 && contiguous(&args->q) && contiguous(&args->k) && contiguous(&args->v);
+    return HAS_PAIRS && args->out.dtype == MTL_BF16 && args->q.dtype == MTL_BF16 && args->k.dtype == MTL_BF16 &&
+           args->v.dtype == MTL_BF16 && args->head_dim % 2 == 0 && contiguous(&args->q) && contiguous(&args->k) &&
+           contiguous(&args->v);
 }
 
 static const char *head_at(const mtl_attention_operand *operand, int64_t batch, int64_t head, int64_t time) {
@@ -267,7 +268,8 @@ static const real *bring_values(block_state *s, int64_t first, int64_t count, in
     const mtl_attention_operand *v = &s->args->v;
     int64_t length = s->args->value_dim;
     *stride = v->stride[2] / (int64_t)sizeof(real);
-    if (v->dtype == REAL_DTYPE && contiguous(v) && length == s->value_padded && v->stride[2] % (int64_t)sizeof(real) == 0)
+    if (v->dtype == REAL_DTYPE && contiguous(v) && length == s->value_padded &&
+        v->stride[2] % (int64_t)sizeof(real) == 0)
         return (const real *)(const void *)key_at(s, v, first);
     *stride = s->value_padded;
     if (s->paired) {

@@ -43,5 +43,6 @@ INLINE void gated_items(const mtl_gated_args *args, int64_t begin, int64_t end, 
             gated_run((const char *)scratch, (const char *)up_row, (char *)scratch, REAL_DTYPE, count, tanh, false);
             write_row(out, args->out, scratch, count);
         }
-    }    if (args->stream) vec_stream_end();
+    }
+    if (args->stream) vec_stream_end();
 }

@@ -135,7 +135,8 @@ INLINE vec vec_tanh(vec y) {
 INLINE vec vec_erfc_scaled(vec x) {
 #ifdef MTL_IN_DOUBLE
     for (int i = 0; i < LANES; i++) { /* erfc'(z) = -2 / sqrt(pi) exp(-z^2) makes up for the rounding of z */
-        double z = x[i] * 0x1.6a09e667f3bcdp-1, lost = fma(x[i], 0x1.6a09e667f3bcdp-1, -z) + x[i] * -0x1.bdd3413b26456p-55;
+        double z = x[i] * 0x1.6a09e667f3bcdp-1,
+               lost = fma(x[i], 0x1.6a09e667f3bcdp-1, -z) + x[i] * -0x1.bdd3413b26456p-55;
         double correction = 0x1.20dd750429b6dp0 * exp(-z * z) * lost;
         x[i] = erfc(z) - (correction == correction ? correction : 0);
     }

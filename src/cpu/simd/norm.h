@@ -74,8 +74,8 @@ static void norm_rows_staged(const mtl_norm_args *args, int64_t begin, int64_t e
             for (int64_t i = 0; i < args->length; i++) row[i] += residual[i];
             write_row(args->sum.data + at.offset[MTL_NORM_SUM], args->sum, row, args->length);
         }
-        norm_row((const char *)row, REAL_DTYPE, weight.data, REAL_DTYPE, bias.data, REAL_DTYPE, (char *)row,
-                 REAL_DTYPE, false, args->length, args->eps);
+        norm_row((const char *)row, REAL_DTYPE, weight.data, REAL_DTYPE, bias.data, REAL_DTYPE, (char *)row, REAL_DTYPE,
+                 false, args->length, args->eps);
         write_row(args->out.data + at.offset[MTL_NORM_OUT], args->out, row, args->length);
     }
 }

@@ -160,7 +160,8 @@ INLINE void turn_neighbours(const char *x, char *out, mtl_dtype dtype, int64_t d
     }
 }
 
-INLINE void turn(const char *x, char *out, mtl_dtype dtype, const mtl_rope_angles *angles, const real *table, bool stream) {
+INLINE void turn(const char *x, char *out, mtl_dtype dtype, const mtl_rope_angles *angles, const real *table,
+                 bool stream) {
     if (angles->traditional) turn_neighbours(x, out, dtype, angles->dims, table, table + angles->dims, stream);
     else turn_halves(x, out, dtype, angles->dims / 2, table, table + angles->dims, stream);
 }
@@ -277,5 +278,6 @@ void SIMD(rope)(const void *arguments, int64_t begin, int64_t end, void *scratch
                 }
             }
         }
-    }    if (args->stream) vec_stream_end();
+    }
+    if (args->stream) vec_stream_end();
 }

@@ -132,19 +132,19 @@ INLINE real vec_largest(vec v) { return _mm512_reduce_max_ps(v); }
 INLINE real vec_sum(vec v) { return _mm512_reduce_add_pd(v); }
 INLINE real vec_largest(vec v) { return _mm512_reduce_max_pd(v); }
 #elif !defined(MTL_IN_DOUBLE)
-#define FOLD(name, op)                                                             \
-    INLINE real name(vec v) {                                                      \
+#define FOLD(name, op)                                                                 \
+    INLINE real name(vec v) {                                                          \
         __m128 half = op##_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); \
-        half = op##_ps(half, _mm_movehl_ps(half, half));                           \
-        return _mm_cvtss_f32(op##_ps(half, _mm_movehdup_ps(half)));                \
+        half = op##_ps(half, _mm_movehl_ps(half, half));                               \
+        return _mm_cvtss_f32(op##_ps(half, _mm_movehdup_ps(half)));                    \
     }
 FOLD(vec_sum, _mm_add)
 FOLD(vec_largest, _mm_max)
 #else
-#define FOLD(name, op)                                                             \
-    INLINE real name(vec v) {                                                      \
+#define FOLD(name, op)                                                                  \
+    INLINE real name(vec v) {                                                           \
         __m128d half = op##_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1)); \
-        return _mm_cvtsd_f64(op##_pd(half, _mm_unpackhi_pd(half, half)));          \
+        return _mm_cvtsd_f64(op##_pd(half, _mm_unpackhi_pd(half, half)));               \
     }
 FOLD(vec_sum, _mm_add)
 FOLD(vec_largest, _mm_max)
