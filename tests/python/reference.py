@@ -7,10 +7,9 @@ library's kernels: scores are stored, masks are materialized, recurrences are lo
 
 from typing import NamedTuple
 
+import metalloid
 import ml_dtypes
 import numpy as np
-
-import metalloid
 
 float16 = np.dtype(np.float16)
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
