@@ -544,8 +544,8 @@ int metalloid_cli_bench(int count, char **arguments) {
                                 "try: found = i.find_spec('metalloid.bench')\n"
                                 "except Exception: found = None\n"
                                 "if not found: sys.exit(print('metalloid bench: the Python package is missing; pip "
-                                "install \"metalloid[bench]\", or name the '\n"
-                                "    'interpreter that has it in METALLOID_PYTHON', file=sys.stderr) or 1)\n"
+                                "install \".[bench]\" in a checkout, or name '\n"
+                                "    'the interpreter that has it in METALLOID_PYTHON', file=sys.stderr) or 1)\n"
                                 "from metalloid.bench.__main__ import main\n"
                                 "sys.exit(main())";
     all[0] = (char *)python;
@@ -555,7 +555,7 @@ int metalloid_cli_bench(int count, char **arguments) {
     execvp(python, all);
     fprintf(stderr,
             "metalloid bench: cannot run %s: %s; METALLOID_PYTHON names the interpreter that has the package "
-            "metalloid[bench]\n",
+            "metalloid (pip install '.[bench]' in a checkout)\n",
             python, strerror(errno));
     free(all);
     return EXIT_FAILED;

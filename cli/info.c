@@ -58,12 +58,13 @@ static void print_gpus(void) {
 int metalloid_cli_info(int count, char **arguments) {
     if (count > 0) {
         bool help = strcmp(arguments[0], "--help") == 0 || strcmp(arguments[0], "-h") == 0;
+        if (!help) fprintf(stderr, "metalloid info: takes no argument, got '%s'\n\n", arguments[0]);
         fprintf(help ? stdout : stderr,
                 "usage: metalloid info\n\nPrints the version, the CPU features in use, the thread count, GPUs and the "
                 "compilers found for custom kernels.\n\nenvironment:\n"
                 "  METALLOID_CPU_ISA      the instruction set to use instead of the best one\n"
                 "  METALLOID_NUM_THREADS  the threads of a call, the caller included\n"
-                "  METALLOID_CXX          the C++ compiler of custom kernels\n");
+                "  METALLOID_CXX          the C++ compiler of custom kernels, which are not in this version\n");
         return help ? EXIT_OK : EXIT_USAGE;
     }
     printf("metalloid     %s\n", metalloid_version());
@@ -81,7 +82,10 @@ int metalloid_cli_info(int count, char **arguments) {
         printf(", METALLOID_CPU_ISA=%s%s", wanted,
                strcmp(wanted, metalloid_cpu_isa()) == 0 ? "" : " is not among them");
     printf("\nthreads       %d", metalloid_get_num_threads());
-    if (getenv("METALLOID_NUM_THREADS")) printf(", METALLOID_NUM_THREADS=%s", getenv("METALLOID_NUM_THREADS"));
+    const char *threads = getenv("METALLOID_NUM_THREADS");
+    if (threads)
+        printf(", METALLOID_NUM_THREADS=%s%s", threads,
+               mtl_environment_threads() ? "" : " is ignored: it is not a number from 1 to 1024");
     print_gpus();
 
     const char *named = getenv("METALLOID_CXX");
@@ -90,8 +94,9 @@ int metalloid_cli_info(int count, char **arguments) {
     bool found = false;
     for (int i = 0; i < 2 && !found; i++) {
         found = version_of(compilers[i], line, sizeof line);
-        if (found) printf("compiler      %s: %s\n", compilers[i], line);
+        if (found) printf("compiler      %s: %s", compilers[i], line);
     }
-    if (!found) printf("compiler      none found (clang++, or the program that METALLOID_CXX names)\n");
+    if (!found) printf("compiler      none found: clang++, or the program that METALLOID_CXX names");
+    printf(" (for custom kernels, which are not in this version)\n");
     return EXIT_OK;
 }

@@ -120,13 +120,17 @@ def run(arguments: argparse.Namespace) -> None:
     def write(text: str) -> None:
         print(text, end="", flush=True)
 
+    write(f"> {arguments.prompt}\n\n")
     result = answer(checkpoint, chat, prompt, Metalloid(), arguments, write)
     write("\n\n")
     if arguments.compare:
         plain = answer(checkpoint, chat, prompt, PlainNumPy(), arguments, lambda text: None)
         same = "the same answer" if plain.tokens == result.tokens else "another answer"
         print(f"plain NumPy: {plain.summary()}; {same}")
-    print(f"Metalloid ({metalloid.cpu_isa()}): {result.summary()}, {result.share:.0%} of the time in Metalloid")
+    print(
+        f"Metalloid ({metalloid.cpu_isa()}): {result.summary()}, {result.share:.0%} of the time in Metalloid, "
+        "the rest mostly in NumPy's matrix products"
+    )
 
 
 def main() -> int:

@@ -222,9 +222,9 @@ METALLOID_API metalloid_status metalloid_scaled_dot_product_attention(metalloid_
                                                                       DLTensor *out);
 
 /* A decode step: writes new_k, new_v {B, T_q, N_kv, D} into k_cache, v_cache {B, T_max, N_kv, D} at time `offset`, then attends
- * with q {B, T_q, N_q, D} over the caches under key_mask {B, T_max}, bool or integer (NULL: all visible); out
- * {B, N_q, T_q, D_v}. T_q = 1: every key that key_mask allows; T_q > 1: causal too, with causal_offset = offset.
- * 0 <= offset <= T_max - T_q. new_k and new_v have the caches' dtypes. v may have a head dimension D_v of its own. */
+ * with q {B, T_q, N_q, D} over the caches under key_mask {B, T_max}, bool or integer; out {B, N_q, T_q, D_v}.
+ * T_q = 1: every key that key_mask allows; T_q > 1: causal too, with causal_offset = offset. key_mask NULL hides nothing: a
+ * single query then sees all T_max keys, also those that are not filled yet. 0 <= offset <= T_max - T_q. new_k and new_v have the caches' dtypes. v may have a head dimension D_v of its own. */
 METALLOID_API metalloid_status metalloid_kv_cache_sdpa_update(metalloid_context *context, const DLTensor *q,
                                                               const DLTensor *new_k, const DLTensor *new_v,
                                                               DLTensor *k_cache, DLTensor *v_cache, int64_t offset,

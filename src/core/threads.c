@@ -293,7 +293,7 @@ void mtl_parallel_run(int threads, int parts, mtl_job_fn fn, void *argument) {
     atomic_store(&pool.busy, false);
 }
 
-static int read_environment(void) {
+int mtl_environment_threads(void) {
     const char *text = getenv("METALLOID_NUM_THREADS");
     char *end = NULL;
     long threads = text != NULL ? strtol(text, &end, 10) : 0;
@@ -303,7 +303,7 @@ static int read_environment(void) {
 int mtl_default_threads(void) {
     int threads = atomic_load_explicit(&environment_threads, memory_order_relaxed);
     if (threads < 0) {
-        threads = read_environment();
+        threads = mtl_environment_threads();
         atomic_store_explicit(&environment_threads, threads, memory_order_relaxed);
     }
     if (threads > 0) {

@@ -14,8 +14,10 @@ void mtl_parallel_run(int threads, int parts, mtl_job_fn fn, void *argument);
 
 enum { MTL_MOST_THREADS = 1024 }; /* that may be asked for, by a call or by the environment */
 
-/* METALLOID_NUM_THREADS (read once a process) if it is an integer in 1..1024, else the number of CPUs that the calling
- * thread may run on now. */
+int mtl_environment_threads(void); /* METALLOID_NUM_THREADS if it is an integer in 1..1024, else 0 */
+
+/* mtl_environment_threads (read once a process) if that is not 0, else the number of CPUs that the calling thread may run
+ * on now. */
 int mtl_default_threads(void);
 
 #endif

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from metalloid.bench import cases, peers, report
+from metalloid.bench.__main__ import Process
 
 ROOT = Path(__file__).parents[2]
 COMMAND = os.environ.get("METALLOID_COMMAND") or shutil.which("metalloid")
@@ -118,6 +119,27 @@ def test_help_and_list_need_nothing_but_the_package():
     listed = run("--list", "--filter", "decode llama bf16").stdout.splitlines()
     assert len(listed) >= 4
     assert all("bf16" in line and "Llama-3-8B" in line for line in listed)
+
+
+@with_command
+def test_reader_of_the_list_may_go():
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"METALLOID_PYTHON": sys.executable}
+    command = [COMMAND, "bench", "--list"]
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize(
+    ("last_words", "error"), [("""print('{"error": "not installed"}')""", "not installed"), ("", "its process ended")]
+)
+def test_process_that_ended_is_asked_for_its_last_words(last_words, error):
+    process = Process([sys.executable, "-c", last_words], 1)
+    process.process.wait()
+    assert process.ask("info") == {"error": error}
+    process.stop()
 
 
 def test_names_of_cases_are_unique_and_targets_refer_to_cases_before_them():

@@ -157,6 +157,12 @@ def test_documented_example(name):
     assert runner.failures == 0
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_docstring_speaks_of_a_stream_where_there_is_one(name):
+    function = getattr(metalloid, name)
+    assert ("`stream` is ignored" in function.__doc__) == ("stream" in inspect.signature(function).parameters)
+
+
 def test_mlx_callers_arguments_are_accepted():
     x = normal(1, 2, 3, 4)
     assert fast.rms_norm(x, None, 1e-5, stream="cpu") is not None
@@ -417,7 +423,14 @@ VALUE_ERRORS = [
     (lambda: metalloid.rope(X3, 8, freqs=ones(4), **ROPE), "exactly one of base, freqs and inv_freqs"),
     (lambda: metalloid.rope(X3, 8, **{**ROPE, "offset": np.array(1.0)}), "offsets must be an integer"),
     (lambda: metalloid.rope(X3, 8, **{**ROPE, "offset": np.array(True)}), "offsets must be an integer"),
-    (lambda: metalloid.rope(X3, 8, **{**ROPE, "offset": 1}, position_ids=np.zeros((1, 2), int)), "only one of offset"),
+    (
+        lambda: metalloid.rope(X3, 8, **{**ROPE, "offset": 1}, position_ids=np.zeros((1, 2), int)),
+        "offset must be 0 where position_ids",
+    ),
+    (
+        lambda: metalloid.add_rms_norm(X3, X3, None, 1e-5, out=(X3, X3)),
+        "out must be two arrays, got the same one twice",
+    ),
     (lambda: metalloid.rope(ones(1, 2, 3, 8), 8, time_axis=0, **ROPE), "time_axis must be -2, .* or 1, got 0"),
     (lambda: metalloid.geglu(X3, X3, approximate="sigmoid"), "approximate must be 'none' or 'tanh', got 'sigmoid'"),
     (lambda: metalloid.scaled_dot_product_attention(X3, X4, X4, scale=1.0), "q must have rank 4, got 3"),
@@ -941,8 +954,8 @@ ERROR_PATHS = {
     "keyword": lambda: refused(metalloid.rms_norm, x_ok, None, 1e-5, wrong=1),
     "value": lambda: refused(metalloid.rms_norm, x_ok, None, "eps"),
 }
-# NumPy frees a capsule's memory behind tracemalloc's back. Nobody notices where the next allocation takes the same place,
-# but AddressSanitizer keeps it free for long.
+# NumPy frees a capsule's memory behind tracemalloc's back. Nobody notices where the next allocation takes the same
+# place, but AddressSanitizer keeps it free for long.
 CAPSULE_PATHS = {
     "capsule": lambda: refused_export(x_short[0], 1e-5),
     "no namespace": lambda: refused_export(None, 1e-5),

@@ -297,6 +297,7 @@ def test_bad_options_are_usage_errors(arguments):
 def test_the_command_answers_and_tells_speeds_and_share():
     result = run("--prompt", "What is the capital of France?", "--max-tokens", "12", "--compare", "--threads", "2")
     assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("> What is the capital of France?\n\n")
     assert "Paris" in result.stdout
     last = result.stdout.splitlines()[-1]
     assert "prompt" in last

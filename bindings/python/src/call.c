@@ -218,6 +218,10 @@ DLTensor *call_result_of_two(mtl_call *call, int parameter, int index, const DLT
                   Py_TYPE(out)->tp_name, PyTuple_Check(out) ? " of another length" : "");
         return NULL;
     }
+    if (PyTuple_GET_ITEM(out, 0) == PyTuple_GET_ITEM(out, 1) && PyTuple_GET_ITEM(out, 0) != Py_None) {
+        call_fail(call, PyExc_ValueError, "%s: out must be two arrays, got the same one twice", call->signature->name);
+        return NULL;
+    }
     out = PyTuple_GET_ITEM(out, index);
     if (out == Py_None) {
         call_fail(call, PyExc_TypeError, "%s: out must be a tuple of two arrays, got None in it",

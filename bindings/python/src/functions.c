@@ -17,7 +17,9 @@
     "inside\n"                                                                                                       \
     "(float64 where an array is) and rounded once. Results come in the library of the first array, unless `out` "    \
     "takes them:\n"                                                                                                  \
-    "writable, of the same shape, of any floating dtype. `stream` is ignored.\n"
+    "writable, of the same shape, of any floating dtype.\n"
+
+#define STREAM_IGNORED "`stream` is ignored.\n"
 
 #define ERRORS                                                                                                      \
     "\n"                                                                                                            \
@@ -34,7 +36,7 @@
     "\n"                                                                                                              \
     "x: floating, rank 1 or more. weight: floating, {length of the last axis}, or None. eps: finite, not negative.\n" \
     "Returns an array of x's shape, x and weight promoted. `out` may be x.\n"                                         \
-    "\n" ARRAYS ERRORS "\n"                                                                                           \
+    "\n" ARRAYS STREAM_IGNORED ERRORS "\n"                                                                            \
     ">>> import numpy as np\n"                                                                                        \
     ">>> rms_norm(np.array([[3.0, 4.0]], np.float32), None, 0.0)\n"                                                   \
     "array([[0.84852815, 1.1313709 ]], dtype=float32)\n"
@@ -67,7 +69,7 @@ static DLDataType layer_norm_dtype(DLDataType dtype, const DLTensor *weight, con
     "x: floating, rank 1 or more. weight, bias: floating, {length of the last axis}, or None. eps: finite, not " \
     "negative.\n"                                                                                                \
     "Returns an array of x's shape; x, weight and, where there is a weight, bias promoted. `out` may be x.\n"    \
-    "\n" ARRAYS ERRORS "\n"                                                                                      \
+    "\n" ARRAYS STREAM_IGNORED ERRORS "\n"                                                                       \
     ">>> import numpy as np\n"                                                                                   \
     ">>> layer_norm(np.array([[1.0, 3.0]], np.float32), None, None, 0.0)\n"                                      \
     "array([[-1.,  1.]], dtype=float32)\n"
@@ -185,6 +187,15 @@ static metalloid_rope_options rope_options(mtl_call *call, int first, int rank) 
 
     int64_t axis = call_integer(call, first + ROPE_TIME_AXIS, -2);
     if (call->failed) return options;
+    /* Here, since None and an offset that is an array have other names in C. */
+    int sources = call_has(call, first + ROPE_BASE) + (options.freqs != NULL) + (options.inv_freqs != NULL);
+    if (sources != 1) {
+        call_fail(call, PyExc_ValueError,
+                  "%s: exactly one of base, freqs and inv_freqs must be given, the others be None, got %d", name,
+                  sources);
+    } else if (options.position_ids && (options.offset != 0 || options.offsets)) {
+        call_fail(call, PyExc_ValueError, "%s: offset must be 0 where position_ids are given", name);
+    }
     if (axis == -2 || axis == rank - 2) options.time_axis = METALLOID_TIME_SECOND_TO_LAST;
     else if (axis == 1 || axis == 1 - rank) options.time_axis = METALLOID_TIME_AXIS_1;
     else
@@ -210,7 +221,7 @@ static metalloid_rope_options rope_options(mtl_call *call, int first, int rank) 
     "a: floating, rank 3 or more, batch first. dims: even, 2 to the length of the last axis; further features pass " \
     "through.\n" ROPE_ARGUMENTS "Returns an array of a's shape and dtype. Angles are float64 inside, so that large " \
     "positions stay exact. `out` may be a.\n"                                                                        \
-    "\n" ARRAYS ERRORS "\n"                                                                                          \
+    "\n" ARRAYS STREAM_IGNORED ERRORS "\n"                                                                           \
     ">>> import numpy as np\n"                                                                                       \
     ">>> x = np.ones((1, 2, 2), np.float32)\n"                                                                       \
     ">>> rope(x, 2, traditional=False, base=10000.0, scale=1.0, offset=0).round(4)\n"                                \
@@ -353,7 +364,7 @@ FUNCTION(geglu) {
     "Returns {B, N_q, T_q, D_v}, q, k and v promoted; with return_logsumexp=True (out, logsumexp), the latter {B, " \
     "N_q, T_q}\n"                                                                                                   \
     "and float32 (float64 for float64), `out` then a tuple of the two. `force_fused` changes nothing.\n"            \
-    "\n" ARRAYS ERRORS "\n"                                                                                         \
+    "\n" ARRAYS STREAM_IGNORED ERRORS "\n"                                                                          \
     ">>> import numpy as np\n"                                                                                      \
     ">>> q = k = np.zeros((1, 1, 2, 4), np.float32)\n"                                                              \
     ">>> v = np.array([[[[1.0], [3.0]]]], np.float32)\n"                                                            \
@@ -531,7 +542,7 @@ FUNCTION(kv_cache_sdpa_update) {
     "logits: floating, {..., V}, rank 1 or more. targets: integer, {...}, each 0 to V - 1, or ignore_index, which " \
     "gives 0.\n"                                                                                                    \
     "Returns float32 of the shape of targets, whatever the logits' dtype.\n"                                        \
-    "\n" ARRAYS ERRORS "\n"                                                                                         \
+    "\n" ARRAYS STREAM_IGNORED ERRORS "\n"                                                                          \
     ">>> import numpy as np\n"                                                                                      \
     ">>> cross_entropy(np.zeros((2, 4), np.float16), np.array([3, -100]), ignore_index=-100)\n"                     \
     "array([1.3862944, 0.       ], dtype=float32)\n"
@@ -568,7 +579,7 @@ FUNCTION(cross_entropy) {
     "Returns the list [out, state]: {B, T, H_v, D_v}, q and k promoted, and {B, H_v, D_v, D_k}, float32 (float64 "  \
     "where an array\n"                                                                                              \
     "is). `out` is a tuple of the two; the state may be initial_state.\n"                                           \
-    "\n" ARRAYS ERRORS "\n"                                                                                         \
+    "\n" ARRAYS STREAM_IGNORED ERRORS "\n"                                                                          \
     ">>> import numpy as np\n"                                                                                      \
     ">>> q = k = np.ones((1, 2, 1, 1), np.float32)\n"                                                               \
     ">>> gamma = beta = np.full((1, 2, 1), 0.5, np.float32)\n"                                                      \

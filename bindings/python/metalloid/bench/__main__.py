@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -52,8 +52,9 @@ class Process:
 
     def ask(self, request: str) -> dict:
         try:
-            self.process.stdin.write(request + "\n")
-            self.process.stdin.flush()
+            with suppress(BrokenPipeError):  # one that ended may have said why
+                self.process.stdin.write(request + "\n")
+                self.process.stdin.flush()
             if select.select([self.process.stdout], [], [], PATIENCE)[0]:
                 return json.loads(self.process.stdout.readline())
             problem = f"no answer in {PATIENCE} s"
@@ -376,7 +377,7 @@ def run(options: argparse.Namespace) -> None:
         if options.plot:
             import matplotlib  # noqa: F401
     except ImportError as error:
-        raise Failure(f"{error.name} is missing; pip install 'metalloid[bench]'") from None
+        raise Failure(f"{error.name} is missing; pip install '.[bench]' in a checkout") from None
     for path in filter(None, (options.json, options.plot)):
         if not Path(path).absolute().parent.is_dir():
             raise Failure(f"{path}: no such folder")
@@ -445,8 +446,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         run(options)
+        sys.stdout.flush()
     except Failure as failure:
         print(f"metalloid bench: {failure}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader has gone: nothing is left to flush to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         print(f"metalloid bench: {error}", file=sys.stderr)
