@@ -31,9 +31,10 @@ def main(arguments):
 
     sys.path[:0] = [str(HERE), str(CASES)]
     import on_gpu
-    import reference
 
     sys.modules["metalloid"] = on_gpu
+    import reference
+
     reference.FLOATING = tuple(dtype for dtype in reference.FLOATING if dtype != reference.float64)
     whole = reference.tolerance
 
