@@ -28,6 +28,11 @@ test:
 	ctest --preset aarch64
 	ctest --preset aarch64-no-bf16
 	METALLOID_COMMAND=build/test/metalloid .venv/bin/python -m pytest tests/python
+	@tools/test_cuda
+
+# The tests of a GPU machine alone: builds the CUDA kernels where nvcc is, and needs no set-up beyond PyTorch.
+test-cuda:
+	@tools/test_cuda
 
 # Against the machine's ceilings and PyTorch, MLX, onnxruntime; make bench ARGS='--quick --plot bench.png'
 bench: all
@@ -64,5 +69,5 @@ format:
 clean:
 	rm -rf build
 
-.PHONY: all install demo test bench sanitize fuzz lint format clean
+.PHONY: all install demo test test-cuda bench sanitize fuzz lint format clean
 .NOTPARALLEL:

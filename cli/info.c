@@ -4,6 +4,9 @@
 #include "core/threads.h"
 #include "cpu/features.h"
 #include "cpu/kernels.h"
+#if MTL_WITH_CUDA
+#include "cuda/kernels.h"
+#endif
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,6 +40,21 @@ static bool version_of(const char *program, char *line, int size) {
     return read_line && status == 0;
 }
 
+static void print_gpus(void) {
+#if MTL_WITH_CUDA
+    const char *why;
+    int count = mtl_cuda_device_count(&why);
+    if (count == 0) printf("\ngpus          none: %s\n", why);
+    for (int i = 0; i < count; i++) {
+        char words[256];
+        mtl_cuda_device_in_words(i, words, sizeof words);
+        printf("%s %s\n", i ? "             " : "\ngpus         ", words);
+    }
+#else
+    printf("\ngpus          none: this build has no GPU backend\n");
+#endif
+}
+
 int metalloid_cli_info(int count, char **arguments) {
     if (count > 0) {
         bool help = strcmp(arguments[0], "--help") == 0 || strcmp(arguments[0], "-h") == 0;
@@ -68,7 +86,7 @@ int metalloid_cli_info(int count, char **arguments) {
     if (threads)
         printf(", METALLOID_NUM_THREADS=%s%s", threads,
                mtl_environment_threads() ? "" : " is ignored: it is not a number from 1 to 1024");
-    printf("\ngpus          none: this build has no GPU backend\n");
+    print_gpus();
 
     const char *named = getenv("METALLOID_CXX");
     const char *compilers[] = {named && *named ? named : "clang++", "clang"};

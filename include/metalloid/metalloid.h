@@ -11,6 +11,10 @@
  * 64 bits. Floating operands of one call may differ in dtype. Arithmetic is float32 inside (float64 as soon as one of the
  * floating operands is float64) and is rounded once, to nearest even, to the dtype of the output.
  *
+ * Tensors live on the CPU (CUDA's pinned memory included) or, in a build with CUDA kernels, on an NVIDIA GPU, all of a
+ * call on one device. There float64 is refused, and values that only the device can see, such as positions and targets,
+ * are not checked: one that the CPU refuses gives NaN.
+ *
  * Notation: B batch, N_q / N_kv query and key/value heads, T_q / T_kv lengths, D head dimension, H length of the last axis.
  */
 #ifndef METALLOID_METALLOID_H
@@ -46,8 +50,9 @@ typedef enum metalloid_status {
     METALLOID_OK = 0,
     METALLOID_INVALID_ARGUMENT =
         1, /* a null pointer, dtype, rank, shape, stride, overlap or value that the call refuses */
-    METALLOID_OUT_OF_MEMORY = 2, /* the workspace could not be allocated; nothing was written */
-    METALLOID_UNSUPPORTED = 3,   /* no backend of this build serves the tensors' device */
+    METALLOID_OUT_OF_MEMORY = 2,  /* the workspace could not be allocated; nothing was written */
+    METALLOID_UNSUPPORTED = 3,    /* no backend of this build serves the tensors' device, or the device is too old */
+    METALLOID_DEVICE_FAILURE = 4, /* the device or its driver refused the work; the message has its words */
 } metalloid_status;
 
 /* The status in words; never NULL. */
@@ -82,6 +87,11 @@ METALLOID_API void metalloid_context_destroy(metalloid_context *context); /* NUL
 
 /* At most `threads` threads, the caller included, run a call; 0 returns to the process-wide count. */
 METALLOID_API metalloid_status metalloid_context_set_threads(metalloid_context *context, int threads);
+
+/* The CUDA stream (cudaStream_t or CUstream) on which calls on CUDA tensors queue their work, in the device's primary
+ * context; NULL is the legacy default stream. Such a call returns before the work is done, and can be captured in a
+ * CUDA graph. */
+METALLOID_API metalloid_status metalloid_context_set_stream(metalloid_context *context, void *stream);
 
 /* NULL returns to the default allocator. */
 METALLOID_API metalloid_status metalloid_context_set_allocator(metalloid_context *context,

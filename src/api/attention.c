@@ -1,7 +1,7 @@
 /* scaled_dot_product_attention. SPDX-License-Identifier: MIT */
 #include "api/attention.h"
+#include "api/backend.h"
 #include "core/options.h"
-#include "cpu/kernels.h"
 
 static const char op_name[] = "scaled_dot_product_attention";
 
@@ -150,8 +150,9 @@ metalloid_status metalloid_scaled_dot_product_attention(metalloid_context *conte
     DLDevice device;
     const mtl_view *all[] = {&q, &k, &v, &out, &mask, &key_mask, &sinks, &logsumexp};
     MTL_TRY(mtl_check_device(all, 8, op_name, &device));
+    args.device = device;
     const mtl_view *outputs[] = {&out, &logsumexp}, *inputs[] = {&q, &k, &v, &mask, &key_mask, &sinks};
     MTL_TRY(mtl_check_overlap(outputs, 2, inputs, 6, NULL, op_name));
     if (out.elements == 0 && (!mtl_present(&logsumexp) || logsumexp.elements == 0)) return METALLOID_OK;
-    return mtl_cpu_attention(context, op_name, &args);
+    return MTL_RUN(attention, context, op_name, &args);
 }

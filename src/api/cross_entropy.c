@@ -1,6 +1,6 @@
 /* cross_entropy. SPDX-License-Identifier: MIT */
+#include "api/backend.h"
 #include "core/options.h"
-#include "cpu/kernels.h"
 
 static const char op[] = "cross_entropy";
 
@@ -44,6 +44,7 @@ metalloid_status metalloid_cross_entropy(metalloid_context *context, const DLTen
                                    .loss = {loss_view.data, 0, loss_view.dtype},
                                    .has_ignore_index = mtl_option_flag(&options.has_ignore_index),
                                    .ignore_index = options.ignore_index,
+                                   .device = device,
                                    .in_double = mtl_any_double(all, 3)};
     const mtl_view *in_rows[] = {[MTL_CROSS_ENTROPY_LOGITS] = &logits_view,
                                  [MTL_CROSS_ENTROPY_TARGETS] = &targets_view,
@@ -52,6 +53,7 @@ metalloid_status metalloid_cross_entropy(metalloid_context *context, const DLTen
     if (args.rows.count == 0) return METALLOID_OK;
     MTL_REQUIRE(args.classes > 0, op, "logits must have at least one class, got %d for %lld rows", 0,
                 (long long)args.rows.count);
-    MTL_TRY(check_targets(&args));
-    return mtl_cpu_cross_entropy(context, op, &args);
+    /* On a GPU the kernel looks at them and gives NaN: reading them here would wait for it. */
+    if (device.device_type == kDLCPU) MTL_TRY(check_targets(&args));
+    return MTL_RUN(cross_entropy, context, op, &args);
 }

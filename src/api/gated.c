@@ -24,6 +24,7 @@ metalloid_status mtl_gated_check(mtl_gated_args *args, const char *op, const DLT
     args->up = (mtl_row){up_view.data, stride[MTL_GATED_UP], up_view.dtype};
     args->out = (mtl_row){out_view.data, stride[MTL_GATED_OUT], out_view.dtype};
     args->tanh = false;
+    args->device = device;
     args->in_double = mtl_any_double(all, 3);
     return METALLOID_OK;
 }

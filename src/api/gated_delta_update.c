@@ -1,5 +1,5 @@
 /* gated_delta_update. SPDX-License-Identifier: MIT */
-#include "cpu/kernels.h"
+#include "api/backend.h"
 
 /* An empty operand is never read, but the place of its items is still computed: it gets an address, and no strides. */
 static char nothing[8];
@@ -69,6 +69,7 @@ metalloid_status metalloid_gated_delta_update(metalloid_context *context, const 
                                  .mask = strided(&mask),
                                  .out = strided(&out),
                                  .state = strided(&state),
+                                 .device = device,
                                  .in_double = mtl_any_double(all, 8)};
-    return mtl_cpu_gated_delta(context, op, &args);
+    return MTL_RUN(gated_delta, context, op, &args);
 }

@@ -1,6 +1,6 @@
 /* geglu. SPDX-License-Identifier: MIT */
+#include "api/backend.h"
 #include "api/gated.h"
-#include "cpu/kernels.h"
 
 metalloid_status metalloid_geglu(metalloid_context *context, const DLTensor *gate, const DLTensor *up,
                                  metalloid_gelu approximate, DLTensor *out) {
@@ -9,5 +9,5 @@ metalloid_status metalloid_geglu(metalloid_context *context, const DLTensor *gat
                 "approximate must be METALLOID_GELU_ERF or METALLOID_GELU_TANH, got %d", (int)approximate);
     MTL_TRY(mtl_gated_check(&args, "geglu", gate, up, out));
     args.tanh = approximate == METALLOID_GELU_TANH;
-    return mtl_cpu_geglu(context, "geglu", &args);
+    return MTL_RUN(geglu, context, "geglu", &args);
 }

@@ -1,6 +1,6 @@
 /* kv_cache_sdpa_update: attention over a cache that this call extends. SPDX-License-Identifier: MIT */
 #include "api/attention.h"
-#include "cpu/kernels.h"
+#include "api/backend.h"
 
 static const char op[] = "kv_cache_sdpa_update";
 
@@ -66,7 +66,8 @@ metalloid_status metalloid_kv_cache_sdpa_update(metalloid_context *context, cons
         .first_visible = -q_len,
         .last_visible = q_len > 1 ? offset : kv_len, /* one query sees every key that key_mask allows */
         .append = {mtl_attention_operand_of(&new_k, 2), mtl_attention_operand_of(&new_v, 2), offset},
+        .device = device,
         .in_double = mtl_any_double(all, 7)};
     mtl_attention_set_key_mask(&args, &key_mask);
-    return mtl_cpu_attention(context, op, &args);
+    return MTL_RUN(attention, context, op, &args);
 }

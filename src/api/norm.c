@@ -37,6 +37,7 @@ metalloid_status mtl_norm_check(mtl_norm_args *args, const char *op, const mtl_n
     args->bias = mtl_row_of(&bias);
     args->sum = mtl_row_of(&sum);
     args->out = mtl_row_of(&out);
+    args->device = device;
     args->in_double = mtl_any_double(all, 6);
     return METALLOID_OK;
 }

@@ -1,6 +1,6 @@
 /* qk_norm_rope. SPDX-License-Identifier: MIT */
+#include "api/backend.h"
 #include "api/rope.h"
-#include "cpu/kernels.h"
 
 metalloid_status metalloid_qk_norm_rope(metalloid_context *context, const DLTensor *q_tensor, const DLTensor *k_tensor,
                                         const DLTensor *q_weight_tensor, const DLTensor *k_weight_tensor, double eps,
@@ -42,6 +42,7 @@ metalloid_status metalloid_qk_norm_rope(metalloid_context *context, const DLTens
     mtl_rope_fill_side(&args.side[1], &k, &k_out, time_axis);
     args.side[0].weight = mtl_row_of(&q_weight);
     args.side[1].weight = mtl_row_of(&k_weight);
+    args.device = device;
     args.in_double = mtl_any_double(all, 6);
-    return mtl_cpu_rope(context, op, &args);
+    return MTL_RUN(rope, context, op, &args);
 }

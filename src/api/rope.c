@@ -1,7 +1,7 @@
 /* rope. SPDX-License-Identifier: MIT */
 #include "api/rope.h"
+#include "api/backend.h"
 #include "core/options.h"
-#include "cpu/kernels.h"
 
 metalloid_status mtl_rope_read_options(mtl_rope_args *args, mtl_rope_tensors *tensors,
                                        const metalloid_rope_options *given, int64_t dims, const char *op) {
@@ -80,6 +80,7 @@ metalloid_status mtl_rope_check_extents(mtl_rope_args *args, const mtl_rope_tens
     angles->positions.dtype = positions->dtype;
     angles->positions.batch_stride = positions->rank ? positions->stride[0] : 0;
     if (args->batch == 0 || args->time == 0) return METALLOID_OK;
+    if (positions->device.device_type != kDLCPU) return METALLOID_OK; /* the kernel looks at them and gives NaN */
 
     /* A broadcast axis, which may be of any length, is looked at once. */
     int64_t rows = angles->positions.batch_stride ? args->batch : 1,
@@ -136,6 +137,7 @@ metalloid_status metalloid_rope(metalloid_context *context, const DLTensor *x_te
     MTL_TRY(mtl_check_overlap(outputs, 1, inputs, 3, aliases, op));
 
     mtl_rope_fill_side(&args.side[0], &x, &out, mtl_rope_time_axis(&x, tensors.time_axis));
+    args.device = device;
     args.in_double = mtl_any_double(all, 2);
-    return mtl_cpu_rope(context, op, &args);
+    return MTL_RUN(rope, context, op, &args);
 }

@@ -49,6 +49,12 @@ metalloid_status metalloid_context_set_allocator(metalloid_context *context, con
     return METALLOID_OK;
 }
 
+metalloid_status metalloid_context_set_stream(metalloid_context *context, void *stream) {
+    MTL_REQUIRE(context, "context_set_stream", "%s must not be NULL", "context");
+    context->stream = stream;
+    return METALLOID_OK;
+}
+
 metalloid_status metalloid_set_num_threads(int threads) {
     MTL_REQUIRE(threads >= 0 && threads <= MTL_MOST_THREADS, "set_num_threads", "threads must be 0 to %d, got %d",
                 (int)MTL_MOST_THREADS, threads);

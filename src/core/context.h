@@ -9,6 +9,7 @@ struct mtl_cpu_isa;
 struct metalloid_context {
     int threads; /* 0: the process-wide count */
     metalloid_allocator allocator;
+    void *stream;                  /* CUDA's, NULL for the legacy default stream */
     const struct mtl_cpu_isa *isa; /* NULL: the one picked for the process; `metalloid check` compares others with it */
 };
 

@@ -24,6 +24,7 @@ typedef struct mtl_norm_args {
     int64_t length; /* of a row */
     double eps;
     mtl_row x, residual, weight, bias, sum, out;
+    DLDevice device;
     bool in_double;
     bool stream; /* the CPU backend's to set: results go past the caches */
 } mtl_norm_args;
@@ -37,6 +38,7 @@ typedef struct mtl_gated_args {
     int64_t runs, run; /* a row is `runs` items of `run` elements, the last perhaps shorter */
     mtl_row gate, up, out;
     bool tanh; /* geglu's approximation */
+    DLDevice device;
     bool in_double;
     bool stream;
 } mtl_gated_args;
@@ -84,6 +86,7 @@ typedef struct mtl_rope_args {
     mtl_rope_side side[2];
     bool normed;
     double eps;
+    DLDevice device;
     bool in_double;
     bool stream;
 } mtl_rope_args;
@@ -119,6 +122,7 @@ typedef struct mtl_attention_args {
             v;          /* kv_cache_sdpa_update: q_len keys and values, first copied into k and v; data NULL: none */
         int64_t offset; /* in time */
     } append;
+    DLDevice device;
     bool in_double;
     struct { /* how the CPU backend cuts the work: its own to fill in, see cpu/attention.h */
         int64_t group, rows, row_blocks, key_ranges;
@@ -132,6 +136,7 @@ typedef struct mtl_cross_entropy_args {
     mtl_row logits, targets, loss;
     bool has_ignore_index;
     int64_t ignore_index;
+    DLDevice device;
     bool in_double;
 } mtl_cross_entropy_args;
 
@@ -149,6 +154,8 @@ typedef struct mtl_gated_delta_args {
     mtl_strided q, k, v, gamma, beta, out; /* batch, time, head, feature; the last is 0 for a head's own gamma */
     mtl_strided initial_state, state;      /* batch, head, value feature, key feature */
     mtl_strided mask;                      /* batch, time */
+    DLDevice device;
+    int64_t blocks;                        /* how many an item has; the backend's */
     bool in_double;
 } mtl_gated_delta_args;
 

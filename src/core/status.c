@@ -25,6 +25,7 @@ const char *metalloid_status_string(metalloid_status status) {
     case METALLOID_INVALID_ARGUMENT: return "invalid argument";
     case METALLOID_OUT_OF_MEMORY: return "out of memory";
     case METALLOID_UNSUPPORTED: return "unsupported device";
+    case METALLOID_DEVICE_FAILURE: return "device failure";
     }
     return "unknown status";
 }

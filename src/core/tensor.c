@@ -166,7 +166,7 @@ metalloid_status mtl_check_device(const mtl_view *const *views, int count, const
                     (int)views[i]->device.device_type, views[i]->device.device_id);
     }
     *device = first->device;
-    if (device->device_type == kDLCPU) return METALLOID_OK;
+    if (device->device_type == kDLCPU || (MTL_WITH_CUDA && device->device_type == kDLCUDA)) return METALLOID_OK;
     return mtl_fail(METALLOID_UNSUPPORTED,
                     "%s: %s is on a device of DLPack type %d, which no backend of this build serves", op, first->name,
                     (int)device->device_type);

@@ -78,12 +78,22 @@ static inline size_t mtl_rope_scratch(const mtl_rope_args *args) {
 /* Cosine and sine of a pair whose angle leaves the range of double on its way. */
 void mtl_rope_turn_far(const mtl_rope_angles *angles, int64_t pair, int64_t position, double *cosine, double *sine);
 
-/* gated_delta's items are blocks of so many rows of a head's state. */
-enum { MTL_GATED_DELTA_ROWS = 32 };
+/* gated_delta's items are runs of blocks, of so many rows of a head's state each. Calls of fewer than so many steps go
+ * step by step, others in chunks. */
+enum { MTL_GATED_DELTA_ROWS = 32, MTL_GATED_DELTA_STEPS = 32, MTL_GATED_DELTA_FEW = 6 };
 
-/* The block, and q, k and gamma of a step, each row padded to full vectors. */
+static inline int64_t mtl_gated_delta_blocks(const mtl_gated_delta_args *args) { /* of a head */
+    return (args->value_dim + MTL_GATED_DELTA_ROWS - 1) / MTL_GATED_DELTA_ROWS;
+}
+
+/* Step by step: a block, and q, k and gamma of a step, each row padded to full vectors. In chunks: the states of an
+ * item, the keys and queries of a chunk in five forms, and what lies between steps. */
 static inline size_t mtl_gated_delta_scratch(const mtl_gated_delta_args *args) {
-    return sizeof(double) * (MTL_GATED_DELTA_ROWS + 3) * (size_t)(args->key_dim + 16);
+    size_t padded = (size_t)(args->key_dim + 15) / 16 * 16, rows = MTL_GATED_DELTA_ROWS, steps = MTL_GATED_DELTA_STEPS;
+    size_t reals = args->time < MTL_GATED_DELTA_FEW
+                       ? (rows + 3) * padded
+                       : ((size_t)args->blocks * rows + 5 * steps + 2) * padded + 4 * steps * steps + 2 * steps * rows;
+    return reals * (args->in_double ? sizeof(double) : sizeof(float));
 }
 
 /* Entry points: how an operation's work is cut into items, and which kernel does it. `op` is for messages. */
@@ -95,7 +105,6 @@ metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, 
 metalloid_status mtl_cpu_attention(const metalloid_context *context, const char *op, const mtl_attention_args *given);
 metalloid_status mtl_cpu_cross_entropy(const metalloid_context *context, const char *op,
                                        const mtl_cross_entropy_args *args);
-metalloid_status mtl_cpu_gated_delta(const metalloid_context *context, const char *op,
-                                     const mtl_gated_delta_args *args);
+metalloid_status mtl_cpu_gated_delta(const metalloid_context *context, const char *op, mtl_gated_delta_args *args);
 
 #endif

@@ -40,6 +40,8 @@ static void contexts_refuse_bad_arguments(void **state) {
     expect_invalid(metalloid_context_set_allocator(context, &half), "context_set_allocator: allocator ");
     half = (metalloid_allocator){NULL, nothing_to_release, NULL};
     expect_invalid(metalloid_context_set_allocator(context, &half), "context_set_allocator: allocator ");
+    expect_invalid(metalloid_context_set_stream(NULL, NULL), "context_set_stream: context ");
+    expect_ok(metalloid_context_set_stream(context, NULL));
     metalloid_context_destroy(context);
     metalloid_context_destroy(NULL);
 }

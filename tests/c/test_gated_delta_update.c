@@ -73,11 +73,11 @@ static void matches_the_recurrence_on_random_calls(void **state) {
         describe("case %d", i);
         delta_case c = {0};
         c.batch = random_int(1, 3);
-        c.time = one_in(3) ? 1 : one_in(4) ? random_int(60, 140) : random_int(1, 30);
+        c.time = one_in(3) ? 1 : one_in(4) ? random_int(60, 140) : random_int(1, 36);
         c.k_heads = random_int(1, 2);
         c.v_heads = c.k_heads * random_int(1, 3);
         c.key_dim = one_in(4) ? 32 : random_int(1, 24);
-        c.value_dim = one_in(4) ? 32 : random_int(1, 24);
+        c.value_dim = one_in(4) ? 32 : one_in(6) ? random_int(25, 72) : random_int(1, 24);
         bool in_double = one_in(6);
 #define RANDOM_TYPE() (in_double && one_in(2) ? F64 : random_float_below_64())
         c.q = new_tensor(RANDOM_TYPE(), INPUT, SHAPE(c.batch, c.time, c.k_heads, c.key_dim));
@@ -156,6 +156,135 @@ static void extreme_decays_stay_finite(void **state) {
             run(random_context(), &c);
             release_all();
         }
+    }
+}
+
+/* Chunks that are full, one short or one over, or that masks leave a step of; whole and part blocks of rows, whole and
+ * part vectors. */
+static void chunks_of_any_length_match_the_recurrence(void **state) {
+    (void)state;
+    static const int64_t times[] = {5, 6, 7, 8, 9, 31, 32, 33, 40, 63, 64, 65, 97};
+    static const int64_t dims[][2] = {{16, 32}, {33, 65}, {128, 31}, {40, 128}, {1, 1}};
+    int count = 0;
+    for (int i = 0; i < 13; i++) {
+        for (int d = 0; d < 5; d++) {
+            seed((uint64_t)(i * 5 + d));
+            int64_t time = times[i], key_dim = dims[d][0], value_dim = dims[d][1], group = random_int(1, 3);
+            element_type t = one_in(4) ? F64 : F32;
+            delta_case c = {.batch = 2, .time = time, .k_heads = 2, .v_heads = 2 * group, .key_dim = key_dim};
+            c.value_dim = value_dim;
+            c.q = new_tensor(t, ROWS, SHAPE(2, time, 2, key_dim));
+            c.k = new_tensor(t, ROWS, SHAPE(2, time, 2, key_dim));
+            c.v = new_tensor(t, ROWS, SHAPE(2, time, 2 * group, value_dim));
+            c.gamma = one_in(2) ? new_tensor(t, ROWS, SHAPE(2, time, 2 * group, key_dim))
+                                : new_tensor(t, ROWS, SHAPE(2, time, 2 * group));
+            c.beta = new_tensor(t, ROWS, SHAPE(2, time, 2 * group));
+            c.out = new_output(t, ROWS, SHAPE(2, time, 2 * group, value_dim));
+            c.state = new_output(t, one_in(2) ? CONTIGUOUS : STRIDED, SHAPE(2, 2 * group, value_dim, key_dim));
+            fill_normal(c.state, 0, 1);
+            c.initial_state = c.state; /* in place */
+            fill_like_a_model(&c);
+            if (one_in(2)) {
+                c.mask = new_tensor(BOOL, ROWS, SHAPE(2, time));
+                int live = (int)random_int(1, 8);
+                for (int64_t step = 0; step < 2 * time; step++) set(c.mask, step, !one_in(live));
+            }
+            describe("T %d, D_k %d, D_v %d, group %d", (int)time, (int)key_dim, (int)value_dim, (int)group);
+            run(random_context(), &c);
+            release_all();
+            count++;
+        }
+    }
+    report("lengths and dimensions", count);
+}
+
+/* One step of a chunk holds what no model gives: growth, a change of sign, keys far from unit length, NaN. It must show
+ * where the recurrence has it show, and nowhere else. */
+static void a_hostile_step_in_a_chunk_acts_as_in_the_recurrence(void **state) {
+    (void)state;
+    static const double strange[] = {0, -0.5, 1.5, -3, 1e6, 1e-38, NAN};
+    enum { HEADS = 2, KEY_DIM = 20, VALUE_DIM = 37, TIME = 70 };
+    int count = 0;
+    for (int which = 0; which < 6; which++) {
+        for (int i = 0; i < 7; i++) {
+            for (int by_channel = 0; by_channel < 2; by_channel++) {
+                seed((uint64_t)(which * 7 + i));
+                delta_case c = {.batch = 1, .time = TIME, .k_heads = 1, .v_heads = HEADS, .key_dim = KEY_DIM};
+                c.value_dim = VALUE_DIM;
+                c.q = new_tensor(F32, ROWS, SHAPE(1, TIME, 1, KEY_DIM));
+                c.k = new_tensor(F32, ROWS, SHAPE(1, TIME, 1, KEY_DIM));
+                c.v = new_tensor(F32, ROWS, SHAPE(1, TIME, HEADS, VALUE_DIM));
+                c.gamma = by_channel ? new_tensor(F32, ROWS, SHAPE(1, TIME, HEADS, KEY_DIM))
+                                     : new_tensor(F32, ROWS, SHAPE(1, TIME, HEADS));
+                c.beta = new_tensor(F32, ROWS, SHAPE(1, TIME, HEADS));
+                c.initial_state = one_in(2) ? new_tensor(F32, ROWS, SHAPE(1, HEADS, VALUE_DIM, KEY_DIM)) : NULL;
+                c.out = new_output(F32, ROWS, SHAPE(1, TIME, HEADS, VALUE_DIM));
+                c.state = new_output(F32, ROWS, SHAPE(1, HEADS, VALUE_DIM, KEY_DIM));
+                fill_like_a_model(&c);
+                tensor *hit[] = {c.q, c.k, c.v, c.gamma, c.beta, c.initial_state};
+                if (!hit[which]) hit[which] = c.v;
+                set(hit[which], random_int(0, hit[which]->elements - 1), strange[i]);
+                describe("%g in argument %d", strange[i], which);
+                run(random_context(), &c);
+                release_all();
+                count++;
+            }
+        }
+    }
+    report("hostile steps", count);
+}
+
+/* A state of zeros takes any decay; infinite ones make NaN of it as 0 times infinity does. */
+static void growth_of_an_empty_state_is_nothing(void **state) {
+    (void)state;
+    for (int by_channel = 0; by_channel < 2; by_channel++) {
+        seed((uint64_t)by_channel);
+        delta_case c = {.batch = 1, .time = 40, .k_heads = 1, .v_heads = 1, .key_dim = 16, .value_dim = 16};
+        c.q = new_tensor(F32, ROWS, SHAPE(1, 40, 1, 16));
+        c.k = new_tensor(F32, ROWS, SHAPE(1, 40, 1, 16));
+        c.v = new_tensor(F32, ROWS, SHAPE(1, 40, 1, 16));
+        c.gamma = by_channel ? new_tensor(F32, ROWS, SHAPE(1, 40, 1, 16)) : new_tensor(F32, ROWS, SHAPE(1, 40, 1));
+        c.beta = new_tensor(F32, ROWS, SHAPE(1, 40, 1));
+        c.out = new_output(F32, ROWS, SHAPE(1, 40, 1, 16));
+        c.state = new_output(F32, ROWS, SHAPE(1, 1, 16, 16));
+        fill_like_a_model(&c);
+        fill(c.gamma, 1e30);
+        fill(c.v, 0);
+        describe("decay 1e30 of nothing");
+        run(random_context(), &c);
+        release_all();
+    }
+}
+
+/* However a call is cut, its bits are the same: rows of a state have nothing to do with each other. */
+static void bits_do_not_depend_on_the_threads(void **state) {
+    (void)state;
+    for (int by_channel = 0; by_channel < 2; by_channel++) {
+        double *first = NULL, *first_state = NULL;
+        for (int threads = 1; threads <= 64; threads *= 4) {
+            seed((uint64_t)by_channel);
+            delta_case c = {.batch = 1, .time = 70, .k_heads = 2, .v_heads = 4, .key_dim = 64, .value_dim = 100};
+            c.q = new_tensor(F32, CONTIGUOUS, SHAPE(1, 70, 2, 64));
+            c.k = new_tensor(F32, CONTIGUOUS, SHAPE(1, 70, 2, 64));
+            c.v = new_tensor(F32, CONTIGUOUS, SHAPE(1, 70, 4, 100));
+            c.gamma = by_channel ? new_tensor(F32, CONTIGUOUS, SHAPE(1, 70, 4, 64))
+                                 : new_tensor(F32, CONTIGUOUS, SHAPE(1, 70, 4));
+            c.beta = new_tensor(F32, CONTIGUOUS, SHAPE(1, 70, 4));
+            c.out = new_output(F32, CONTIGUOUS, SHAPE(1, 70, 4, 100));
+            c.state = new_output(F32, CONTIGUOUS, SHAPE(1, 4, 100, 64));
+            fill_like_a_model(&c);
+            metalloid_context *context = NULL;
+            expect_ok(metalloid_context_create(&context));
+            expect_ok(metalloid_context_set_threads(context, threads));
+            describe("%d threads", threads);
+            run(context, &c);
+            metalloid_context_destroy(context);
+            double *out = values(c.out), *final = values(c.state);
+            if (!first) first = out, first_state = final;
+            assert_memory_equal(out, first, (size_t)c.out->elements * sizeof *out);
+            assert_memory_equal(final, first_state, (size_t)c.state->elements * sizeof *final);
+        }
+        release_all();
     }
 }
 
@@ -259,6 +388,10 @@ int main(void) {
         cmocka_unit_test(matches_the_recurrence_on_random_calls),
         cmocka_unit_test(a_thousand_steps_keep_the_accuracy),
         cmocka_unit_test(extreme_decays_stay_finite),
+        cmocka_unit_test(chunks_of_any_length_match_the_recurrence),
+        cmocka_unit_test(a_hostile_step_in_a_chunk_acts_as_in_the_recurrence),
+        cmocka_unit_test(growth_of_an_empty_state_is_nothing),
+        cmocka_unit_test(bits_do_not_depend_on_the_threads),
         cmocka_unit_test(masked_steps_do_not_touch_the_state),
         cmocka_unit_test(refuses_bad_arguments_and_writes_nothing),
         cmocka_unit_test(zero_extents_give_the_initial_state),

@@ -195,14 +195,19 @@ static bool open_exchange(mtl_array *opened, PyObject *capsule, PyObject *object
                           const char *name) {
     const exchange_api *api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
     if (!api) return refuse_export(op, name);
+    bool taken;
     if (!writable && api->tensor_from_object) {
         DLTensor tensor;
         if (api->tensor_from_object(object, &tensor) != 0) return refuse_export(op, name);
-        return take_tensor(opened, &tensor, op, name);
+        taken = take_tensor(opened, &tensor, op, name);
+    } else {
+        versioned_tensor *managed; /* says whether it may be written */
+        if (api->managed_from_object(object, &managed) != 0) return refuse_export(op, name);
+        taken = take_versioned(opened, managed, writable, op, name);
     }
-    versioned_tensor *managed; /* says whether it may be written */
-    if (api->managed_from_object(object, &managed) != 0) return refuse_export(op, name);
-    return take_versioned(opened, managed, writable, op, name);
+    if (!taken || !array_on_cuda(opened)) return taken;
+    return api->current_work_stream(kDLCUDA, opened->tensor.device.device_id, &opened->stream) == 0 ||
+           refuse_export(op, name);
 }
 
 /* Whether the table is one of DLPack 1.x; NULL for none. */
@@ -262,6 +267,7 @@ static bool detach(mtl_array *opened, PyObject **object, const char *op, const c
 bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool writable, const char *op,
                 const char *name) {
     opened->object = object;
+    opened->stream = NULL;
     opened->detached = NULL;
     opened->managed = NULL;
     if (PyArray_Check(object)) return open_numpy(opened, (PyArrayObject *)object, writable, op, name);
@@ -459,6 +465,7 @@ static PyObject *allocate_memory(mtl_array *opened, module_state *state, const m
                                 .shape = opened->shape};
     memcpy(opened->shape, shape, (size_t)rank * sizeof shape[0]);
     opened->object = (PyObject *)result;
+    opened->stream = NULL;
     opened->detached = opened->managed = NULL;
     return (PyObject *)result;
 }
@@ -474,8 +481,8 @@ static PyObject *allocate_numpy(const mtl_array *like, DLDataType dtype, int ran
     return PyArray_SimpleNew(rank, extents, type);
 }
 
-static PyObject *allocate_torch(PyObject *torch, DLDataType dtype, int rank, const int64_t *shape) {
-    PyObject *result = NULL, *empty = NULL, *type = NULL, *names = NULL, *extents = PyTuple_New(rank);
+static PyObject *allocate_torch(PyObject *torch, PyObject *like, DLDataType dtype, int rank, const int64_t *shape) {
+    PyObject *result = NULL, *empty = NULL, *type = NULL, *device = NULL, *names = NULL, *extents = PyTuple_New(rank);
     if (!extents) return NULL;
     for (int axis = 0; axis < rank; axis++) {
         PyObject *extent = PyLong_FromLongLong(shape[axis]);
@@ -487,10 +494,13 @@ static PyObject *allocate_torch(PyObject *torch, DLDataType dtype, int rank, con
                                          : dtype.bits == 32      ? "float32"
                                                                  : "float64");
     empty = PyObject_GetAttrString(torch, "empty");
-    names = Py_BuildValue("(s)", "dtype");
-    if (type && empty && names) result = PyObject_Vectorcall(empty, (PyObject *[]){extents, type}, 1, names);
+    device = PyObject_GetAttrString(like, "device");
+    names = Py_BuildValue("(ss)", "dtype", "device");
+    if (type && empty && device && names)
+        result = PyObject_Vectorcall(empty, (PyObject *[]){extents, type, device}, 1, names);
 done:
     Py_XDECREF(names);
+    Py_XDECREF(device);
     Py_XDECREF(empty);
     Py_XDECREF(type);
     Py_DECREF(extents);
@@ -524,17 +534,22 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
     if (PyArray_Check(like->object)) {
         result = allocate_numpy(like, dtype, rank, shape);
     } else {
+        int is = is_torch(like->object, &torch);
+        if (is < 0) return NULL;
         DLDeviceType device = like->tensor.device.device_type;
-        if (device != kDLCPU && device != kDLCUDAHost) {
+        if (device != kDLCPU && device != kDLCUDAHost && !(MTL_WITH_CUDA && array_on_cuda(like))) {
             PyErr_Format(PyExc_RuntimeError,
                          "%s: the arrays are on a device of DLPack type %d, which no backend of this build serves", op,
                          (int)device);
             return NULL;
         }
-        int is = is_torch(like->object, &torch);
-        if (is < 0) return NULL;
+        if (!is && array_on_cuda(like)) {
+            PyErr_Format(PyExc_RuntimeError,
+                         "%s: results on a CUDA device are allocated as PyTorch's tensors alone: pass out=", op);
+            return NULL;
+        }
         if (!is) return allocate_memory(opened, state, like, dtype, rank, shape, op);
-        result = allocate_torch(torch, dtype, rank, shape);
+        result = allocate_torch(torch, like->object, dtype, rank, shape);
     }
     if (result && !array_open(opened, state, result, false, op, "out")) {
         array_close(opened);

@@ -20,11 +20,17 @@ typedef struct module_state {
 typedef struct mtl_array {
     DLTensor tensor; /* shape and strides point to those below, strides may be NULL */
     PyObject *object;
+    void
+        *stream; /* its library's current one on the tensor's CUDA device; NULL, the legacy default stream, elsewhere */
     PyObject *detached; /* a tensor made for this call, or NULL */
     void *managed;      /* a consumed DLPack capsule's, or NULL */
     bool versioned;     /* what `managed` is */
     int64_t shape[MAX_RANK], strides[MAX_RANK];
 } mtl_array;
+
+static inline bool array_on_cuda(const mtl_array *array) {
+    return array->tensor.device.device_type == kDLCUDA || array->tensor.device.device_type == kDLCUDAManaged;
+}
 
 /* Once a module. */
 bool arrays_init(PyObject *module, module_state *state);

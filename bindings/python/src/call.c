@@ -41,6 +41,7 @@ void call_begin(mtl_call *call, PyObject *module, const mtl_signature *signature
     call->failed = false;
     call->arrays = call->results = 0;
     call->elements = 0;
+    call->context = NULL;
     for (int i = 0; i < count; i++) call->given[i] = i < given ? arguments[i] : NULL;
     if (given > signature->positional) {
         call_fail(call, PyExc_TypeError, "%s() takes %d positional arguments but %zd were given", signature->name,
@@ -77,6 +78,14 @@ static DLTensor *take_array(mtl_call *call, PyObject *object, bool writable, con
     if (!array_open(taken, call->state, object, writable, call->signature->name, name)) {
         call->failed = true;
         return NULL;
+    }
+    if (array_on_cuda(taken) && !call->context) {
+        if (metalloid_context_create(&call->context) != METALLOID_OK) {
+            PyErr_NoMemory();
+            call->failed = true;
+            return NULL;
+        }
+        metalloid_context_set_stream(call->context, taken->stream);
     }
     int64_t elements = 1;
     for (int axis = 0; axis < taken->tensor.ndim; axis++) {
@@ -228,15 +237,16 @@ bool call_releases_gil(const mtl_call *call) { return call->elements >= ELEMENTS
 
 void call_settle(mtl_call *call, metalloid_status status) {
     if (status == METALLOID_OK) return;
-    PyObject *exception = status == METALLOID_OUT_OF_MEMORY ? PyExc_MemoryError
-                          : status == METALLOID_UNSUPPORTED ? PyExc_RuntimeError
-                                                            : PyExc_ValueError;
+    PyObject *exception = status == METALLOID_OUT_OF_MEMORY      ? PyExc_MemoryError
+                          : status == METALLOID_INVALID_ARGUMENT ? PyExc_ValueError
+                                                                 : PyExc_RuntimeError;
     PyErr_SetString(exception, metalloid_last_error());
     call->failed = true;
 }
 
 PyObject *call_end(mtl_call *call) {
     for (int i = 0; i < call->arrays; i++) array_close(&call->array[i]);
+    metalloid_context_destroy(call->context);
     for (int i = 0; i < call->results && !call->failed; i++) {
         if (!call->allocated[i]) continue;
         call->result[i] = array_finish(call->result[i], call->state);

@@ -27,7 +27,8 @@ typedef struct mtl_call {
     PyObject *given[MAX_PARAMETERS]; /* borrowed; NULL where not given */
     bool failed;
     int arrays, results;
-    int64_t elements; /* of all arrays */
+    int64_t elements;           /* of all arrays */
+    metalloid_context *context; /* with the stream of the first CUDA array; NULL on the CPU */
     PyObject *result[2];
     bool allocated[2]; /* or given by the caller */
     mtl_array array[MAX_ARRAYS];

@@ -2,7 +2,7 @@
  *
  * Each reads its arguments, allocates the results that the caller did not bring, and calls the C function, which checks everything
  * else. The dtype of a result is MLX's. Parameters of mlx.core.fast keep their names, order and defaults; `stream` and `force_fused`
- * are accepted for its callers: there are no streams on a CPU, and every kernel is fused. */
+ * are accepted for its callers: work on a GPU goes to the stream that the arrays' library has current, and every kernel is fused. */
 #include "functions.h"
 
 #include "call.h"
@@ -11,7 +11,7 @@
     static PyObject *name(PyObject *module, PyObject *const *arguments, Py_ssize_t given, PyObject *keywords)
 
 #define ARRAYS                                                                                                       \
-    "Arrays are NumPy's (bfloat16 from ml_dtypes), PyTorch's on the CPU, or any other library's with __dlpack__; "   \
+    "Arrays are NumPy's (bfloat16 from ml_dtypes), PyTorch's, or any other library's with __dlpack__; "              \
     "none is\n"                                                                                                      \
     "copied, any strides will do. A floating dtype is float32, float16, bfloat16 or float64; arithmetic is float32 " \
     "inside\n"                                                                                                       \
@@ -52,7 +52,7 @@ FUNCTION(rms_norm) {
 
     DLDataType dtype = weight ? dtype_promote(x->dtype, weight->dtype) : x->dtype;
     DLTensor *out = call_result(&call, OUT, x, dtype, x->ndim, x->shape);
-    CALL_RUN(&call, metalloid_rms_norm(NULL, x, weight, eps, out));
+    CALL_RUN(&call, metalloid_rms_norm(call.context, x, weight, eps, out));
     return call_end(&call);
 }
 
@@ -85,7 +85,7 @@ FUNCTION(layer_norm) {
     if (call.failed) return call_end(&call);
 
     DLTensor *out = call_result(&call, OUT, x, layer_norm_dtype(x->dtype, weight, bias), x->ndim, x->shape);
-    CALL_RUN(&call, metalloid_layer_norm(NULL, x, weight, bias, eps, out));
+    CALL_RUN(&call, metalloid_layer_norm(call.context, x, weight, bias, eps, out));
     return call_end(&call);
 }
 
@@ -118,7 +118,7 @@ FUNCTION(add_rms_norm) {
     DLTensor *sum = call_result_of_two(&call, OUT, 0, x, dtype, x->ndim, x->shape);
     if (weight) dtype = dtype_promote(dtype, weight->dtype);
     DLTensor *out = call_result_of_two(&call, OUT, 1, x, dtype, x->ndim, x->shape);
-    CALL_RUN(&call, metalloid_add_rms_norm(NULL, x, residual, weight, eps, sum, out));
+    CALL_RUN(&call, metalloid_add_rms_norm(call.context, x, residual, weight, eps, sum, out));
     return call_end(&call);
 }
 
@@ -148,7 +148,7 @@ FUNCTION(add_layer_norm) {
     DLDataType dtype = dtype_promote(x->dtype, residual->dtype);
     DLTensor *sum = call_result_of_two(&call, OUT, 0, x, dtype, x->ndim, x->shape);
     DLTensor *out = call_result_of_two(&call, OUT, 1, x, layer_norm_dtype(dtype, weight, bias), x->ndim, x->shape);
-    CALL_RUN(&call, metalloid_add_layer_norm(NULL, x, residual, weight, bias, eps, sum, out));
+    CALL_RUN(&call, metalloid_add_layer_norm(call.context, x, residual, weight, bias, eps, sum, out));
     return call_end(&call);
 }
 
@@ -239,7 +239,7 @@ FUNCTION(rope) {
     if (call.failed) return call_end(&call);
     metalloid_rope_options options = rope_options(&call, OPTIONS, a->ndim);
     DLTensor *out = call_result(&call, OUT, a, a->dtype, a->ndim, a->shape);
-    CALL_RUN(&call, metalloid_rope(NULL, a, dims, &options, out));
+    CALL_RUN(&call, metalloid_rope(call.context, a, dims, &options, out));
     return call_end(&call);
 }
 
@@ -277,7 +277,7 @@ FUNCTION(qk_norm_rope) {
     DLDataType k_dtype = k_weight ? dtype_promote(k->dtype, k_weight->dtype) : k->dtype;
     DLTensor *q_out = call_result_of_two(&call, OUT, 0, q, q_dtype, q->ndim, q->shape);
     DLTensor *k_out = call_result_of_two(&call, OUT, 1, k, k_dtype, k->ndim, k->shape);
-    CALL_RUN(&call, metalloid_qk_norm_rope(NULL, q, k, q_weight, k_weight, eps, dims, &options, q_out, k_out));
+    CALL_RUN(&call, metalloid_qk_norm_rope(call.context, q, k, q_weight, k_weight, eps, dims, &options, q_out, k_out));
     return call_end(&call);
 }
 
@@ -303,7 +303,7 @@ FUNCTION(swiglu) {
     if (call.failed) return call_end(&call);
 
     DLTensor *out = call_result(&call, OUT, gate, dtype_promote(gate->dtype, up->dtype), gate->ndim, gate->shape);
-    CALL_RUN(&call, metalloid_swiglu(NULL, gate, up, out));
+    CALL_RUN(&call, metalloid_swiglu(call.context, gate, up, out));
     return call_end(&call);
 }
 
@@ -336,7 +336,7 @@ FUNCTION(geglu) {
     if (call.failed) return call_end(&call);
 
     DLTensor *out = call_result(&call, OUT, gate, dtype_promote(gate->dtype, up->dtype), gate->ndim, gate->shape);
-    CALL_RUN(&call, metalloid_geglu(NULL, gate, up, gelu, out));
+    CALL_RUN(&call, metalloid_geglu(call.context, gate, up, gelu, out));
     return call_end(&call);
 }
 
@@ -441,7 +441,7 @@ FUNCTION(scaled_dot_product_attention) {
     } else {
         out = call_result(&call, OUT, q, dtype, q->ndim, shape);
     }
-    CALL_RUN(&call, metalloid_scaled_dot_product_attention(NULL, q, k, v, scale, &options, out));
+    CALL_RUN(&call, metalloid_scaled_dot_product_attention(call.context, q, k, v, scale, &options, out));
     return call_end(&call);
 }
 
@@ -528,8 +528,8 @@ FUNCTION(kv_cache_sdpa_update) {
     }
     DLDataType dtype = dtype_promote(dtype_promote(q->dtype, k_cache->dtype), v_cache->dtype);
     DLTensor *out = call_result(&call, OUT, q, dtype, q->ndim, shape);
-    CALL_RUN(&call,
-             metalloid_kv_cache_sdpa_update(NULL, q, new_k, new_v, k_cache, v_cache, offset, key_mask, scale, out));
+    CALL_RUN(&call, metalloid_kv_cache_sdpa_update(call.context, q, new_k, new_v, k_cache, v_cache, offset, key_mask,
+                                                   scale, out));
     return call_end(&call);
 }
 
@@ -560,7 +560,7 @@ FUNCTION(cross_entropy) {
 
     options.has_ignore_index = call_has(&call, IGNORE_INDEX);
     DLTensor *loss = call_result(&call, OUT, logits, dtype_float32, targets->ndim, targets->shape);
-    CALL_RUN(&call, metalloid_cross_entropy(NULL, logits, targets, &options, loss));
+    CALL_RUN(&call, metalloid_cross_entropy(call.context, logits, targets, &options, loss));
     return call_end(&call);
 }
 
@@ -609,7 +609,7 @@ FUNCTION(gated_delta_update) {
         shape[3] = q->shape[3];
     }
     DLTensor *state = call_result_of_two(&call, OUT, 1, q, in_double ? dtype_float64 : dtype_float32, 4, shape);
-    CALL_RUN(&call, metalloid_gated_delta_update(NULL, q, k, v, gamma, beta, initial_state, mask, out, state));
+    CALL_RUN(&call, metalloid_gated_delta_update(call.context, q, k, v, gamma, beta, initial_state, mask, out, state));
     PyObject *pair = call_end(&call);
     PyObject *list = pair ? PySequence_List(pair) : NULL; /* as MLX returns it */
     Py_XDECREF(pair);

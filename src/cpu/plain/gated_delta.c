@@ -28,12 +28,13 @@ static real step_row(real *s, const real *q, const real *k, const real *gamma, r
 
 void REAL(mtl_plain_gated_delta)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
     const mtl_gated_delta_args *args = arguments;
-    int64_t key_dim = args->key_dim, blocks = (args->value_dim + MTL_GATED_DELTA_ROWS - 1) / MTL_GATED_DELTA_ROWS;
+    int64_t key_dim = args->key_dim, blocks = mtl_gated_delta_blocks(args), all = args->batch * args->v_heads * blocks;
+    int64_t last = end * args->blocks < all ? end * args->blocks : all;
     real *q = scratch, *k = q + key_dim, *gamma = k + key_dim, *state = gamma + key_dim;
     real v[MTL_GATED_DELTA_ROWS], out[MTL_GATED_DELTA_ROWS];
-    for (int64_t item = begin; item < end; item++) {
-        int64_t first = item % blocks * MTL_GATED_DELTA_ROWS, head = item / blocks % args->v_heads,
-                batch = item / blocks / args->v_heads;
+    for (int64_t block = begin * args->blocks; block < last; block++) {
+        int64_t first = block % blocks * MTL_GATED_DELTA_ROWS, head = block / blocks % args->v_heads,
+                batch = block / blocks / args->v_heads;
         int64_t rows = args->value_dim - first < MTL_GATED_DELTA_ROWS ? args->value_dim - first : MTL_GATED_DELTA_ROWS;
         int64_t k_head = head / (args->v_heads / args->k_heads);
         for (int64_t row = 0; row < rows; row++) {

@@ -1,0 +1,107 @@
+/* What host code hands to kernels: plain structs that C and CUDA C++ read alike. SPDX-License-Identifier: MIT
+ *
+ * Strides are in bytes. dtypes are those of core/dtype.h, by value. */
+#ifndef METALLOID_CUDA_ARGUMENTS_H
+#define METALLOID_CUDA_ARGUMENTS_H
+
+#include <stdint.h>
+
+enum { MTL_CUDA_AXES = 6, MTL_CUDA_OPERANDS = 4 };
+
+typedef struct mtl_cuda_loop {
+    int rank;
+    int64_t count; /* iterations */
+    int64_t shape[MTL_CUDA_AXES];
+    int64_t stride[MTL_CUDA_AXES][MTL_CUDA_OPERANDS];
+} mtl_cuda_loop;
+
+typedef struct mtl_cuda_row {
+    char *data; /* NULL: not there */
+    int64_t stride;
+    int dtype;
+} mtl_cuda_row;
+
+/* rms_norm, layer_norm and their fusions with an addition; loop operands as in core/operations.h. */
+typedef struct mtl_cuda_norm_args {
+    mtl_cuda_loop rows;
+    int64_t length;
+    double eps;
+    mtl_cuda_row x, residual, weight, bias, sum, out;
+} mtl_cuda_norm_args;
+
+/* swiglu, geglu. */
+typedef struct mtl_cuda_gated_args {
+    mtl_cuda_loop rows;
+    int64_t length;
+    int64_t first_row; /* that blocks of y = 0 do */
+    mtl_cuda_row gate, up, out;
+    int tanh;
+} mtl_cuda_gated_args;
+
+typedef struct mtl_cuda_rope_side {
+    mtl_cuda_loop heads;
+    mtl_cuda_row x, out, weight;
+    int64_t x_batch_stride, x_time_stride, out_batch_stride, out_time_stride;
+} mtl_cuda_rope_side;
+
+typedef struct mtl_cuda_rope_args {
+    mtl_cuda_rope_side side[2];
+    int sides, traditional, normed, inverse, each_token, positions_dtype;
+    int heads_a_block; /* that share a block's cosines and sines */
+    int64_t batch, time, head_dim, dims;
+    double scale, log2_base, eps;
+    mtl_cuda_row freqs;
+    int64_t offset;
+    const char *positions;
+    int64_t position_batch_stride, position_time_stride;
+} mtl_cuda_rope_args;
+
+typedef struct mtl_cuda_cross_entropy_args {
+    mtl_cuda_loop rows;
+    int64_t classes;
+    mtl_cuda_row logits, targets, loss;
+    int64_t ignore_index;
+    int has_ignore_index;
+} mtl_cuda_cross_entropy_args;
+
+typedef struct mtl_cuda_strided {
+    char *data;
+    int dtype;
+    int64_t stride[4];
+} mtl_cuda_strided;
+
+/* scaled_dot_product_attention. The queries of all heads that share a key/value head form one list, by query first: row
+ * r is query r / group of the group's head r % group. */
+typedef struct mtl_cuda_attention_args {
+    int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, group;
+    mtl_cuda_strided q, k, v, out, mask, key_mask; /* key_mask: batch, key */
+    mtl_cuda_row sinks;
+    mtl_cuda_strided logsumexp; /* batch, head, query */
+    float scale, softcap;
+    int64_t first_visible, last_visible; /* query i sees keys i + first_visible to i + last_visible */
+    /* Where keys are split: a range's normalized sums and their logsumexp, of each row of the batch and key/value head.
+     * */
+    int64_t split_keys; /* of a range */
+    int splits;
+    float *parts, *part_logs;
+} mtl_cuda_attention_args;
+
+/* The same with q, k and v as the copy engine wants them described: a CUtensorMap each. */
+typedef struct mtl_cuda_attention_hopper_args {
+    __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128];
+    mtl_cuda_attention_args attention;
+} mtl_cuda_attention_hopper_args;
+
+/* kv_cache_sdpa_update: what is written into the cache first. */
+typedef struct mtl_cuda_append_args {
+    mtl_cuda_strided from, to; /* batch, head, time, feature */
+    int64_t heads, time, features, count;
+    int size; /* of an element */
+} mtl_cuda_append_args;
+
+typedef struct mtl_cuda_gated_delta_args {
+    int64_t batch, time, k_heads, v_heads, key_dim, value_dim;
+    mtl_cuda_strided q, k, v, gamma, beta, out, initial_state, state, mask;
+} mtl_cuda_gated_delta_args;
+
+#endif

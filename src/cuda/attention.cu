@@ -1,0 +1,348 @@
+// O = softmax(scale Q K^T + mask) V by mma.sync, blocked, with an online softmax. SPDX-License-Identifier: MIT
+//
+//   (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691)
+//
+// A warp has 16 rows, so that a row's maximum and sum never leave four lanes. Keys and values pass through shared
+// memory in two stages, one being filled by cp.async while the other is used. Scores, softmax and sums are float;
+// weights are rounded to the 16-bit type for the second product. All heads of a key/value head share a block's keys: a
+// decode step reads the cache once. Where rows are few, keys are split over blocks, and attention_merge joins the parts
+// in their order, so that the same call gives the same bits.
+//
+// A weight of 0 does not keep a NaN or infinity of V out of a matrix product: a row that comes out NaN is done again by
+// attention_row, which leaves hidden keys out.
+#include "cuda/attention.cuh"
+
+__device__ inline void copy_async(unsigned to, const void *from, bool there) { // 16 bytes, or zeros
+    int bytes = there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ inline void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ inline void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ inline void load_matrices(unsigned (&m)[4], unsigned at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(at));
+}
+__device__ inline void load_transposed(unsigned (&m)[4], unsigned at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(at));
+}
+
+__device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __nv_bfloat16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// A tile of rows of DIM 16-bit features, its 16-byte chunks exchanged by row so that eight rows of a column lie in
+// different banks.
+template <int DIM> __device__ inline unsigned chunk_at(unsigned tile, int row, int chunk) {
+    return tile + row * DIM * 2 + (((chunk & ~7) | ((chunk ^ row) & 7)) << 4);
+}
+
+template <int DIM, int ROWS, int THREADS>
+__device__ inline void fetch_tile(unsigned tile, const char *from, int64_t stride, int64_t first, int64_t end,
+                                  int features) {
+    constexpr int CHUNKS = DIM / 8;
+#pragma unroll
+    for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+        int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+        bool there = first + row < end && chunk * 8 < features;
+        copy_async(chunk_at<DIM>(tile, row, chunk), there ? from + (first + row) * stride + chunk * 16 : from, there);
+    }
+}
+
+template <typename T, int DIM, int WARPS, int KEYS>
+__device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
+    constexpr int THREADS = WARPS * WARP, ROWS = WARPS * 16, CHUNKS = DIM / 8;
+    extern __shared__ __align__(128) unsigned char shared[];
+    unsigned q_tile = (unsigned)__cvta_generic_to_shared(shared), stages = q_tile + ROWS * DIM * 2;
+    constexpr unsigned TILE = KEYS * DIM * 2, STAGE = 2 * TILE; // keys, then values
+
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int64_t kv_head, batch = divide(blockIdx.y, p.kv_heads, kv_head), rows = p.group * p.q_len;
+    int64_t first_row =
+        (int64_t)(gridDim.x - 1 - blockIdx.x) * ROWS; // under causal the last rows have most to do: they go first
+    int64_t last_row = first_row + ROWS < rows ? first_row + ROWS - 1 : rows - 1;
+    int64_t ignored, first_query = divide(first_row, p.group, ignored), last_query = divide(last_row, p.group, ignored);
+
+    int64_t begin = first_query + p.first_visible, end = last_query + p.last_visible + 1;
+    begin = begin < 0 ? 0 : begin / KEYS * KEYS, end = end > p.kv_len ? p.kv_len : end;
+    if (p.splits > 1) {
+        int64_t from = blockIdx.z * p.split_keys, to = from + p.split_keys;
+        begin = begin > from ? begin : from, end = end < to ? end : to;
+    }
+
+    for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+        int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+        int64_t in_group, query = divide(first_row + row, p.group, in_group);
+        bool there = first_row + row < rows && chunk * 8 < p.head_dim;
+        const char *from = there ? place(p.q, batch, kv_head * p.group + in_group, query) + chunk * 16 : p.q.data;
+        copy_async(chunk_at<DIM>(q_tile, row, chunk), from, there);
+    }
+    const char *k = place(p.k, batch, kv_head, 0), *v = place(p.v, batch, kv_head, 0);
+    auto fetch = [&](int64_t first, unsigned stage) {
+        fetch_tile<DIM, KEYS, THREADS>(stage, k, p.k.stride[2], first, p.kv_len, (int)p.head_dim);
+        fetch_tile<DIM, KEYS, THREADS>(stage + TILE, v, p.v.stride[2], first, p.kv_len, (int)p.value_dim);
+        copies_end();
+    };
+    if (begin < end) fetch(begin, stages);
+    else copies_end();
+
+    // The lane's two rows.
+    int64_t row[2], query[2], head[2];
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        row[i] = first_row + warp * 16 + lane / 4 + 8 * i;
+        int64_t in_group;
+        query[i] = divide(row[i], p.group, in_group);
+        head[i] = kv_head * p.group + in_group;
+    }
+    float values[DIM / 8][4] = {};
+    bool plain = !p.mask.data && !p.key_mask.data && p.softcap == 0 && p.scale > 0;
+
+    int64_t turn = 0;
+    for (int64_t first = begin; first < end; first += KEYS, turn ^= 1) {
+        unsigned stage = stages + (unsigned)turn * STAGE;
+        if (first + KEYS < end) {
+            fetch(first + KEYS, stages + (unsigned)(turn ^ 1) * STAGE);
+            copies_wait<1>();
+        } else {
+            copies_wait<0>();
+        }
+        if (WARPS > 1) __syncthreads();
+        else __syncwarp();
+
+        float scores[KEYS / 8][4] = {};
+#pragma unroll
+        for (int step = 0; step < DIM / 16; step++) {
+            unsigned a[4];
+            load_matrices(a, chunk_at<DIM>(q_tile, warp * 16 + lane % 16, step * 2 + lane / 16));
+#pragma unroll
+            for (int pair = 0; pair < KEYS / 16; pair++) {
+                unsigned b[4];
+                load_matrices(b, chunk_at<DIM>(stage, pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+                multiply(scores[2 * pair], a, b[0], b[1], T());
+                multiply(scores[2 * pair + 1], a, b[2], b[3], T());
+            }
+        }
+
+        // Scores that everyone sees are scaled within the exponential.
+        bool all_see_all = plain && first + KEYS <= end && first >= last_query + p.first_visible &&
+                           first + KEYS - 1 <= first_query + p.last_visible;
+        float scale = all_see_all ? p.scale * LOG2_E : 1;
+        if (!all_see_all) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                // Of the tile's keys, those that causal and window show.
+                int64_t low = query[i] + p.first_visible - first, high = query[i] + p.last_visible - first;
+                int from = low < 0      ? 0
+                           : low > KEYS ? KEYS
+                                        : (int)low,
+                    to = high < 0      ? -1
+                         : high > KEYS ? KEYS
+                                       : (int)high;
+                if (first + to >= end) to = (int)(end - first) - 1;
+                if (row[i] >= rows) to = -1;
+                const char *mask = mask_of(p, batch, head[i], query[i]), *key_mask = key_mask_of(p, batch);
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        int key = n * 8 + lane % 4 * 2 + e;
+                        float &score = scores[n][2 * i + e];
+                        score = capped(p, score);
+                        bool sees = key >= from && key <= to && passes_masks(p, score, key_mask, mask, first + key);
+                        score = sees ? score * LOG2_E : -INFINITY;
+                    }
+                }
+            }
+        }
+
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float now = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) now = larger(scores[n][2 * i], larger(scores[n][2 * i + 1], now));
+            now = larger(__shfl_xor_sync(ALL_LANES, now, 1), now);
+            now = larger(__shfl_xor_sync(ALL_LANES, now, 2), now);
+            now = larger(now * scale, largest[i]);
+            float base = now == -INFINITY ? 0 : now; // infinity - infinity would be NaN
+            float factor = power_of_2(largest[i] - base);
+            largest[i] = now;
+            sum[i] *= factor;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+                scores[n][2 * i] = power_of_2(fmaf(scores[n][2 * i], scale, -base));
+                scores[n][2 * i + 1] = power_of_2(fmaf(scores[n][2 * i + 1], scale, -base));
+                sum[i] += scores[n][2 * i] + scores[n][2 * i + 1];
+            }
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++) values[n][2 * i] *= factor, values[n][2 * i + 1] *= factor;
+        }
+
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++) {
+            unsigned a[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *c = scores[2 * step + i / 2];
+                a[i] = narrow_pair(c[i % 2 * 2], c[i % 2 * 2 + 1], T());
+            }
+#pragma unroll
+            for (int pair = 0; pair < DIM / 16; pair++) {
+                unsigned b[4];
+                load_transposed(b, chunk_at<DIM>(stage + TILE, step * 16 + lane % 16, pair * 2 + lane / 16));
+                multiply(values[2 * pair], a, b[0], b[1], T());
+                multiply(values[2 * pair + 1], a, b[2], b[3], T());
+            }
+        }
+        if (WARPS > 1) __syncthreads();
+        else __syncwarp();
+    }
+    copies_wait<0>();
+
+    unsigned wrong = 0; // rows that came out NaN
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
+        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
+        float top = largest[i] / LOG2_E; // in base e
+        bool split = p.splits > 1;
+        if (p.sinks.data && !split && row[i] < rows) {
+            float sink = load_float(p.sinks.data + head[i] * p.sinks.stride, p.sinks.dtype) * LOG2_E;
+            float now = larger(sink, largest[i]), factor = largest[i] == -INFINITY ? 0 : power_of_2(largest[i] - now);
+            sum[i] = sink == INFINITY    ? INFINITY
+                     : sink == -INFINITY ? sum[i]
+                                         : sum[i] * factor + power_of_2(sink - now);
+            if (now != -INFINITY) {
+#pragma unroll
+                for (int n = 0; n < DIM / 8; n++) values[n][2 * i] *= factor, values[n][2 * i + 1] *= factor;
+                top = now / LOG2_E;
+            }
+        }
+        float inverse = sum[i] == 0 ? 0 : 1 / sum[i];
+        bool nan = sum[i] != sum[i];
+        int64_t part = ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * rows + row[i];
+        char *out = (char *)place(p.out, batch, head[i], query[i]);
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                int column = n * 8 + lane % 4 * 2 + e;
+                float x = values[n][2 * i + e] * inverse;
+                nan |= x != x && column < p.value_dim;
+                if (row[i] >= rows || column >= p.value_dim) continue;
+                if (split) p.parts[part * p.value_dim + column] = x;
+                else store_float(out + column * p.out.stride[3], p.out.dtype, x);
+            }
+        }
+        float log_sum = sum[i] == 0 ? -INFINITY : top + logf(sum[i]);
+        if (row[i] < rows && lane % 4 == 0) {
+            if (split) p.part_logs[part] = log_sum;
+            else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head[i], query[i]) = log_sum;
+        }
+        unsigned of_lanes = __ballot_sync(ALL_LANES, nan && row[i] < rows && !split);
+        for (int r = 0; r < 8; r++) wrong |= (of_lanes >> 4 * r & 15 ? 1u : 0u) << (r + 8 * i);
+    }
+    __syncwarp();
+    for (; wrong; wrong &= wrong - 1) {
+        int64_t in_group, at = divide(first_row + warp * 16 + __ffs(wrong) - 1, p.group, in_group);
+        attention_row(p, batch, kv_head * p.group + in_group, at);
+    }
+}
+
+// Joins the ranges of split keys: a block to a row, a thread to a column and every GROUPS-th range.
+constexpr int MERGE_COLUMNS = 64, MERGE_GROUPS = 8;
+
+extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
+    attention_merge(const __grid_constant__ mtl_cuda_attention_args p) {
+    __shared__ float joined[MERGE_GROUPS][MERGE_COLUMNS], of_group[MERGE_GROUPS];
+    int64_t rows = p.group * p.q_len, all = p.batch * p.kv_heads * rows, at = blockIdx.x, row, in_group, kv_head;
+    int64_t batch = divide(divide(at, rows, row), p.kv_heads, kv_head), query = divide(row, p.group, in_group);
+    int64_t head = kv_head * p.group + in_group;
+    int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    float sink = p.sinks.data ? load_float(p.sinks.data + head * p.sinks.stride, p.sinks.dtype) : -INFINITY;
+
+    float largest = -INFINITY; // every warp finds the same
+    for (int split = thread % WARP; split < p.splits; split += WARP)
+        largest = larger(p.part_logs[split * all + at], largest);
+    largest = larger(over_warp<float, larger>(largest), sink);
+    float base = largest == -INFINITY ? 0 : largest;
+    bool nan = false;
+    for (int64_t column = threadIdx.x; column < (p.value_dim + MERGE_COLUMNS - 1) / MERGE_COLUMNS * MERGE_COLUMNS;
+         column += MERGE_COLUMNS) {
+        float x = 0, sum = 0;
+        int64_t from = column < p.value_dim ? column : 0;
+#pragma unroll 8 // so that the loads of several ranges are in flight
+        for (int split = threadIdx.y; split < p.splits; split += MERGE_GROUPS) {
+            float weight = exp_of_difference(p.part_logs[split * all + at], base);
+            float part = p.parts[(split * all + at) * p.value_dim + from];
+            sum += weight;
+            x += weight == 0 ? 0 : weight * part;
+        }
+        __syncthreads();
+        joined[threadIdx.y][threadIdx.x] = x;
+        if (threadIdx.x == 0) of_group[threadIdx.y] = sum;
+        __syncthreads();
+        x = 0, sum = sink == INFINITY ? INFINITY : sink == -INFINITY ? 0 : exp_of_difference(sink, base);
+        for (int group = 0; group < MERGE_GROUPS; group++) x += joined[group][threadIdx.x], sum += of_group[group];
+        x = sum == 0 ? 0 : x / sum;
+        if (column < p.value_dim) {
+            nan |= x != x;
+            if (threadIdx.y == 0)
+                store_float((char *)place(p.out, batch, head, query) + column * p.out.stride[3], p.out.dtype, x);
+        }
+        if (thread == 0 && column == 0 && p.logsumexp.data)
+            *(float *)place(p.logsumexp, batch, head, query) = sum == 0 ? -INFINITY : largest + logf(sum);
+    }
+    if (__syncthreads_or(nan) && thread < WARP) attention_row(p, batch, head, query);
+}
+
+// A warp to a query: any dtypes, strides and dimensions.
+extern "C" __global__ void __launch_bounds__(128) attention_any(const __grid_constant__ mtl_cuda_attention_args p) {
+    int64_t rows = p.batch * p.q_heads * p.q_len, warp = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    for (int64_t item = warp; item < rows; item += (int64_t)gridDim.x * blockDim.y) {
+        int64_t query, head, batch = divide(divide(item, p.q_len, query), p.q_heads, head);
+        attention_row(p, batch, head, query);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_append(const __grid_constant__ mtl_cuda_append_args p) {
+    for (int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; item < p.count;
+         item += (int64_t)gridDim.x * blockDim.x) {
+        int64_t feature, head, time,
+            batch = divide(divide(divide(item, p.features, feature), p.heads, head), p.time, time);
+        const char *from = place(p.from, batch, head, time) + feature * p.from.stride[3];
+        char *to = (char *)place(p.to, batch, head, time) + feature * p.to.stride[3];
+        if (p.size == 2) *(uint16_t *)to = *(const uint16_t *)from;
+        else *(uint32_t *)to = *(const uint32_t *)from;
+    }
+}
+
+#define ATTENTION_KERNEL(name, type, dim, warps, keys, blocks)       \
+    extern "C" __global__ void __launch_bounds__(warps * 32, blocks) \
+        name(const __grid_constant__ mtl_cuda_attention_args p) {    \
+        attention_tiles<type, dim, warps, keys>(p);                  \
+    }
+#define ATTENTION_KERNELS(dtype, type)                                 \
+    ATTENTION_KERNEL(attention_##dtype##_64, type, 64, 8, 64, 2)       \
+    ATTENTION_KERNEL(attention_##dtype##_64_few, type, 64, 1, 64, 8)   \
+    ATTENTION_KERNEL(attention_##dtype##_128, type, 128, 8, 64, 1)     \
+    ATTENTION_KERNEL(attention_##dtype##_128_few, type, 128, 1, 32, 6) \
+    ATTENTION_KERNEL(attention_##dtype##_256, type, 256, 8, 32, 1)     \
+    ATTENTION_KERNEL(attention_##dtype##_256_few, type, 256, 1, 32, 3)
+ATTENTION_KERNELS(f16, __half)
+ATTENTION_KERNELS(bf16, __nv_bfloat16)

@@ -1,0 +1,126 @@
+// What the attention kernels share: who sees whom, a row done exactly, and the end of every row.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include "cuda/device.cuh"
+
+__device__ inline const char *place(const mtl_cuda_strided &operand, int64_t i, int64_t j, int64_t k) {
+    return operand.data + i * operand.stride[0] + j * operand.stride[1] + k * operand.stride[2];
+}
+
+__device__ inline float capped(const mtl_cuda_attention_args &p, float score) {
+    score *= p.scale;
+    return p.softcap > 0 ? p.softcap * tanhf(score / p.softcap) : score;
+}
+
+// Whether the key is visible as far as key mask and mask say, and the score with the mask added.
+__device__ inline bool passes_masks(const mtl_cuda_attention_args &p, float &score, const char *key_mask,
+                                    const char *mask, int64_t key) {
+    if (key_mask && load_integer(key_mask + key * p.key_mask.stride[1], p.key_mask.dtype) == 0) return false;
+    if (!mask) return true;
+    mask += key * p.mask.stride[3];
+    if (p.mask.dtype == BOOL) return *(const uint8_t *)mask;
+    float bias = load_float(mask, p.mask.dtype);
+    score += bias;
+    return bias != -INFINITY;
+}
+
+// Where a query's masks start; NULL where there are none.
+__device__ inline const char *key_mask_of(const mtl_cuda_attention_args &p, int64_t batch) {
+    return p.key_mask.data ? p.key_mask.data + batch * p.key_mask.stride[0] : NULL;
+}
+__device__ inline const char *mask_of(const mtl_cuda_attention_args &p, int64_t batch, int64_t head, int64_t query) {
+    return p.mask.data ? place(p.mask, batch, head, query) : NULL;
+}
+
+__device__ inline float exp_of_difference(float x, float y) { return power_of_2((x - y) * LOG2_E); }
+
+// A sum of many terms, with what rounding has taken from it (Kahan 1965).
+struct LongSum {
+    float value, lost;
+
+    __device__ void add(float x) {
+        float y = x - lost, total = value + y;
+        lost = (total - value) - y;
+        value = total;
+    }
+    __device__ void scale(
+        float factor) { // a factor of 0 drops infinities too: the weight of such a key has underflowed
+        value = factor == 0 ? 0 : value * factor;
+        lost = factor == 0 ? 0 : lost * factor;
+    }
+};
+
+// One query by one warp, in float: keys that are hidden, or whose weight is 0, are left out and not only weighted by 0,
+// so that nothing they hold can show. Any dtypes and strides.
+__device__ inline void attention_row(const mtl_cuda_attention_args &p, int64_t batch, int64_t head, int64_t query) {
+    constexpr int COLUMNS = 8; // of values, a lane, in one pass over the keys
+    int lane = threadIdx.x % WARP;
+    int64_t kv_head = head / p.group, first = query + p.first_visible, end = query + p.last_visible + 1;
+    first = first < 0 ? 0 : first, end = end > p.kv_len ? p.kv_len : end;
+    const char *q = place(p.q, batch, head, query);
+    const char *key_mask = key_mask_of(p, batch), *mask = mask_of(p, batch, head, query);
+    int64_t column = 0;
+    do {
+        float largest = -INFINITY;
+        LongSum sum = {}, values[COLUMNS] = {};
+        for (int64_t from = first; from < end; from += WARP) {
+            int64_t key = from + lane;
+            float score = 0;
+            if (key < end) {
+                const char *k = place(p.k, batch, kv_head, key);
+                for (int64_t i = 0; i < p.head_dim; i++)
+                    score = fmaf(load_float(q + i * p.q.stride[3], p.q.dtype),
+                                 load_float(k + i * p.k.stride[3], p.k.dtype), score);
+            }
+            score = capped(p, score);
+            if (key >= end || !passes_masks(p, score, key_mask, mask, key)) score = -INFINITY;
+            float now = larger(over_warp<float, larger>(score), largest);
+            if (now == -INFINITY) continue;
+            float factor = largest == -INFINITY ? 0 : exp_of_difference(largest, now);
+            float weight = score == -INFINITY ? 0 : exp_of_difference(score, now);
+            sum.scale(factor);
+            sum.add(over_warp<float, add<float>>(weight));
+            largest = now;
+            float of_keys[COLUMNS] = {};
+            for (int other = 0; other < WARP; other++) {
+                float w = __shfl_sync(ALL_LANES, weight, other);
+                if (w == 0) continue;
+                const char *v = place(p.v, batch, kv_head, from + other);
+#pragma unroll
+                for (int i = 0; i < COLUMNS; i++) {
+                    int64_t at = column + i * WARP + lane;
+                    if (at < p.value_dim)
+                        of_keys[i] = fmaf(w, load_float(v + at * p.v.stride[3], p.v.dtype), of_keys[i]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < COLUMNS; i++) {
+                values[i].scale(factor);
+                values[i].add(of_keys[i]);
+            }
+        }
+        if (p.sinks.data) {
+            float sink = load_float(p.sinks.data + head * p.sinks.stride, p.sinks.dtype);
+            float now = larger(sink, largest), factor = largest == -INFINITY ? 0 : exp_of_difference(largest, now);
+            if (now != -INFINITY) {
+                sum.value = sink == INFINITY
+                                ? INFINITY // beside it every finite score has the weight 0
+                                : sum.value * factor + (sink == -INFINITY ? 0 : exp_of_difference(sink, now));
+#pragma unroll
+                for (int i = 0; i < COLUMNS; i++) values[i].scale(factor);
+                largest = now;
+            }
+        }
+        float inverse = largest == -INFINITY && sum.value == 0 ? 0 : 1 / sum.value;
+        char *out = (char *)place(p.out, batch, head, query);
+#pragma unroll
+        for (int i = 0; i < COLUMNS; i++) {
+            int64_t at = column + i * WARP + lane;
+            if (at < p.value_dim) store_float(out + at * p.out.stride[3], p.out.dtype, values[i].value * inverse);
+        }
+        if (p.logsumexp.data && column == 0 && lane == 0)
+            *(float *)place(p.logsumexp, batch, head, query) = largest + logf(sum.value);
+        column += COLUMNS * WARP;
+    } while (column < p.value_dim);
+}

@@ -1,0 +1,95 @@
+/* The CUDA backend's way to the driver: opened at run time, kernels loaded at their first use. SPDX-License-Identifier:
+ * MIT
+ *
+ * Nothing of CUDA is linked. The images that nvcc made are part of the library; a device gets an image when it first
+ * runs one of its kernels, in its primary context, the one that every framework on the CUDA runtime uses. */
+#ifndef METALLOID_CUDA_DRIVER_H
+#define METALLOID_CUDA_DRIVER_H
+
+#include "core/context.h"
+#include "core/operations.h"
+#include "cuda/arguments.h"
+#include "cuda/kernels.h"
+
+#include <cuda.h>
+
+enum {
+    MTL_CUDA_DEVICES = 64,
+    MTL_CUDA_KERNELS = 64, /* of an image */
+};
+
+/* One image a .cu file. */
+#define MTL_CUDA_IMAGES(X) \
+    X(rms_norm)            \
+    X(layer_norm)          \
+    X(rope)                \
+    X(swiglu)              \
+    X(geglu)               \
+    X(cross_entropy)       \
+    X(gated_delta)         \
+    X(attention)           \
+    X(attention_hopper)    \
+    X(attention_hopper_masked)
+
+#define MTL_CUDA_IMAGE_ID(name) MTL_CUDA_IMAGE_##name,
+typedef enum mtl_cuda_image { MTL_CUDA_IMAGES(MTL_CUDA_IMAGE_ID) MTL_CUDA_IMAGE_COUNT } mtl_cuda_image;
+
+/* What a device is, as far as launches depend on it. */
+typedef struct mtl_cuda_device {
+    int id, multiprocessors, major, minor;
+    int shared_memory; /* that a block can have, in bytes */
+    char name[128];
+    CUcontext context;
+} mtl_cuda_device;
+
+/* One call on one device, between mtl_cuda_begin and mtl_cuda_end. */
+typedef struct mtl_cuda_call {
+    const char *op;
+    const mtl_cuda_device *device;
+    CUstream stream;
+    bool pushed;
+} mtl_cuda_call;
+
+metalloid_status mtl_cuda_begin(mtl_cuda_call *call, const metalloid_context *context, const char *op, DLDevice device,
+                                bool in_double);
+metalloid_status mtl_cuda_end(mtl_cuda_call *call, metalloid_status status);
+
+/* A kernel is one of an image's: `name` is its symbol, `index` its place in the image's table of loaded kernels. */
+typedef struct mtl_cuda_kernel {
+    mtl_cuda_image image;
+    int index;
+    const char *name;
+} mtl_cuda_kernel;
+
+typedef struct mtl_cuda_grid {
+    int64_t blocks;
+    int y, z;          /* of the grid; 0 counts as 1 */
+    int threads, rows; /* a block is {threads, rows}; rows 0 counts as 1 */
+    int shared_memory; /* dynamic, in bytes */
+} mtl_cuda_grid;
+
+/* Queues the kernel on the call's stream; its one parameter is the struct at `arguments`. */
+metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid grid,
+                                 const void *arguments);
+
+/* How the copy engine of Hopper finds boxes of 64 features and `rows` time steps in {batch, head, time, feature},
+ * 16-bit. False where the layout or the driver does not allow it. */
+bool mtl_cuda_describe(const mtl_cuda_call *call, void *map, const mtl_attention_operand *operand, int64_t features,
+                       int64_t time, int64_t heads, int64_t batch, int rows);
+
+/* Memory in the order of the stream: it belongs to the calls queued between the two. */
+metalloid_status mtl_cuda_allocate(const mtl_cuda_call *call, size_t bytes, CUdeviceptr *memory);
+void mtl_cuda_release(const mtl_cuda_call *call, CUdeviceptr memory);
+
+/* ---- arguments for kernels --------------------------------------------------------------------------------------- */
+
+static inline mtl_cuda_row mtl_cuda_row_of(mtl_row row) { return (mtl_cuda_row){row.data, row.stride, (int)row.dtype}; }
+
+/* Kernels loop over at most MTL_CUDA_AXES axes. A loop of more, which layouts that no axis merges in give, is cut:
+ * `inner` is what a launch does, once for each iteration of `outer`, whose offsets the launch adds to its operands. */
+void mtl_cuda_cut_loop(const mtl_loop *loop, mtl_loop *outer, mtl_cuda_loop *inner);
+
+/* Whether rows of this operand can be read 16 bytes at a time, in every iteration of the loop. */
+bool mtl_cuda_vectors(mtl_row row, const mtl_loop *loop, int operand);
+
+#endif

@@ -1,0 +1,187 @@
+// rms_norm, layer_norm, and the two after an addition: a row at a time. SPDX-License-Identifier: MIT
+//
+//   rms_norm:   y = x / sqrt(mean(x^2) + eps) * weight
+//   layer_norm: y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias
+//
+// The fast kernel keeps a row in registers: one read and one write of each byte. A row belongs to a warp or to a block,
+// so that its sums need few steps and many rows are in flight. layer_norm takes deviations from a pivot, the row's
+// first element, so that a large mean is gone before it can cost digits, and sums them and their squares in one
+// reduction; a second one gives the variance where the pivot lies more than two deviations from the mean.
+//
+// Where squares would leave float32's range, the row is first multiplied by a power of two, which is exact and cancels.
+//
+// The general kernel takes any strides, lengths and dtypes, reads a row again for each sum, and adds in double.
+#pragma once
+
+#include "cuda/device.cuh"
+
+enum { X, OUT, RESIDUAL, SUM }; // operands of the loop
+
+// A thread has VECTORS vectors of a row: as they came, which takes half the registers, or as sums with a residual,
+// unrounded.
+template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void norm_row(const mtl_cuda_norm_args &p) {
+    constexpr int N = LANES<T>;
+    int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= p.rows.count) return; // only where a row is a warp
+    Offsets at = offsets_at(p.rows, row);
+    int vectors = (int)(p.length / N);
+    auto inside = [&](int i) { return (int)(i * blockDim.x + threadIdx.x) < vectors; };
+    auto place = [&](int i) { return (int)(i * blockDim.x + threadIdx.x) * 16; };
+
+    uint4 raw[VECTORS];
+    float sums[ADD ? VECTORS : 1][N], pivot = 0;
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+        raw[i] = inside(i) ? load_once(p.x.data + at.of[X] + place(i)) : make_uint4(0, 0, 0, 0);
+    if constexpr (ADD) {
+        uint4 added[VECTORS];
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            added[i] = inside(i) ? load_once(p.residual.data + at.of[RESIDUAL] + place(i)) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            float y[N];
+            widen(sums[i], raw[i], T());
+            widen(y, added[i], T());
+#pragma unroll
+            for (int j = 0; j < N; j++) sums[i][j] += y[j];
+            if (inside(i)) store_once(p.sum.data + at.of[SUM] + place(i), narrow(sums[i], T()));
+        }
+    }
+    auto read = [&](float *x, int i) { // less the pivot
+        if constexpr (!ADD) widen(x, raw[i], T());
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            if constexpr (ADD) x[j] = sums[i][j];
+            if constexpr (LAYER) x[j] -= pivot;
+        }
+    };
+
+    float length = (float)p.length, eps = (float)p.eps, mean = 0, variance, scale = 1;
+    bool far = false; // the pivot from the mean: then the variance has cancelled
+    if constexpr (LAYER) {
+        pivot = load_float(p.x.data + at.of[X], Element<T>::dtype);
+        if (ADD) pivot += load_float(p.residual.data + at.of[RESIDUAL], Element<T>::dtype);
+        float2 total = {}; // of deviations from the pivot, and of their squares
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            float x[N];
+            read(x, i);
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+                total.x += inside(i) ? x[j] : 0;
+                total.y += inside(i) ? x[j] * x[j] : 0;
+            }
+        }
+        total = over_row<float2, add<float2>, 0>(total, float2{});
+        mean = total.x / length;
+        variance = fmaxf(total.y / length - mean * mean, 0);
+        far = mean * mean > 4 * variance;
+    } else {
+        float total = 0;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            float x[N];
+            read(x, i);
+#pragma unroll
+            for (int j = 0; j < N; j++) total += x[j] * x[j];
+        }
+        variance = over_row<float, add<float>, 0>(total, 0) / length;
+    }
+
+    if (far || !(variance + eps > 1e-25f && variance + eps < 1e30f)) { // the same for the whole row
+        float largest = 0, squares = 0;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            float x[N];
+            read(x, i);
+#pragma unroll
+            for (int j = 0; j < N; j++) largest = larger(inside(i) ? fabsf(x[j]) : 0, largest);
+        }
+        scale = comfortable_scale(over_row<float, larger, 1>(largest, 0), p.eps);
+        eps = (float)(p.eps * scale * scale);
+        mean *= scale;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            float x[N];
+            read(x, i);
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+                float deviation = x[j] * scale - mean;
+                squares += inside(i) ? deviation * deviation : 0;
+            }
+        }
+        variance = over_row<float, add<float>, 2>(squares, 0) / length;
+    }
+    float inverse = 1 / sqrtf(variance + eps);
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        if (!inside(i)) continue;
+        int64_t first = (int64_t)(i * blockDim.x + threadIdx.x) * N;
+        float x[N], weight[N], bias[N];
+        read(x, i);
+        if (p.weight.data) load_vector<T>(weight, p.weight, first);
+        if (LAYER && p.bias.data) load_vector<T>(bias, p.bias, first);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            x[j] = (x[j] * scale - mean) * inverse;
+            if (p.weight.data) x[j] *= weight[j];
+            if (LAYER && p.bias.data) x[j] += bias[j];
+        }
+        store_once(p.out.data + at.of[OUT] + place(i), narrow(x, T()));
+    }
+}
+
+template <bool LAYER> __device__ inline void norm_any(const mtl_cuda_norm_args &p) {
+    for (int64_t row = blockIdx.x; row < p.rows.count; row += gridDim.x) {
+        Offsets at = offsets_at(p.rows, row);
+        auto element = [&](int64_t i) {
+            float x = load_float(p.x.data + at.of[X] + i * p.x.stride, p.x.dtype);
+            if (p.residual.data)
+                x += load_float(p.residual.data + at.of[RESIDUAL] + i * p.residual.stride, p.residual.dtype);
+            return x;
+        };
+        double mean = 0, squares = 0;
+        if (LAYER) {
+            for (int64_t i = threadIdx.x; i < p.length; i += blockDim.x) mean += element(i);
+            mean = over_row<double, add<double>, 0>(mean, 0) / (double)p.length;
+        }
+        for (int64_t i = threadIdx.x; i < p.length; i += blockDim.x) {
+            double deviation = element(i) - mean;
+            squares += deviation * deviation;
+        }
+        squares = over_row<double, add<double>, 1>(squares, 0);
+        double inverse = 1 / sqrt(squares / (double)p.length + p.eps);
+        for (int64_t i = threadIdx.x; i < p.length; i += blockDim.x) {
+            float x = element(i), y = (float)((x - mean) * inverse);
+            if (p.weight.data) y *= load_float(p.weight.data + i * p.weight.stride, p.weight.dtype);
+            if (LAYER && p.bias.data) y += load_float(p.bias.data + i * p.bias.stride, p.bias.dtype);
+            if (p.residual.data) store_float(p.sum.data + at.of[SUM] + i * p.sum.stride, p.sum.dtype, x);
+            store_float(p.out.data + at.of[OUT] + i * p.out.stride, p.out.dtype, y);
+        }
+        __syncthreads();
+    }
+}
+
+// Symbols: <op>_<dtype>_<vectors>, add_<op>_..., and <op>_any; norm.c names them in this order. Blocks have at most 512
+// threads.
+#define NORM_KERNEL(name, layer, added, type, vectors)                                                        \
+    extern "C" __global__ void __launch_bounds__(512, 1) name(const __grid_constant__ mtl_cuda_norm_args p) { \
+        norm_row<type, vectors, layer, added>(p);                                                             \
+    }
+#define NORM_KERNELS(op, layer, dtype, type)                  \
+    NORM_KERNEL(op##_##dtype##_1, layer, false, type, 1)      \
+    NORM_KERNEL(op##_##dtype##_2, layer, false, type, 2)      \
+    NORM_KERNEL(op##_##dtype##_4, layer, false, type, 4)      \
+    NORM_KERNEL(op##_##dtype##_8, layer, false, type, 8)      \
+    NORM_KERNEL(add_##op##_##dtype##_1, layer, true, type, 1) \
+    NORM_KERNEL(add_##op##_##dtype##_2, layer, true, type, 2) \
+    NORM_KERNEL(add_##op##_##dtype##_4, layer, true, type, 4) \
+    NORM_KERNEL(add_##op##_##dtype##_8, layer, true, type, 8)
+#define NORM_IMAGE(op, layer)                                                                                  \
+    NORM_KERNELS(op, layer, f32, float)                                                                        \
+    NORM_KERNELS(op, layer, f16, __half)                                                                       \
+    NORM_KERNELS(op, layer, bf16, __nv_bfloat16)                                                               \
+    extern "C" __global__ void __launch_bounds__(256) op##_any(const __grid_constant__ mtl_cuda_norm_args p) { \
+        norm_any<layer>(p);                                                                                    \
+    }

@@ -1,0 +1,121 @@
+/* rope and qk_norm_rope on CUDA. SPDX-License-Identifier: MIT */
+#include "cuda/driver.h"
+
+enum {
+    VECTOR = 16,
+    THREADS = 256,
+    WARP = 32,
+    MOST_PAIRS = 256,      /* of the fast kernel */
+    ANY = 12,              /* the general kernel's place after 3 dtypes x 4 */
+    MOST_HEADS = 16,       /* for a thread's cosines and sines; past that they cost nothing to speak of */
+    THREADS_WANTED = 2048, /* of a multiprocessor, over the whole call */
+};
+
+#define NAMES(dtype) \
+    "rope_" #dtype, "rope_" #dtype "_traditional", "norm_rope_" #dtype, "norm_rope_" #dtype "_traditional"
+static const char *const names[] = {NAMES(f32), NAMES(f16), NAMES(bf16), "rope_any"};
+
+static bool aligned(int64_t a, int64_t b) { return (a | b) % VECTOR == 0; }
+
+/* The threads that turn a head in the fast kernel; 0: it does not serve the call. */
+static int lanes_of_head(const mtl_rope_args *args) {
+    mtl_dtype dtype = args->side[0].x.dtype;
+    int64_t two_vectors = 2 * VECTOR / mtl_dtype_size(dtype), dims = args->angles.dims;
+    if (dims % two_vectors != 0 || args->head_dim % two_vectors != 0) return 0;
+    int64_t lanes = args->head_dim / two_vectors;
+    if (dims / 2 > MOST_PAIRS || lanes > THREADS || (args->normed && (lanes > WARP || (lanes & (lanes - 1)) != 0)))
+        return 0;
+    for (const mtl_rope_side *side = args->side; side < args->side + args->sides; side++) {
+        bool fast = side->x.dtype == dtype && side->out.dtype == dtype &&
+                    mtl_cuda_vectors(side->x, &side->heads, MTL_ROPE_X) &&
+                    mtl_cuda_vectors(side->out, &side->heads, MTL_ROPE_OUT) &&
+                    aligned(side->x_batch_stride, side->x_time_stride) &&
+                    aligned(side->out_batch_stride, side->out_time_stride);
+        if (side->weight.data) {
+            fast = fast && side->weight.stride == mtl_dtype_size(side->weight.dtype) &&
+                   (uintptr_t)side->weight.data % VECTOR == 0;
+        }
+        if (!fast) return 0;
+    }
+    return (int)lanes;
+}
+
+static metalloid_status launch(const mtl_cuda_call *call, const mtl_rope_args *args, int lanes,
+                               mtl_cuda_rope_args *rope) {
+    int64_t heads = 0;
+    for (int i = 0; i < args->sides; i++) heads += rope->side[i].heads.count;
+    if (lanes == 0) {
+        int64_t items = args->batch * heads * args->time;
+        mtl_cuda_grid grid = {.threads = WARP, .rows = THREADS / WARP};
+        grid.blocks = (items + grid.rows - 1) / grid.rows;
+        if (grid.blocks > 65536) grid.blocks = 65536;
+        return mtl_cuda_launch(call, (mtl_cuda_kernel){MTL_CUDA_IMAGE_rope, ANY, names[ANY]}, grid, rope);
+    }
+    int64_t wanted = (int64_t)call->device->multiprocessors * THREADS_WANTED;
+    int64_t each = args->batch * args->time * heads * lanes / wanted;
+    rope->heads_a_block = each < 1 ? 1 : each > MOST_HEADS ? MOST_HEADS : (int)each;
+    int64_t chunks = 0;
+    for (int i = 0; i < args->sides; i++)
+        chunks += (rope->side[i].heads.count + rope->heads_a_block - 1) / rope->heads_a_block;
+    int64_t items = args->batch * chunks * args->time;
+    mtl_cuda_grid grid = {.threads = lanes, .rows = THREADS / lanes};
+    /* Whole warps, as sums over a head's lanes need. */
+    if (args->normed && (int64_t)grid.rows * lanes > (items * lanes + WARP - 1) / WARP * WARP)
+        grid.rows = (int)((items * lanes + WARP - 1) / WARP * WARP / lanes);
+    grid.blocks = (items + grid.rows - 1) / grid.rows;
+    int index = (int)args->side[0].x.dtype * 4 + (args->normed ? 2 : 0) + (args->angles.traditional ? 1 : 0);
+    return mtl_cuda_launch(call, (mtl_cuda_kernel){MTL_CUDA_IMAGE_rope, index, names[index]}, grid, rope);
+}
+
+metalloid_status mtl_cuda_rope(const metalloid_context *context, const char *op, const mtl_rope_args *args) {
+    mtl_cuda_call call;
+    MTL_TRY(mtl_cuda_begin(&call, context, op, args->device, args->in_double));
+    const mtl_rope_angles *angles = &args->angles;
+    mtl_cuda_rope_args rope = {.sides = args->sides,
+                               .traditional = angles->traditional,
+                               .normed = args->normed,
+                               .inverse = angles->inverse,
+                               .each_token = angles->positions.each_token,
+                               .positions_dtype = (int)angles->positions.dtype,
+                               .batch = args->batch,
+                               .time = args->time,
+                               .head_dim = args->head_dim,
+                               .dims = angles->dims,
+                               .scale = angles->scale,
+                               .log2_base = angles->freqs.data ? 0 : log2(angles->base),
+                               .eps = args->eps,
+                               .freqs = mtl_cuda_row_of(angles->freqs),
+                               .offset = angles->offset,
+                               .positions = angles->positions.data,
+                               .position_batch_stride = angles->positions.batch_stride,
+                               .position_time_stride = angles->positions.time_stride};
+    mtl_loop outer = {.count = 1};
+    int64_t heads = 0;
+    for (int i = 0; i < args->sides; i++) {
+        const mtl_rope_side *side = &args->side[i];
+        rope.side[i] = (mtl_cuda_rope_side){.x = mtl_cuda_row_of(side->x),
+                                            .out = mtl_cuda_row_of(side->out),
+                                            .weight = mtl_cuda_row_of(side->weight),
+                                            .x_batch_stride = side->x_batch_stride,
+                                            .x_time_stride = side->x_time_stride,
+                                            .out_batch_stride = side->out_batch_stride,
+                                            .out_time_stride = side->out_time_stride};
+        mtl_loop cut; /* of two sides, which have one axis of heads, nothing is cut */
+        mtl_cuda_cut_loop(&side->heads, &cut, &rope.side[i].heads);
+        if (args->sides == 1) outer = cut;
+        heads += side->heads.count;
+    }
+    if (heads == 0 || args->batch == 0 || args->time == 0) outer.count = 0;
+    int lanes = lanes_of_head(args);
+    metalloid_status status = METALLOID_OK;
+    mtl_cursor at;
+    mtl_cursor_seek(&at, &outer, 0);
+    for (int64_t i = 0; i < outer.count && status == METALLOID_OK; i++, mtl_cursor_next(&at)) {
+        if (args->sides == 1) {
+            rope.side[0].x.data = args->side[0].x.data + at.offset[MTL_ROPE_X];
+            rope.side[0].out.data = args->side[0].out.data + at.offset[MTL_ROPE_OUT];
+        }
+        status = launch(&call, args, lanes, &rope);
+    }
+    return mtl_cuda_end(&call, status);
+}

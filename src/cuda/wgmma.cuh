@@ -1,0 +1,66 @@
+// Hopper's matrix units and bulk copies, as the attention kernel uses them. SPDX-License-Identifier: MIT
+#pragma once
+
+#include "cuda/device.cuh"
+
+// ---- products of a group of four warps: D (64 rows, float, in registers) += A B
+
+#define TYPE   __half
+#define SUFFIX "f16"
+#include "cuda/wgmma.inc"
+#undef TYPE
+#undef SUFFIX
+#define TYPE   __nv_bfloat16
+#define SUFFIX "bf16"
+#include "cuda/wgmma.inc"
+#undef TYPE
+#undef SUFFIX
+
+__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ inline void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Keeps the compiler from moving work on registers across a wait for the products that write them.
+template <int N> __device__ inline void settle(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Of a tile of rows of 64 16-bit elements under the 128-byte swizzle; `blocks` is the distance of two such tiles in
+// bytes, which counts where rows run along n.
+__device__ inline uint64_t descriptor(unsigned at, unsigned blocks) {
+    return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)(blocks >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
+           (uint64_t)1 << 62;
+}
+
+// ---- barriers in shared memory
+
+__device__ inline void barrier_init(unsigned barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void barrier_expect(unsigned barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ inline void barrier_wait(unsigned barrier, int parity) {
+    asm volatile("{\n.reg .pred done;\n"
+                 "WAIT:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra WAIT;\n}\n" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
+// ---- a box of a tensor {feature, time, head, batch}, by the copy engine
+
+__device__ inline void copy_box(unsigned to, const void *map, unsigned barrier, int feature, int time, int head,
+                                int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(feature), "r"(time), "r"(head), "r"(batch)
+        : "memory");
+}

@@ -1,0 +1,205 @@
+"""What the case tables of tests/python cannot see: streams, graphs, models' sizes, repeated bits, errors."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from benchmark import run, seconds, view
+from library import CrossEntropyOptions, attention_options, call, context, rope_options
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def poisoned(*shape, dtype):
+    return torch.full(shape, torch.nan, device="cuda", dtype=dtype)
+
+
+def close(out, ref, bound):
+    scale = ref.abs() + ref.abs().amax(-1, keepdim=True)
+    error = ((out.double() - ref) / scale).abs().max().item()
+    assert error <= bound, error  # NaN fails
+
+
+def reference_norm(x, weight, bias, eps):
+    x = x.double()
+    if bias is not None:
+        x = x - x.mean(-1, keepdim=True)
+    y = x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [64, 1024, 4096, 5120, 8192, 14336, 32768, 65536, 4100, 4097])
+@pytest.mark.parametrize("rows", [7, 4096])
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+def test_norms_of_every_length(op, rows, length, dtype):
+    x, weight, bias = randn(rows, length, dtype=dtype), randn(length, dtype=dtype), randn(length, dtype=dtype)
+    out = poisoned(rows, length, dtype=dtype)
+    vectors = [weight] if op == "rms_norm" else [weight, bias]
+    run(op, x, *vectors, 1e-5, out)
+    close(out, reference_norm(x, weight, None if op == "rms_norm" else bias, 1e-5), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("outlier", [1e4, -300.0, 5.0])
+def test_layer_norm_whose_first_element_lies_far_out(outlier):
+    x = randn(64, 4096)
+    x[:, 0] = outlier
+    one, zero, out = torch.ones(4096, device="cuda"), torch.zeros(4096, device="cuda"), torch.empty_like(x)
+    run("layer_norm", x, one, zero, 1e-5, out)
+    close(out, reference_norm(x, one, zero, 1e-5), ROUNDING[torch.float32])
+
+
+def reference_attention(q, k, v, *, causal=False, mask=None, window=None, causal_offset=None):
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    queries, keys = scores.shape[-2:]
+    offset = keys - queries if causal_offset is None else causal_offset
+    at = torch.arange(queries, device="cuda")[:, None] + offset
+    key = torch.arange(keys, device="cuda")
+    if causal:
+        scores = scores.masked_fill(key > at, -torch.inf)
+    if window:
+        scores = scores.masked_fill((key > at) | (key <= at - window), -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def attend(q, k, v, **options):
+    out = poisoned(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    log = poisoned(*q.shape[:3], dtype=torch.float32)
+    views = {name: view(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    given = attention_options(logsumexp=view(log), **views)
+    run("scaled_dot_product_attention", q, k, v, q.shape[-1] ** -0.5, given, out)
+    return out, log
+
+
+SIXTEEN = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN)
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys"),
+    [
+        ((4, 4), 384, 384),
+        ((8, 2), 333, 1001),
+        ((8, 2), 1, 8192),
+        ((4, 1), 5, 700),
+        ((40, 8), 520, 1000),
+        ((40, 8), 300, 1001),
+    ],
+)
+@pytest.mark.parametrize("form", ["full", "causal", "window", "mask"])
+def test_attention_on_tensor_cores(form, heads, queries, keys, dims, dtype):
+    q = randn(2, heads[0], queries, dims[0], dtype=dtype)
+    k = randn(2, heads[1], keys, dims[0], dtype=dtype, seed=1)
+    v = randn(2, heads[1], keys, dims[1], dtype=dtype, seed=2)
+    options = {"causal": {"causal": True}, "window": {"window": 100}}.get(form, {})
+    if form == "mask":
+        options["mask"] = randn(2, heads[0], queries, keys, seed=3) < 1
+    out, log = attend(q, k, v, **options)
+    ref, ref_log = reference_attention(q, k, v, **options)
+    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
+    assert error <= SIXTEEN[dtype], error
+    assert (log.double() - ref_log).abs().max().item() <= 1e-4
+
+
+@pytest.mark.parametrize("queries", [1, 700])
+def test_the_same_call_gives_the_same_bits(queries):
+    q, k = randn(1, 32, queries, 128, dtype=torch.bfloat16), randn(1, 8, 4096, 128, dtype=torch.bfloat16, seed=1)
+    first = attend(q, k, k, causal=True)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, attend(q, k, k, causal=True), strict=True))
+
+
+@pytest.mark.parametrize("queries", [1, 300])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_hidden_key_never_shows(poison, queries):
+    q, k = randn(2, 8, queries, 64, dtype=torch.bfloat16), randn(2, 2, 2048, 64, dtype=torch.bfloat16, seed=1)
+    v = k.clone()
+    visible = torch.ones(2, 2048, device="cuda", dtype=torch.bool)
+    visible[:, 100:150] = False
+    clean = attend(q, k, v, key_mask=visible)
+    k[:, :, 100:150] = poison
+    v[:, :, 100:150] = poison
+    for a, b in zip(clean, attend(q, k, v, key_mask=visible), strict=True):
+        assert not b.isnan().any()
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_calls_are_captured_in_a_graph():
+    x, weight, out = randn(64, 4096), randn(4096, seed=1), torch.empty(64, 4096, device="cuda")
+    q, k = randn(1, 32, 1, 128, dtype=torch.bfloat16), randn(1, 8, 4096, 128, dtype=torch.bfloat16, seed=1)
+    attended = torch.empty_like(q)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        run("rms_norm", x, weight, 1e-5, out)
+        run("scaled_dot_product_attention", q, k, k, 0.1, None, attended)  # split keys: with workspace
+    x.copy_(randn(64, 4096, seed=5))
+    graph.replay()
+    torch.cuda.synchronize()
+    close(out, reference_norm(x, weight, None, 1e-5), ROUNDING[torch.float32])
+    want = torch.empty_like(attended)
+    run("scaled_dot_product_attention", q, k, k, 0.1, None, want)
+    assert torch.equal(attended, want)
+
+
+def test_work_is_queued_on_the_context_s_stream():
+    x, weight = torch.zeros(4096, 4096, device="cuda"), torch.ones(4096, device="cuda")
+    out, stream = torch.empty_like(x), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        x.fill_(3)  # behind the sleep: a call elsewhere would still see zeros
+        run("rms_norm", x, weight, 1e-5, out)
+    assert not stream.query()  # and the call did not wait
+    stream.synchronize()
+    torch.testing.assert_close(out, torch.ones_like(x), rtol=1e-4, atol=0)
+
+
+def test_wide_floats_fail_by_name():
+    x = torch.ones(2, 4, device="cuda", dtype=torch.float32)
+    wide = view(x)
+    wide.dtype.bits, wide.shape[1] = 64, 2
+    with pytest.raises(ValueError, match="rms_norm: float64 is for tensors on the CPU"):
+        call("rms_norm", context(None), wide, None, 1e-5, wide)
+
+
+def test_tensors_of_two_devices_fail():
+    x = torch.ones(2, 4, device="cuda")
+    other = view(torch.empty_like(x))
+    other.device.id = 7
+    with pytest.raises(ValueError, match="rms_norm: out must be on the device of x"):
+        call("rms_norm", context(None), view(x), None, 1e-5, other)
+
+
+def test_values_that_the_cpu_refuses_give_nan():
+    logits, loss = randn(3, 40), torch.empty(3, device="cuda")
+    options = CrossEntropyOptions(ctypes.sizeof(CrossEntropyOptions), False, 0)
+    run("cross_entropy", logits, torch.tensor([1, 40, -1], device="cuda"), options, loss)
+    assert loss.isnan().tolist() == [False, True, True]
+    x, out = randn(1, 1, 2, 8), torch.empty(1, 1, 2, 8, device="cuda")
+    ids = torch.tensor([[2**31, 5]], device="cuda")
+    run("rope", x, 4, rope_options(traditional=False, base=1e4, position_ids=view(ids)), out)
+    assert out[0, 0, 0, :4].isnan().all()
+    assert torch.equal(out[..., 4:], x[..., 4:])
+    assert not out[0, 0, 1].isnan().any()
+
+
+def test_timing_gives_a_plausible_rate():
+    x = randn(1 << 26)
+    y = torch.empty_like(x)
+    rate = 2 * x.nbytes / seconds([lambda: y.copy_(x)])
+    assert 1e10 < rate < 2e13
+    assert np.isfinite(rate)
