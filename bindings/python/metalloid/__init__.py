@@ -1,7 +1,7 @@
 """Metalloid: fused transformer kernels, the operations of ``mlx.core.fast`` on any machine.
 
-Arrays are NumPy's, PyTorch's on the CPU, or any other library's with ``__dlpack__``; results come in the library of the
-first array. ``metalloid.fast`` holds the functions that ``mlx.core.fast`` has, with its signatures.
+Arrays are NumPy's, PyTorch's, or any other library's with ``__dlpack__``; results come in the library of the first
+array. All operations stand here; ``metalloid.fast`` holds those that ``mlx.core.fast`` has, with its signatures.
 """
 
 from metalloid import fast
