@@ -14,8 +14,8 @@ OPERATIONS = (
     *("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope", "qk_norm_rope", "swiglu", "geglu"),
     *("cross_entropy", "gated_delta_update", "attention", "kv_cache_sdpa_update"),
 )
-# The binding's own: signatures, exceptions, other libraries' arrays. Checks that the CPU alone makes. And attention whose
-# scale, softcap or sums leave float32's range, which the CPU does again in double and the GPU does not (README).
+# The binding's own: signatures, exceptions, other libraries' arrays. Checks that the CPU alone makes. And attention
+# whose scale, softcap or sums leave float32's range, which the CPU does again in double and the GPU does not (README).
 LEFT_OUT = "refused or float64 or accepts_mlx_keywords or every_form_of_the_same or beyond_float32 or near_the_largest"
 
 
