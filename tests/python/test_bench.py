@@ -19,6 +19,14 @@ COMMAND = os.environ.get("METALLOID_COMMAND") or shutil.which("metalloid")
 with_command = pytest.mark.skipif(not COMMAND, reason="METALLOID_COMMAND names no metalloid command")
 
 
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """A peer turns PyTorch's gradients off, in what is a process of its own but for these tests."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_grad_enabled(True)
+
+
 def run(*arguments, **environment):
     environment = os.environ | {"METALLOID_PYTHON": sys.executable} | environment
     return subprocess.run(
