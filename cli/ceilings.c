@@ -50,7 +50,7 @@ __attribute__((target("avx512f,avx512bf16"))) static double dot_bf16_avx512(int6
     __m512 sum[24], operand = _mm512_set1_ps((float)factor);
     __m512bh pair;
     memcpy(&pair, &operand, sizeof pair);
-    UNROLL for (int c = 0; c < 24; c++) sum[c] = _mm512_setzero_ps();
+    UNROLL for (int c = 0; c < 24; c++) sum[c] = _mm512_set1_ps((float)c); /* equal chains would be made one */
     for (int64_t step = 0; step < steps; step++) {
         UNROLL for (int c = 0; c < 24; c++) sum[c] = _mm512_dpbf16_ps(sum[c], pair, pair);
     }
