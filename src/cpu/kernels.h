@@ -47,11 +47,6 @@ metalloid_status mtl_cpu_run(const metalloid_context *context, const char *op, m
 /* Whether results of so many bytes are better written past the caches: they and the operands beside them would not stay there. */
 bool mtl_cpu_streams(double bytes);
 
-/* A row each of weights, bias, x and residual, as reals. */
-static inline size_t mtl_norm_scratch(const mtl_norm_args *args) {
-    return (size_t)args->length * 4 * (args->in_double ? sizeof(double) : sizeof(float));
-}
-
 /* rope's items are blocks of so many time steps: enough to read runs of memory, few enough to share out. */
 enum { MTL_ROPE_BLOCK = 16 };
 

@@ -502,12 +502,7 @@ static void attend(block_state *s, bool paired, bool one_by_one) {
     }
 }
 
-#ifdef MTL_IN_DOUBLE
-#define PLAIN mtl_plain_attention_f64
-#else
-#define PLAIN mtl_plain_attention_f32
-#endif
-void PLAIN(const void *, int64_t, int64_t, void *);
+void PLAIN(attention)(const void *, int64_t, int64_t, void *);
 
 void SIMD(attention)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
     block_state state = {.args = arguments}, *s = &state;
@@ -525,7 +520,7 @@ void SIMD(attention)(const void *arguments, int64_t begin, int64_t end, void *sc
         if (!all_finite(s->sums, s->item.rows * s->value_padded)) {
             attend(s, false, true);
             if (!all_finite(s->sums, s->item.rows * s->value_padded)) {
-                PLAIN(arguments, index, index + 1, scratch);
+                PLAIN(attention)(arguments, index, index + 1, scratch);
                 continue;
             }
         }

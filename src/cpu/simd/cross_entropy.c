@@ -6,7 +6,7 @@
  * infinities, where x - largest would be NaN, go to the plain kernel. */
 #include "cpu/simd/math.h"
 
-enum { CHUNK = 2048, AHEAD = 4096 };
+enum { CHUNK = 2048 };
 
 INLINE vec load_logits(const char *logits, mtl_dtype dtype, int64_t count) {
     if (count >= LANES) return vec_load_as(logits, dtype);
@@ -81,18 +81,13 @@ INLINE bool row_loss(const char *logits, mtl_dtype dtype, int64_t classes, int64
     return true;
 }
 
-#ifdef MTL_IN_DOUBLE
-#define PLAIN mtl_plain_cross_entropy_f64
-#else
-#define PLAIN mtl_plain_cross_entropy_f32
-#endif
-void PLAIN(const void *, int64_t, int64_t, void *);
+void PLAIN(cross_entropy)(const void *, int64_t, int64_t, void *);
 
 void SIMD(cross_entropy)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
     const mtl_cross_entropy_args *args = arguments;
     mtl_dtype dtype = args->logits.dtype;
     if (!in_place_row(args->logits, dtype)) {
-        PLAIN(arguments, begin, end, scratch);
+        PLAIN(cross_entropy)(arguments, begin, end, scratch);
         return;
     }
     mtl_cursor at;
@@ -110,6 +105,6 @@ void SIMD(cross_entropy)(const void *arguments, int64_t begin, int64_t end, void
         else if (dtype == MTL_BF16) done = row_loss(logits, MTL_BF16, args->classes, target, &loss);
 #endif
         if (done) real_store(args->loss.data + at.offset[MTL_CROSS_ENTROPY_LOSS], args->loss.dtype, (real)loss);
-        else PLAIN(arguments, item, item + 1, scratch);
+        else PLAIN(cross_entropy)(arguments, item, item + 1, scratch);
     }
 }

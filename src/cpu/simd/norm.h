@@ -20,8 +20,6 @@ static norm_weights settle_weights(mtl_row weights, int64_t length, mtl_dtype x_
     return (norm_weights){(const char *)scratch, REAL_DTYPE};
 }
 
-enum { AHEAD = 4096 };
-
 /* row = x + residual, and that rounded to sum. */
 INLINE void add_row(real *row, const char *x, const char *residual, char *sum, mtl_dtype dtype, bool stream,
                     int64_t length) {

@@ -114,8 +114,6 @@ static const angle_real *make_inv_freqs(angle_real *scratch, const mtl_rope_angl
 
 /* ---- rows --------------------------------------------------------------------------------------------------------------- */
 
-enum { AHEAD = 4096 };
-
 /* (x1 cos - x2 sin, x1 sin + x2 cos); a pair whose sine is 0 is unrotated and takes nothing from an infinite partner. */
 INLINE void turn_halves(const char *x, char *out, mtl_dtype dtype, int64_t pairs, const real *cosines,
                         const real *sines, bool stream) {

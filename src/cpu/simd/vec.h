@@ -38,18 +38,20 @@
 typedef double real;
 typedef int64_t real_int;
 typedef uint64_t real_bits;
-#define SIMD(name) MTL_SIMD_NAME(MTL_ISA, name, f64)
-#define real_load  mtl_load_double
-#define real_store mtl_store_double
-#define REAL_DTYPE MTL_F64
+#define SIMD(name)  MTL_SIMD_NAME(MTL_ISA, name, f64)
+#define PLAIN(name) MTL_SIMD_NAME(plain, name, f64) /* for what the fast kernel leaves to it */
+#define real_load   mtl_load_double
+#define real_store  mtl_store_double
+#define REAL_DTYPE  MTL_F64
 #else
 typedef float real;
 typedef int32_t real_int;
 typedef uint32_t real_bits;
-#define SIMD(name) MTL_SIMD_NAME(MTL_ISA, name, f32)
-#define real_load  mtl_load_float
-#define real_store mtl_store_float
-#define REAL_DTYPE MTL_F32
+#define SIMD(name)  MTL_SIMD_NAME(MTL_ISA, name, f32)
+#define PLAIN(name) MTL_SIMD_NAME(plain, name, f32)
+#define real_load   mtl_load_float
+#define real_store  mtl_store_float
+#define REAL_DTYPE  MTL_F32
 #endif
 
 enum { LANES = VECTOR_BYTES / sizeof(real) };
@@ -98,6 +100,7 @@ INLINE vec_int vec_nonzero_bytes(const char *from) {
 /* Asks for a line that is needed soon, into the second-level cache: the first has too few lines under way to keep memory busy. It may lie
  * past the end of what is read. */
 INLINE void prefetch(const void *address) { __builtin_prefetch(address, 0, 2); }
+enum { AHEAD = 4096 }; /* so many bytes, where rows are read one after the other */
 
 /* The two halves of a and b interleaved: a0 b0 a1 b1 ... */
 #if VECTOR_BYTES == 64 && !defined(MTL_IN_DOUBLE)

@@ -4,7 +4,6 @@
 #ifdef MTL_IN_DOUBLE
 
 INLINE vec vec_fma(vec a, vec b, vec c) { return (vec)vfmaq_f64(c, a, b); }
-INLINE vec vec_sqrt(vec v) { return (vec)vsqrtq_f64(v); }
 INLINE vec vec_swap_neighbours(vec v) { return (vec)vextq_f64(v, v, 1); }
 /* b where either is NaN; FMAX would give NaN, FMAXNM the number. */
 INLINE vec vec_max(vec a, vec b) { return (vec)vbslq_f64(vcgtq_f64(a, b), a, b); }
@@ -15,7 +14,6 @@ INLINE vec vec_min(vec a, vec b) { return (vec)vbslq_f64(vcltq_f64(a, b), a, b);
 #define angle_fma(a, b, c) ((angle_vec)vfmaq_f64(c, a, b))
 
 INLINE vec vec_fma(vec a, vec b, vec c) { return (vec)vfmaq_f32(c, a, b); }
-INLINE vec vec_sqrt(vec v) { return (vec)vsqrtq_f32(v); }
 INLINE vec vec_swap_neighbours(vec v) { return (vec)vrev64q_f32(v); } /* lanes 0 and 1, 2 and 3 trade places */
 /* b where either is NaN; FMAX would give NaN, FMAXNM the number. */
 INLINE vec vec_max(vec a, vec b) { return (vec)vbslq_f32(vcgtq_f32(a, b), a, b); }

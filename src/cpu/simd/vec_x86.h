@@ -21,24 +21,16 @@ INLINE vec vec_swap_neighbours(vec v) { return (vec)MM(permute_ps)(v, 0xb1); }
 #ifdef MTL_IN_DOUBLE
 
 INLINE vec vec_fma(vec a, vec b, vec c) { return (vec)MM(fmadd_pd)(a, b, c); }
-INLINE vec vec_sqrt(vec v) { return (vec)MM(sqrt_pd)(v); }
 INLINE vec vec_max(vec a, vec b) { return (vec)MM(max_pd)(a, b); } /* b where either is NaN */
 INLINE vec vec_min(vec a, vec b) { return (vec)MM(min_pd)(a, b); }
-#if VECTOR_BYTES == 64
-INLINE vec vec_round(vec v) { return (vec)_mm512_roundscale_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-#else
-INLINE vec vec_round(vec v) { return (vec)_mm256_round_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-#endif
 
 #else
 
 INLINE vec vec_fma(vec a, vec b, vec c) { return (vec)MM(fmadd_ps)(a, b, c); }
-INLINE vec vec_sqrt(vec v) { return (vec)MM(sqrt_ps)(v); }
 INLINE vec vec_max(vec a, vec b) { return (vec)MM(max_ps)(a, b); } /* b where either is NaN */
 INLINE vec vec_min(vec a, vec b) { return (vec)MM(min_ps)(a, b); }
 
 #if VECTOR_BYTES == 64
-INLINE vec vec_round(vec v) { return (vec)_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vec vec_load_f16(const void *from) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
 INLINE vec_half vec_to_f16(vec v) {
     return (vec_half)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -58,7 +50,6 @@ INLINE vec_half vec_to_bf16(vec v) {
     return (vec_half)_mm512_cvtepi32_epi16(rounded);
 }
 #else
-INLINE vec vec_round(vec v) { return (vec)_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vec vec_load_f16(const void *from) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
 INLINE vec_half vec_to_f16(vec v) {
     return (vec_half)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
