@@ -5,9 +5,10 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import metalloid._native as native
-from metalloid.torch._register import define, direct, lower_precision, needs_gradient, promote, wide
+from metalloid.torch._register import define, lower_precision, needs_gradient, promote, wide
 
 _OPTIONS = (
     "float scale, Tensor? mask=None, Tensor? sinks=None, bool causal=False, Tensor? key_mask=None, "
@@ -74,8 +75,8 @@ def _attention_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dmask, dsinks. Scores of a block of queries are computed again, whole rows of them, so that neither
     the forward
-    pass keeps anything nor the score matrix is ever there at once. With P = softmax(S), of which the sink takes its part:
-    dV = P^T g; dP = g V^T; dS = P * (dP - sum(dP * P) + g_logsumexp); dQ = scale dS K; dK = scale dS^T Q."""
+    pass keeps anything nor the score matrix is ever there at once. With P = softmax(S), of which the sink takes its
+    part: dV = P^T g; dP = g V^T; dS = P * (dP - sum(dP * P) + g_logsumexp); dQ = scale dS K; dK = scale dS^T Q."""
     dtype = wide(q, k, v)
     batch, heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -184,6 +185,7 @@ def _attention_context(ctx, inputs, output):
     ctx.options = scale, causal, window, softcap, causal_offset
 
 
+@once_differentiable
 def _attention_backward(ctx, g, g_logsumexp=None):
     q, k, v, mask, sinks, key_mask = ctx.saved_tensors
     scale, causal, window, softcap, causal_offset = ctx.options
@@ -264,19 +266,19 @@ def scaled_dot_product_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q @ k.T + mask) @ v, without storing the scores (Dao et al. 2022).
 
-    q: floating, {B, N_q, T_q, D}. k: floating, {B, N_kv, T_kv, D}. v: floating, {B, N_kv, T_kv, D_v}. N_q is a multiple of N_kv.
-    What hides keys combines freely; a query that sees none gives zeros.
+    q: floating, {B, N_q, T_q, D}. k: floating, {B, N_kv, T_kv, D}. v: floating, {B, N_kv, T_kv, D_v}. N_q is a
+    multiple of N_kv. What hides keys combines freely; a query that sees none gives zeros.
     scale: finite, multiplies the scores.
-    mask: None, "causal" (as causal=True), or a tensor that broadcasts to {B, N_q, T_q, T_kv}: bool, where False hides, or real,
-    added to the scores, of a dtype that promotes to that of q, k and v.
+    mask: None, "causal" (as causal=True), or a tensor that broadcasts to {B, N_q, T_q, T_kv}: bool, where False
+    hides, or real, added to the scores, of a dtype that promotes to that of q, k and v.
     sinks: floating, {N_q}, a logit a head without a value.
     causal: query i sees key j when j <= i + causal_offset, which is T_kv - T_q where not given.
     key_mask: bool or integer, {B, T_kv}, 0 hides.
     window: query i sees only the last `window` keys up to i + causal_offset.
     softcap: scores become softcap * tanh(scores / softcap) before the mask.
-    Returns {B, N_q, T_q, D_v}, q, k and v promoted; with return_logsumexp=True (out, logsumexp), the latter {B, N_q, T_q} and
-    float32 (float64 for float64). q, k, v, a floating mask and sinks have gradients; second derivatives are refused. Under
-    torch.autocast these five come in its dtype.
+    Returns {B, N_q, T_q, D_v}, q, k and v promoted; with return_logsumexp=True (out, logsumexp), the latter {B, N_q,
+    T_q} and float32 (float64 for float64). q, k, v, a floating mask and sinks have gradients; second derivatives are
+    refused. Under torch.autocast these five come in its dtype.
 
     Raises ValueError for a dtype, rank, shape or value that is refused.
 
@@ -289,21 +291,6 @@ def scaled_dot_product_attention(
         if mask != "causal":
             raise ValueError(f"scaled_dot_product_attention: mask must be 'causal', a tensor or None, got {mask!r}")
         mask, causal = None, True
-    if not torch.compiler.is_compiling() and direct(q, k, v, mask, sinks, key_mask):
-        return native.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            mask=mask,
-            sinks=sinks,
-            causal=causal,
-            key_mask=key_mask,
-            window=window,
-            softcap=softcap,
-            causal_offset=causal_offset,
-            return_logsumexp=return_logsumexp,
-        )
     op = _attention_with_logsumexp_op if return_logsumexp else _attention_op
     return op(q, k, v, scale, mask, sinks, causal, key_mask, window, softcap, causal_offset)
 
@@ -347,10 +334,10 @@ def kv_cache_sdpa_update(
     q: floating, {B, T_q, N_q, D}. new_k: {B, T_q, N_kv, D}, new_v: {B, T_q, N_kv, D_v}, of the caches' dtypes.
     k_cache: floating, {B, T_max, N_kv, D}, v_cache: {B, T_max, N_kv, D_v}: both updated in place.
     offset: 0 to T_max - T_q, an integer or an integer tensor {} or {1} on the CPU.
-    key_mask: bool or integer, {B, T_max}, 0 hides; None hides nothing, not even what is not filled yet. With more than one query
-    each sees the keys up to its own only. scale: finite, multiplies the scores.
-    Returns {B, N_q, T_q, D_v}, q and the caches promoted. Where a gradient is recorded the step is two: a copy into the caches,
-    which PyTorch records, and scaled_dot_product_attention.
+    key_mask: bool or integer, {B, T_max}, 0 hides; None hides nothing, not even what is not filled yet. With more
+    than one query each sees the keys up to its own only. scale: finite, multiplies the scores.
+    Returns {B, N_q, T_q, D_v}, q and the caches promoted. Where a gradient is recorded the step is two: a copy into
+    the caches, which PyTorch records, and scaled_dot_product_attention.
 
     Raises ValueError for a dtype, rank, shape or value that is refused.
 
@@ -379,8 +366,4 @@ def kv_cache_sdpa_update(
             causal_offset=position,
             key_mask=key_mask,
         )
-    if not torch.compiler.is_compiling() and direct(q, new_k, new_v, k_cache, v_cache, offsets, key_mask):
-        out = native.kv_cache_sdpa_update(q, new_k, new_v, k_cache, v_cache, offset, key_mask, scale)
-        torch.autograd.graph.increment_version((k_cache, v_cache))
-        return out
     return _cache_update_op(q, new_k, new_v, k_cache, v_cache, position, offsets, key_mask, scale)

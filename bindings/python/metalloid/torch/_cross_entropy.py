@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import metalloid._native as native
-from metalloid.torch._register import define, direct, like, wide
+from metalloid.torch._register import define, like, wide
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int | None = None) -> Tensor:
@@ -57,6 +57,4 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int | None =
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]), ignore_index=-100)
     tensor([1.3863, 0.0000])
     """
-    if not torch.compiler.is_compiling() and direct(logits, targets):
-        return native.cross_entropy(logits, targets, ignore_index=ignore_index)
     return _cross_entropy_op(logits, targets, ignore_index)

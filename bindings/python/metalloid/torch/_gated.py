@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import metalloid._native as native
-from metalloid.torch._register import define, direct, like, promote, wide
+from metalloid.torch._register import define, like, promote, wide
 
 
 def _swiglu_fake(gate, up):
@@ -40,8 +40,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     >>> swiglu(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 2.0]))
     tensor([0.0000, 1.4621])
     """
-    if not torch.compiler.is_compiling() and direct(gate, up):
-        return native.swiglu(gate, up)
     return _swiglu_op(gate, up)
 
 
@@ -85,6 +83,4 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: Literal["none", "tanh"] = "n
     >>> geglu(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 2.0]))
     tensor([0.0000, 1.6827])
     """
-    if not torch.compiler.is_compiling() and direct(gate, up):
-        return native.geglu(gate, up, approximate=approximate)
     return _geglu_op(gate, up, approximate)

@@ -4,9 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import metalloid._native as native
-from metalloid.torch._register import define, direct, lower_precision, needs_gradient, promote, wide
+from metalloid.torch._register import define, lower_precision, needs_gradient, promote, wide
 
 
 def _gated_delta(q, k, v, gamma, beta, initial_state=None, mask=None):
@@ -119,6 +120,7 @@ def _gated_delta_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
+@once_differentiable
 def _gated_delta_backward(ctx, g, g_state):
     *gradients, dstate = _gated_delta_backward_op(g, g_state, *ctx.saved_tensors)
     return *gradients, dstate if needs_gradient(ctx, 5) else None, None
@@ -163,6 +165,4 @@ def gated_delta_update(
     >>> out.ravel(), state.ravel()
     (tensor([2.0000, 2.5000]), tensor([2.5000]))
     """
-    if not torch.compiler.is_compiling() and direct(q, k, v, gamma, beta, initial_state, mask):
-        return native.gated_delta_update(q, k, v, gamma, beta, initial_state, mask)
     return list(_gated_delta_op(q, k, v, gamma, beta, initial_state, mask))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import metalloid._native as native
-from metalloid.torch._register import define, direct, like, promote, wide, widen
+from metalloid.torch._register import define, like, promote, wide, widen
 
 
 def _sum_of_rows(x: Tensor) -> Tensor:
@@ -81,8 +81,6 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, dtype: torch.dtype
     >>> rms_norm(torch.tensor([[3.0, 4.0]]), None, 0.0)
     tensor([[0.8485, 1.1314]])
     """
-    if not torch.compiler.is_compiling() and direct(x, weight):
-        return _rms_norm(x, weight, eps, dtype)
     return _rms_norm_op(x, weight, eps, dtype)
 
 
@@ -126,8 +124,6 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     >>> layer_norm(torch.tensor([[1.0, 3.0]]), None, None, 0.0)
     tensor([[-1.,  1.]])
     """
-    if not torch.compiler.is_compiling() and direct(x, weight, bias):
-        return native.layer_norm(x, weight, bias, eps)
     return _layer_norm_op(x, weight, bias, eps)
 
 
@@ -173,8 +169,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
     >>> add_rms_norm(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 3.0]), None, 0.0)
     (tensor([3., 4.]), tensor([0.8485, 1.1314]))
     """
-    if not torch.compiler.is_compiling() and direct(x, residual, weight):
-        return native.add_rms_norm(x, residual, weight, eps)
     return _add_rms_norm_op(x, residual, weight, eps)
 
 
@@ -219,6 +213,4 @@ def add_layer_norm(
     >>> add_layer_norm(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 2.0]), None, None, 0.0)
     (tensor([1., 3.]), tensor([-1.,  1.]))
     """
-    if not torch.compiler.is_compiling() and direct(x, residual, weight, bias):
-        return native.add_layer_norm(x, residual, weight, bias, eps)
     return _add_layer_norm_op(x, residual, weight, bias, eps)

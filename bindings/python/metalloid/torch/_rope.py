@@ -8,7 +8,7 @@ from torch import Tensor
 
 import metalloid._native as native
 from metalloid.torch._norm import rms_norm_gradient
-from metalloid.torch._register import define, direct, like, promote, wide, widen
+from metalloid.torch._register import define, like, promote, wide, widen
 
 # Of the arguments that follow `dims`, `offsets` is `offset` where that is a tensor.
 _SCHEMA = (
@@ -87,7 +87,8 @@ def rope(
     """Rotary position embedding (Su et al. 2021): pair i of the first `dims` features turns by position * scale *
     inv_freq[i].
 
-    a: floating, rank 3 or more, batch first. dims: even, 2 to the length of the last axis; further features pass through.
+    a: floating, rank 3 or more, batch first. dims: even, 2 to the length of the last axis; further features pass
+    through.
     traditional: pairs (x[2i], x[2i+1]) instead of (x[i], x[i + dims/2]).
     base: of the inverse frequencies base**(-2i/dims), finite and positive; None with freqs or inv_freqs.
     scale: multiplies positions.
@@ -104,19 +105,6 @@ def rope(
              [-0.3012,  1.3818]]])
     """
     offset, offsets = _split_offset(offset)
-    if not torch.compiler.is_compiling() and direct(a, offsets, freqs, position_ids, inv_freqs):
-        return native.rope(
-            a,
-            dims,
-            traditional=traditional,
-            base=base,
-            scale=scale,
-            offset=offset if offsets is None else offsets,
-            freqs=freqs,
-            position_ids=position_ids,
-            inv_freqs=inv_freqs,
-            time_axis=time_axis,
-        )
     return _rope_op(a, dims, traditional, base, scale, offset, offsets, freqs, position_ids, inv_freqs, time_axis)
 
 
@@ -191,8 +179,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """rms_norm of each head of q and k, then rope, in one pass (as in Qwen3).
 
-    q: floating, {B, N_q, T, D}. k: floating, {B, N_kv, T, D}; {B, T, N, D} with time_axis=1. q_weight, k_weight: floating,
-    {D}, or None. eps: finite, not negative. dims: even, 2 to D. The other arguments are those of `rope`.
+    q: floating, {B, N_q, T, D}. k: floating, {B, N_kv, T, D}; {B, T, N, D} with time_axis=1. q_weight, k_weight:
+    floating, {D}, or None. eps: finite, not negative. dims: even, 2 to D. The other arguments are those of `rope`.
     Returns (q, k): each promoted with its weight, or both of the floating `dtype`.
 
     Raises ValueError for a dtype, rank, shape or value that is refused.
@@ -204,6 +192,4 @@ def qk_norm_rope(
     """
     offset, offsets = _split_offset(offset)
     rotation = (traditional, base, scale, offset, offsets, freqs, position_ids, inv_freqs, time_axis, dtype)
-    if not torch.compiler.is_compiling() and direct(q, k, q_weight, k_weight, offsets, freqs, position_ids, inv_freqs):
-        return _qk_norm_rope(q, k, q_weight, k_weight, eps, dims, *rotation)
     return _qk_norm_rope_op(q, k, q_weight, k_weight, eps, dims, *rotation)
