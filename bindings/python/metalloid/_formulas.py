@@ -83,7 +83,7 @@ def add_layer_norm(
 
 
 class Rope(NamedTuple):
-    """rope's arguments beside the array. `offset` is an integer or an array {B}; one of base, freqs, inv_freqs is there."""
+    """rope's arguments beside the array. `offset` is an integer or an array {B}; base, freqs or inv_freqs is there."""
 
     dims: int
     traditional: bool

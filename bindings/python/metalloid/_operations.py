@@ -1,5 +1,5 @@
-"""The operations' signatures for libraries whose arrays are values: JAX and MLX. Arguments are read and settled here, once for both;
-what runs a call is each library's own."""
+"""The operations' signatures for libraries whose arrays are values: JAX and MLX. Arguments are read and settled here,
+once for both; what runs a call is each library's own."""
 
 import operator
 from abc import ABC, abstractmethod
@@ -33,7 +33,7 @@ NAMES = (
 
 
 def promote(*arrays: Described | None) -> str:
-    """The dtype that arithmetic on all of them gives: float16 with bfloat16 gives float32. What no operation takes is refused later."""
+    """The dtype that arithmetic on all of them gives: float16 with bfloat16 gives float32."""
     dtypes = {array[1] for array in arrays if array is not None}
     if len(dtypes) == 1:
         return dtypes.pop()
@@ -292,7 +292,8 @@ class Operations(ABC, Generic[A]):
             traditional: pairs (x[2i], x[2i+1]) instead of (x[i], x[i + dims/2]).
             base: of the inverse frequencies ``base**(-2i/dims)``, finite and positive; None with freqs or inv_freqs.
             scale: multiplies positions.
-            offset: position of the first time step: an integer, or an integer array {}, {1} or {B}; 0 with position_ids.
+            offset: position of the first time step: an integer, or an integer array {}, {1} or {B}; 0 with
+                position_ids.
             freqs: real, {dims/2}, inverse frequencies are 1/freqs.
             position_ids: integer, {B, T}, a position for each token in any order.
             inv_freqs: real, {dims/2}, used as given.
@@ -505,8 +506,8 @@ class Operations(ABC, Generic[A]):
             stream: ignored.
 
         Returns:
-            {B, N_q, T_q, D_v}, q, k and v promoted; the logsumexp is {B, N_q, T_q}, float32 (float64 for float64). What hides
-            keys combines freely; a query that sees none gives zeros and a logsumexp of -inf.
+            {B, N_q, T_q, D_v}, q, k and v promoted; the logsumexp is {B, N_q, T_q}, float32 (float64 for float64). What
+            hides keys combines freely; a query that sees none gives zeros and a logsumexp of -inf.
 
         Raises:
             ValueError: a dtype, rank, shape or value that is refused.
@@ -563,13 +564,13 @@ class Operations(ABC, Generic[A]):
             k_cache: floating, {B, T_max, N_kv, D}.
             v_cache: floating, {B, T_max, N_kv, D_v}.
             offset: 0 to T_max - T_q, an integer or an integer array {} or {1}.
-            key_mask: bool or integer, {B, T_max}, 0 hides; None hides nothing, not even what is not filled yet. With more than
-                one query each sees the keys up to its own only.
+            key_mask: bool or integer, {B, T_max}, 0 hides; None hides nothing, not even what is not filled yet. With more
+                than one query each sees the keys up to its own only.
             scale: finite, multiplies the scores.
 
         Returns:
-            ``(out, k_cache, v_cache)``: {B, N_q, T_q, D_v}, q and the caches promoted, and the new caches, which take the memory
-            of the old ones where nobody else holds it.
+            ``(out, k_cache, v_cache)``: {B, N_q, T_q, D_v}, q and the caches promoted, and the new caches, which take the
+            memory of the old ones where nobody else holds it.
 
         Raises:
             ValueError: a dtype, rank, shape or value that is refused.
@@ -654,7 +655,8 @@ class Operations(ABC, Generic[A]):
             stream: ignored.
 
         Returns:
-            ``[out, state]``: {B, T, H_v, D_v}, q and k promoted, and {B, H_v, D_v, D_k}, float32 (float64 where an array is).
+            ``[out, state]``: {B, T, H_v, D_v}, q and k promoted, and {B, H_v, D_v, D_k}, float32 (float64 where an array
+            is).
 
         Raises:
             ValueError: a dtype, rank or shape that is refused.

@@ -1,13 +1,13 @@
 """Metalloid's operations on JAX arrays: functions that work under ``jit``, ``grad``, ``vmap`` and ``shard_map``.
 
 Each runs as a foreign function of XLA (``jax.ffi``) on the CPU, and on CUDA where the package was built with CUDA
-kernels. Names, parameters and results are those of ``metalloid``'s functions, which call these when they get JAX arrays;
-there is no ``out=``, since JAX arrays do not change, and ``kv_cache_sdpa_update`` returns the new caches.
+kernels. Names, parameters and results are those of ``metalloid``'s functions, which call these when they get JAX
+arrays; there is no ``out=``, since JAX arrays do not change, and ``kv_cache_sdpa_update`` returns the new caches.
 
-Gradients are reverse-mode (``jax.grad``, ``jax.vjp``) and come from plain ``jax.numpy`` formulas, that of ``rope`` from
-rope itself. Arguments are checked while JAX traces: ValueError for a dtype, rank or shape that is refused. What only the
-values show, such as a target beyond the vocabulary, is a ``jax.errors.JaxRuntimeError`` when the call runs on the CPU,
-NaN on CUDA.
+Gradients are reverse-mode (``jax.grad``, ``jax.vjp``) and come from plain ``jax.numpy`` formulas, that of ``rope``
+from rope itself. Arguments are checked while JAX traces: ValueError for a dtype, rank or shape that is refused. What
+only the values show, such as a target beyond the vocabulary, is a ``jax.errors.JaxRuntimeError`` when the call runs on
+the CPU, NaN on CUDA.
 
 >>> import jax, jax.numpy as jnp
 >>> import metalloid.jax
