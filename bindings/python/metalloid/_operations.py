@@ -112,6 +112,14 @@ def is_array(value: object) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
 
 
+def check_start(op: str, start: int, q: Any, k_cache: Any) -> None:
+    """Where the new keys go, once it is known."""
+    if is_array(k_cache) and is_array(q) and len(k_cache.shape) == len(q.shape) == 4:
+        most = k_cache.shape[1] - q.shape[1]
+        if most >= 0 and not 0 <= start <= most:
+            raise ValueError(f"{op}: offset must lie in [0, {most}], so that the new keys fit the cache, got {start}")
+
+
 class Operations(ABC, Generic[A]):
     """The twelve functions. A library says how one is called, and how an array is reshaped."""
 
@@ -564,13 +572,13 @@ class Operations(ABC, Generic[A]):
             k_cache: floating, {B, T_max, N_kv, D}.
             v_cache: floating, {B, T_max, N_kv, D_v}.
             offset: 0 to T_max - T_q, an integer or an integer array {} or {1}.
-            key_mask: bool or integer, {B, T_max}, 0 hides; None hides nothing, not even what is not filled yet. With more
-                than one query each sees the keys up to its own only.
+            key_mask: bool or integer, {B, T_max}, 0 hides; None hides nothing, not even what is not filled yet. With
+                more than one query each sees the keys up to its own only.
             scale: finite, multiplies the scores.
 
         Returns:
-            ``(out, k_cache, v_cache)``: {B, N_q, T_q, D_v}, q and the caches promoted, and the new caches, which take the
-            memory of the old ones where nobody else holds it.
+            ``(out, k_cache, v_cache)``: {B, N_q, T_q, D_v}, q and the caches promoted, and the new caches, which take
+            the memory of the old ones where nobody else holds it.
 
         Raises:
             ValueError: a dtype, rank, shape or value that is refused.
@@ -584,21 +592,10 @@ class Operations(ABC, Generic[A]):
         [3.0, 5.0, 3.0, 3.0]
         """
         op = "kv_cache_sdpa_update"
-        if is_array(offset):
-            if (
-                offset.shape not in ((), (1,))
-                or str(offset.dtype).removeprefix("mlx.core.") in ("bool", "bool_")
-                or ("int" not in str(offset.dtype))
-            ):
-                raise ValueError(f"{op}: offset must be an integer or an integer array {{}} or {{1}}")
-        else:
-            start = integer(op, "offset", offset)
-            if is_array(k_cache) and is_array(q) and len(k_cache.shape) == len(q.shape) == 4:
-                most = k_cache.shape[1] - q.shape[1]
-                if not 0 <= start <= max(most, 0):
-                    raise ValueError(
-                        f"{op}: offset must lie in [0, {most}], so that the new keys fit the cache, got {start}"
-                    )
+        if not is_array(offset):
+            check_start(op, integer(op, "offset", offset), q, k_cache)
+        elif offset.shape not in ((), (1,)) or "int" not in str(offset.dtype):
+            raise ValueError(f"{op}: offset must be an integer or an integer array {{}} or {{1}}")
         inputs = (q, new_k, new_v, k_cache, v_cache, self._int32(offset), key_mask)
         out, k_cache, v_cache = self._call(op, inputs, (real(op, "scale", scale),), results=3)
         return out, k_cache, v_cache
@@ -655,8 +652,8 @@ class Operations(ABC, Generic[A]):
             stream: ignored.
 
         Returns:
-            ``[out, state]``: {B, T, H_v, D_v}, q and k promoted, and {B, H_v, D_v, D_k}, float32 (float64 where an array
-            is).
+            ``[out, state]``: {B, T, H_v, D_v}, q and k promoted, and {B, H_v, D_v, D_k}, float32 (float64 where an
+            array is).
 
         Raises:
             ValueError: a dtype, rank or shape that is refused.

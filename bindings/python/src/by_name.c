@@ -6,6 +6,20 @@
 
 #include <metalloid/metalloid.h>
 
+static bool read_numbers(PyObject *reals, PyObject *integers, double *real, int64_t *integer) {
+    memset(real, 0, MTL_MOST_REALS * sizeof real[0]);
+    memset(integer, 0, MTL_MOST_INTEGERS * sizeof integer[0]);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(reals) && i < MTL_MOST_REALS; i++) {
+        real[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(reals, i));
+        if (real[i] == -1 && PyErr_Occurred()) return false;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(integers) && i < MTL_MOST_INTEGERS; i++) {
+        integer[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(integers, i));
+        if (integer[i] == -1 && PyErr_Occurred()) return false;
+    }
+    return true;
+}
+
 /* ---- the checks of a call whose arrays are not there yet ---------------------------------------------------------------------- */
 
 static const struct {
@@ -83,19 +97,80 @@ static PyObject *check_operation(PyObject *module, PyObject *args) {
 
     double real[MTL_MOST_REALS];
     int64_t integer[MTL_MOST_INTEGERS];
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(reals) && i < MTL_MOST_REALS; i++) {
-        real[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(reals, i));
-        if (real[i] == -1 && PyErr_Occurred()) return NULL;
-    }
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(integers) && i < MTL_MOST_INTEGERS; i++) {
-        integer[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(integers, i));
-        if (integer[i] == -1 && PyErr_Occurred()) return NULL;
-    }
+    if (!read_numbers(reals, integers, real, integer)) return NULL;
     call.reals = real;
     call.integers = integer;
     if (mtl_operation_check(operation, &call) != METALLOID_OK)
         return PyErr_Format(PyExc_ValueError, "%s", metalloid_last_error());
     Py_RETURN_NONE;
+}
+
+/* ---- a call with arrays of any library ------------------------------------------------------------------------------------------ */
+
+static bool open_operand(mtl_array *opened, mtl_operand *operand, PyObject *module, PyObject *object, bool writable,
+                         const char *op, const char *name) {
+    if (!array_open(opened, PyModule_GetState(module), object, writable, op, name)) return false;
+    if (opened->tensor.device.device_type != kDLCPU) {
+        PyErr_Format(PyExc_ValueError, "%s: %s must be on the CPU", op, name);
+        return false;
+    }
+    const DLTensor *tensor = &opened->tensor;
+    *operand = (mtl_operand){.data = tensor->data ? (char *)tensor->data + tensor->byte_offset : NULL,
+                             .shape = tensor->shape,
+                             .strides = tensor->strides,
+                             .rank = tensor->ndim,
+                             .code = tensor->dtype.code,
+                             .bits = tensor->dtype.bits};
+    return true;
+}
+
+static PyObject *run_operation(PyObject *module, PyObject *args) {
+    const char *op;
+    unsigned given;
+    PyObject *inputs, *results, *reals, *integers;
+    if (!PyArg_ParseTuple(args, "sIO!O!O!O!", &op, &given, &PyTuple_Type, &inputs, &PyTuple_Type, &results,
+                          &PyTuple_Type, &reals, &PyTuple_Type, &integers))
+        return NULL;
+    int operation = mtl_operation_find(op);
+    if (operation < 0) return PyErr_Format(PyExc_ValueError, "there is no operation %s", op);
+    Py_ssize_t input_count = PyTuple_GET_SIZE(inputs), count = input_count + PyTuple_GET_SIZE(results);
+    if (input_count > MTL_MOST_INPUTS || PyTuple_GET_SIZE(results) > MTL_MOST_OUTPUTS)
+        return PyErr_Format(PyExc_ValueError, "%s: too many arrays", op);
+    double real[MTL_MOST_REALS];
+    int64_t integer[MTL_MOST_INTEGERS];
+    if (!read_numbers(reals, integers, real, integer)) return NULL;
+
+    mtl_array opened[MTL_MOST_INPUTS + MTL_MOST_OUTPUTS];
+    mtl_operand operands[MTL_MOST_INPUTS + MTL_MOST_OUTPUTS];
+    Py_ssize_t taken = 0;
+    bool ready = true;
+    for (int place = 0; ready && taken < count; taken++, place++) {
+        bool is_input = taken < input_count;
+        while (is_input && place < MTL_MOST_INPUTS && !(given >> place & 1)) place++;
+        const char *name =
+            is_input && place < MTL_MOST_INPUTS ? mtl_operation_names_of(operation)->inputs[place] : "out";
+        PyObject *object = is_input ? PyTuple_GET_ITEM(inputs, taken) : PyTuple_GET_ITEM(results, taken - input_count);
+        ready = open_operand(&opened[taken], &operands[taken], module, object, !is_input, op, name ? name : "given");
+    }
+    metalloid_status status = METALLOID_OK;
+    if (ready) {
+        mtl_operands call = {.inputs = operands,
+                             .outputs = operands + input_count,
+                             .given = given,
+                             .input_count = (int32_t)input_count,
+                             .output_count = (int32_t)(count - input_count),
+                             .reals = real,
+                             .integers = integer};
+        Py_BEGIN_ALLOW_THREADS status = mtl_operation_run(operation, &call);
+        Py_END_ALLOW_THREADS
+    }
+    while (taken > 0) array_close(&opened[--taken]);
+    if (!ready) return NULL;
+    if (status == METALLOID_OK) Py_RETURN_NONE;
+    PyObject *exception = status == METALLOID_OUT_OF_MEMORY      ? PyExc_MemoryError
+                          : status == METALLOID_INVALID_ARGUMENT ? PyExc_ValueError
+                                                                 : PyExc_RuntimeError;
+    return PyErr_Format(exception, "%s", metalloid_last_error());
 }
 
 /* ---- what other libraries call ------------------------------------------------------------------------------------------------- */
@@ -156,6 +231,11 @@ PyMethodDef functions_by_name[] = {
      "operation_names($module, /)\n--\n\n"
      "{operation: (names of inputs, of real attributes, of integer ones)}, in the order in which calls by name have "
      "them."},
+    {"run_operation", run_operation, METH_VARARGS,
+     "run_operation($module, name, given, inputs, results, reals, integers, /)\n--\n\n"
+     "Runs a call on arrays of any library on the CPU, of which the results are written; `given` has a bit for each "
+     "place of\n"
+     "an input that is there."},
     {"xla_handlers", xla_handlers, METH_NOARGS,
      "xla_handlers($module, /)\n--\n\n[(operation, XLA's platform, capsule)] for jax.ffi.register_ffi_target."},
     {NULL, NULL, 0, NULL},
