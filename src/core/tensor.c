@@ -167,6 +167,7 @@ metalloid_status mtl_check_device(const mtl_view *const *views, int count, const
     }
     *device = first->device;
     if (device->device_type == kDLCPU || (MTL_WITH_CUDA && device->device_type == kDLCUDA)) return METALLOID_OK;
+    if ((int)device->device_type == MTL_NO_DEVICE) return METALLOID_OK;
     return mtl_fail(METALLOID_UNSUPPORTED,
                     "%s: %s is on a device of DLPack type %d, which no backend of this build serves", op, first->name,
                     (int)device->device_type);

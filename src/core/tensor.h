@@ -8,6 +8,9 @@
 enum {
     MTL_MAX_RANK = 64,    /* NumPy's limit */
     MTL_MAX_OPERANDS = 4, /* of one loop */
+    /* A device type of which a call is checked and nothing done, for callers that know shapes and dtypes alone (a graph being traced).
+     * Data pointers are then told apart, never followed. */
+    MTL_NO_DEVICE = 0x4d544c,
 };
 
 /* A DLTensor after its checks: byte_offset applied, strides always there and in bytes (0 along axes of extent 1 or 0, so that
