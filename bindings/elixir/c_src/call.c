@@ -187,7 +187,10 @@ DLTensor *input(call *c, const char *name, ERL_NIF_TERM term) {
     }
     int64_t size = type.bits / 8, bytes = bytes_of_shape(rank, t->shape, size);
     if (bytes < 0 || (uint64_t)bytes != binary.size) {
-        call_refuse(c, "%s must have a binary of as many bytes as its type and shape take, got %zu", name, binary.size);
+        char shape[128], expected[32] = "more than 2^63";
+        enif_snprintf(shape, sizeof shape, "%T", parts[1]);
+        if (bytes >= 0) snprintf(expected, sizeof expected, "%lld", (long long)bytes);
+        call_refuse(c, "%s of shape %s must have a binary of %s bytes, got %zu", name, shape, expected, binary.size);
         return NULL;
     }
     void *copy = NULL, *data = binary.data;

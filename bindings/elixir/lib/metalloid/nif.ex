@@ -30,7 +30,7 @@ defmodule Metalloid.NIF do
 
       iex> x = {{:f, 32}, {1, 1, 2}, <<0::64>>}
       iex> Metalloid.NIF.rope(x, 1)
-      ** (ArgumentError) rope: dims must be even, got 1
+      ** (ArgumentError) rope: dims must be even and 2 or more, got 1
 
   `RuntimeError` where there is no memory for a result.
   """
