@@ -28,6 +28,7 @@ test:
 	ctest --preset aarch64
 	ctest --preset aarch64-no-bf16
 	METALLOID_COMMAND=build/test/metalloid .venv/bin/python -m pytest tests/python
+	@tools/test_elixir
 	@tools/test_cuda
 
 # The tests of a GPU machine alone: builds the CUDA kernels where nvcc is, and needs no set-up beyond PyTorch.
@@ -55,6 +56,7 @@ lint:
 	.venv/bin/clang-format --dry-run --Werror $(C_FILES)
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
+	@tools/format_elixir --check-formatted
 	cmake --preset debug
 	cmake --build --preset debug
 	run-clang-tidy -quiet -p build/debug '/(src|cli)/.*\.c$$' 2>/dev/null
@@ -65,6 +67,7 @@ format:
 	.venv/bin/clang-format -i $(C_FILES)
 	.venv/bin/ruff format
 	.venv/bin/ruff check --fix
+	@tools/format_elixir
 
 clean:
 	rm -rf build
