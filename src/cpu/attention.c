@@ -6,9 +6,12 @@
 #include "core/threads.h"
 
 enum {
-    ITEMS_WANTED = 128,            /* where rows alone give fewer, keys are split too */
-    KEYS_A_RANGE = 256,            /* at least: then combining the ranges costs next to nothing */
-    PARTS_A_THREAD = 64,           /* small parts, since the keys that a row sees differ */
+    BLOCK_BYTES = 384 << 10, /* of a block's rows of q, scores and sums: the second-level cache has room for more */
+    ITEMS_A_THREAD = 8,      /* where blocks of rows would be fewer, they are made smaller */
+    LEAST_ROWS = 48,         /* but not smaller than this */
+    ITEMS_WANTED = 64,       /* where blocks of LEAST_ROWS would be fewer, keys are split too */
+    KEYS_A_RANGE = 256,      /* at least: then combining the ranges costs next to nothing */
+    PARTS_A_THREAD = 64,     /* small parts, since the keys that a row sees differ */
     PRODUCTS_A_THREAD = 256 << 10, /* multiply-adds that are worth waking a thread for */
     CACHE_LINE = 64,
 };
@@ -28,19 +31,28 @@ static void visible_keys(const mtl_attention_args *args, int64_t first, int64_t 
     *end = clamp(last + args->last_visible + 1, *begin, args->kv_len);
 }
 
-/* The most keys that a block of rows sees. */
-static int64_t most_keys(const mtl_attention_args *args) {
-    int64_t queries = least(args->q_len, (args->cut.rows - 1) / args->cut.group + 2);
+/* The most keys that `rows` rows see. */
+static int64_t most_keys(const mtl_attention_args *args, int64_t rows) {
+    int64_t queries = least(args->q_len, (rows - 1) / args->cut.group + 2);
     return clamp(args->last_visible - args->first_visible + queries, 0, args->kv_len);
 }
 
-static void cut_work(mtl_attention_args *args) {
+/* Blocks of rows are made with an eye on the number of threads, as results do not depend on them. They may depend on the ranges of
+ * keys, which follow from shapes and options alone. */
+static void cut_work(mtl_attention_args *args, int threads) {
     args->cut.group = args->q_heads / args->kv_heads;
-    int64_t rows = args->cut.group * args->q_len;
-    args->cut.rows = least(rows, MTL_ATTENTION_ROWS);
+    int64_t rows = args->cut.group * args->q_len, heads = args->batch * args->kv_heads;
+    int64_t row_bytes = least(args->head_dim, longest_row) + least(args->value_dim, longest_row) + MTL_ATTENTION_KEYS;
+    row_bytes *= args->in_double ? (int64_t)sizeof(double) : (int64_t)sizeof(float);
+    int64_t most = clamp(BLOCK_BYTES / row_bytes, LEAST_ROWS, MTL_ATTENTION_ROWS);
+    int64_t each = (int64_t)((double)rows * (double)heads / (threads * ITEMS_A_THREAD));
+    int64_t smallest = least(rows, LEAST_ROWS), items = heads * quotient_up(rows, smallest);
+    args->cut.key_ranges = clamp(most_keys(args, smallest) / KEYS_A_RANGE, 1, quotient_up(ITEMS_WANTED, items));
+    int64_t wanted = args->cut.key_ranges > 1 ? LEAST_ROWS : clamp(each, LEAST_ROWS, most);
+    int64_t block = quotient_up(rows, quotient_up(rows, wanted));
+    block = quotient_up(block, MTL_ATTENTION_TILE) * MTL_ATTENTION_TILE;
+    args->cut.rows = least(rows, block);
     args->cut.row_blocks = quotient_up(rows, args->cut.rows);
-    int64_t blocks = args->batch * args->kv_heads * args->cut.row_blocks;
-    args->cut.key_ranges = clamp(most_keys(args) / KEYS_A_RANGE, 1, quotient_up(ITEMS_WANTED, blocks));
 }
 
 static int64_t row_block_count(const mtl_attention_args *args) {
@@ -64,6 +76,8 @@ mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t
     int64_t begin, end;
     visible_keys(args, mtl_attention_query(args, item.first_row),
                  mtl_attention_query(args, item.first_row + item.rows - 1), &begin, &end);
+    if (!mtl_attention_is_few(args))
+        begin -= begin % MTL_ATTENTION_KEYS; /* the same blocks of keys however rows are cut */
     int64_t each = quotient_up(end - begin, args->cut.key_ranges * MTL_ATTENTION_KEYS) * MTL_ATTENTION_KEYS;
     item.first_key = least(begin + range * each, end);
     item.end_key = least(item.first_key + each, end);
@@ -186,8 +200,8 @@ static size_t scratch_of_thread(const mtl_attention_args *args) {
 }
 
 static int threads_worth(const metalloid_context *context, const mtl_attention_args *args, int64_t items) {
-    double products = (double)args->batch * (double)args->q_heads * (double)args->q_len * (double)most_keys(args) *
-                      (double)(args->head_dim + args->value_dim);
+    double products = (double)args->batch * (double)args->q_heads * (double)args->q_len *
+                      (double)most_keys(args, args->cut.rows) * (double)(args->head_dim + args->value_dim);
     double worth = products / PRODUCTS_A_THREAD;
     int64_t threads = least(mtl_threads(context), items);
     return worth < (double)threads ? (worth < 1 ? 1 : (int)worth) : (int)threads;
@@ -212,7 +226,7 @@ metalloid_status mtl_cpu_attention(const metalloid_context *context, const char 
     if (!attends)
         return mtl_cpu_run(context, op, append_to_cache, &args, new_rows, item_bytes, 0); /* no scratch: cannot fail */
 
-    cut_work(&args);
+    cut_work(&args, mtl_threads(context));
     int64_t row_blocks = row_block_count(&args), items = row_blocks * args.cut.key_ranges;
     int threads = threads_worth(context, &args, items);
     bool too_long = args.head_dim > longest_row || args.value_dim > longest_row;

@@ -167,6 +167,17 @@ INLINE vec vec_sums(vec *rows) {
     return rows[0];
 }
 
+/* Lane i is the largest lane of rows[i], where lanes that are NaN may be passed over; the rows are used up. */
+INLINE vec vec_largests(vec *rows) {
+#pragma GCC unroll 8
+    for (int half = LANES / 2; half; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            rows[i] = vec_max(vec_zip_low(rows[i], rows[i + half]), vec_zip_high(rows[i], rows[i + half]));
+    }
+    return rows[0];
+}
+
 /* ---- pairs of bfloat16 ----------------------------------------------------------------------------------------------------
  *
  * A vec may also hold 2 LANES bfloat16 as pairs, for instructions that multiply pairs and add both products to a float32. Their ISA's
