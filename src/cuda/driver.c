@@ -22,7 +22,8 @@
     X(cuModuleGetFunction)               \
     X(cuFuncGetAttribute)                \
     X(cuFuncSetAttribute)                \
-    X(cuLaunchKernel)                    \
+    X(cuLaunchKernelEx)                  \
+    X(cuOccupancyMaxActiveClusters)      \
     X(cuMemAllocAsync)                   \
     X(cuMemFreeAsync)                    \
     X(cuThreadExchangeStreamCaptureMode) \
@@ -192,6 +193,9 @@ static metalloid_status load_kernel(const mtl_cuda_call *call, mtl_cuda_kernel k
     DRIVER_TRY(call->op, kernel.name, driver.cuFuncGetAttribute(&own, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function));
     DRIVER_TRY(call->op, kernel.name,
                driver.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most - own));
+    if (call->device->major >= 9)
+        DRIVER_TRY(call->op, kernel.name,
+                   driver.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1));
     atomic_store_explicit(&devices[id].kernel[kernel.image][kernel.index], function, memory_order_release);
     return METALLOID_OK;
 }
@@ -211,6 +215,21 @@ static metalloid_status find_kernel(const mtl_cuda_call *call, mtl_cuda_kernel k
     return status;
 }
 
+static CUlaunchConfig configuration(const mtl_cuda_call *call, const mtl_cuda_grid *grid, CUlaunchAttribute *cluster) {
+    *cluster = (CUlaunchAttribute){.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                                   .value.clusterDim = {(unsigned)grid->cluster, 1, 1}};
+    return (CUlaunchConfig){.gridDimX = (unsigned)grid->blocks,
+                            .gridDimY = grid->y ? (unsigned)grid->y : 1,
+                            .gridDimZ = grid->z ? (unsigned)grid->z : 1,
+                            .blockDimX = (unsigned)grid->threads,
+                            .blockDimY = grid->rows ? (unsigned)grid->rows : 1,
+                            .blockDimZ = 1,
+                            .sharedMemBytes = (unsigned)grid->shared_memory,
+                            .hStream = call->stream,
+                            .attrs = cluster,
+                            .numAttrs = grid->cluster > 1};
+}
+
 metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid grid,
                                  const void *arguments) {
     CUfunction function;
@@ -219,11 +238,31 @@ metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kern
     MTL_REQUIRE(grid.blocks <= INT32_MAX, call->op, "the tensors are too large for one launch (%lld blocks)",
                 (long long)grid.blocks);
     void *parameters[] = {(void *)(uintptr_t)arguments};
-    DRIVER_TRY(call->op, kernel.name,
-               driver.cuLaunchKernel(function, (unsigned)grid.blocks, grid.y ? (unsigned)grid.y : 1,
-                                     grid.z ? (unsigned)grid.z : 1, (unsigned)grid.threads,
-                                     grid.rows ? (unsigned)grid.rows : 1, 1, (unsigned)grid.shared_memory, call->stream,
-                                     parameters, NULL));
+    CUlaunchAttribute cluster;
+    CUlaunchConfig config = configuration(call, &grid, &cluster);
+    DRIVER_TRY(call->op, kernel.name, driver.cuLaunchKernelEx(&config, function, parameters, NULL));
+    return METALLOID_OK;
+}
+
+metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid *grid) {
+    enum { PORTABLE = 8 }; /* what every device with clusters has */
+    static atomic_int most[MTL_CUDA_DEVICES];
+    if (grid->cluster <= PORTABLE) return METALLOID_OK;
+    int found = atomic_load_explicit(&most[call->device->id], memory_order_relaxed);
+    if (found == 0) {
+        CUfunction function;
+        MTL_TRY(find_kernel(call, kernel, &function));
+        found = grid->cluster;
+        for (mtl_cuda_grid tried = *grid; found > PORTABLE; found /= 2) {
+            CUlaunchAttribute cluster;
+            int places = 0;
+            tried.cluster = found, tried.blocks = found;
+            CUlaunchConfig config = configuration(call, &tried, &cluster);
+            if (driver.cuOccupancyMaxActiveClusters(&places, function, &config) == CUDA_SUCCESS && places > 0) break;
+        }
+        atomic_store_explicit(&most[call->device->id], found, memory_order_relaxed);
+    }
+    if (grid->cluster > found) grid->cluster = found;
     return METALLOID_OK;
 }
 
