@@ -48,19 +48,17 @@ typedef struct mtl_simdgroup {
 typedef struct mtl_group {
     const mtl_dispatch *dispatch;
     void *home;       /* stack of the worker's own thread while threads of the group run */
-    int stack_bits;   /* log2 of the bytes of a stack */
     int failure;      /* mtl_failure_* */
     unsigned threads, simdgroups, finished;
     unsigned position[3], extent[3]; /* of the threadgroup in the grid of threadgroups; its threads along each axis */
-    int running;      /* simdgroup whose turn it is */
 
     /* Threadgroup memory: variables come into being when the first thread gets to them. */
     char *memory;
     unsigned long memory_used, memory_size;
     void *variable[mtl_most_variables];
 
-    /* The thread that has to run next, when nobody of its simdgroup is ready: its index, or -1 for home. */
-    int (*next)(struct mtl_group *group);
+    /* The thread that has to run next, when nobody in the simdgroup of thread `index` is ready: its index, or -1 for home. */
+    int (*next)(struct mtl_group *group, unsigned index);
     void *(*declare)(struct mtl_group *group, unsigned variable, unsigned long bytes, unsigned long alignment);
 
     mtl_simdgroup simdgroup[mtl_most_simdgroups];

@@ -94,7 +94,7 @@ static __attribute__((noinline)) void __mtl_yield() {
     mtl_group &group = __mtl_this_group();
     unsigned index = __mtl_this_index();
     unsigned first = index / mtl_simd_lanes * mtl_simd_lanes, ready = group.simdgroup[index / mtl_simd_lanes].ready;
-    int next = ready ? (int)(first + (unsigned)__builtin_ctz(ready)) : group.next(&group);
+    int next = ready ? (int)(first + (unsigned)__builtin_ctz(ready)) : group.next(&group, index);
     if (next == (int)index) return;
     __mtl_switch(&group.thread[index].stack, next < 0 ? group.home : group.thread[next].stack);
 }
@@ -190,12 +190,30 @@ __mtl_inline Type &__mtl_variable(mtl_group &group, unsigned variable) {
     return *(Type *)memory;
 }
 
+__mtl_inline unsigned __mtl_count(const unsigned *extent) { return extent[0] * extent[1] * extent[2]; }
+
+/* Sets place and extents of threadgroup `at` of the dispatch. `joined`: of as many threadgroups as lie in its row before `end`,
+ * taken as one. Returns how many. */
+static unsigned long __mtl_place_group(mtl_group &group, unsigned long at, unsigned long end, bool joined) {
+    const mtl_dispatch &dispatch = *group.dispatch;
+    unsigned long x = at % dispatch.threadgroups[0], rows = at / dispatch.threadgroups[0], run = 1;
+    if (joined) run = end - at < dispatch.threadgroups[0] - x ? end - at : dispatch.threadgroups[0] - x;
+    group.position[0] = (unsigned)x;
+    group.position[1] = (unsigned)(rows % dispatch.threadgroups[1]);
+    group.position[2] = (unsigned)(rows / dispatch.threadgroups[1]);
+    for (int axis = 0; axis < 3; axis++) {
+        unsigned long size = axis == 0 ? run * dispatch.threadgroup[0] : dispatch.threadgroup[axis];
+        unsigned long left = dispatch.grid[axis] - (unsigned long)group.position[axis] * dispatch.threadgroup[axis];
+        group.extent[axis] = (unsigned)(size < left ? size : left);
+    }
+    return run;
+}
+
 /* Runs one threadgroup whose place and extents are set; `entry` is the life of a thread. False where it failed. */
 static bool __mtl_run_group(mtl_group &group, char *stacks, void (*entry)()) {
     group.threads = group.extent[0] * group.extent[1] * group.extent[2];
     group.simdgroups = (group.threads + mtl_simd_lanes - 1) / mtl_simd_lanes;
     group.finished = 0;
-    group.running = 0;
     unsigned x = 0, y = 0, z = 0;
     for (unsigned i = 0; i < group.threads; i++) {
         mtl_thread &thread = group.thread[i];
