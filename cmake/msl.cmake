@@ -2,6 +2,16 @@
 set(METALLOID_MSL_PARTS
     abi_cpu.h
     runtime_cpu.h
+    types.h
+    vectors.h
+    math.h
+    functions.h
+    matrix.h
+    atomic.h
+    simdgroup.h
+    simdgroup_matrix.h
+    mlx.h
+    unsupported.h
 )
 
 set(msl_dir ${PROJECT_SOURCE_DIR}/src/kernel/msl)
