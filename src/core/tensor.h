@@ -30,6 +30,8 @@ typedef struct mtl_view {
 static inline bool mtl_present(const mtl_view *view) { return view->rank >= 0; }
 static inline mtl_view mtl_absent(void) { return (mtl_view){.rank = -1}; }
 
+bool mtl_dtype_from_dlpack(DLDataType type, mtl_dtype *dtype); /* false: none of ours */
+
 /* Checks one tensor by itself: pointers, dtype in `dtypes`, extents, strides, alignment, sizes that fit. Device types that alias
  * CPU memory become kDLCPU, managed CUDA memory becomes kDLCUDA. */
 metalloid_status mtl_view_required(mtl_view *view, const DLTensor *tensor, const char *op, const char *name,
