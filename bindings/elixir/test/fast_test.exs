@@ -270,6 +270,15 @@ if Code.ensure_loaded?(Nx) do
       assert_in_delta got, slope, 1.0e-4 * abs(slope)
     end
 
+    test "the gradient beside constants, in any place" do
+      for {name, tensors, call, _} <- functions({:f, 32}), i <- 0..(length(tensors) - 1) do
+        loss = fn one -> tensors |> List.replace_at(i, one) |> call.() |> Nx.multiply(0.5) |> Nx.sum() end
+        all = Nx.Defn.grad(List.to_tuple(tensors), &(&1 |> Tuple.to_list() |> call.() |> Nx.multiply(0.5) |> Nx.sum()))
+        alone = Nx.Defn.grad(Enum.at(tensors, i), loss)
+        assert Nx.to_number(Nx.all_close(alone, elem(all, i), atol: 1.0e-5)) == 1, name
+      end
+    end
+
     test "a row that sees no key has zeros and a gradient of zeros" do
       q = normal({1, 1, 2, 4}, {:f, 32}, 50)
       mask = Nx.tensor([[0, 0], [1, 1]])

@@ -354,7 +354,7 @@ if Code.ensure_loaded?(Nx) do
       options = [operation: operation, template: template, arguments: others]
       result = Nx.runtime_call(template, tensors, options, &__MODULE__.run/2)
 
-      if Enum.any?(tensors, fn {_, tensor} -> match?(%Nx.Tensor{data: %Nx.Defn.Expr{}}, tensor) end),
+      if Enum.any?(tensors, fn {_, tensor} -> traced?(tensor) end),
         do: differentiable(result, tensors, Map.new(others), gradient),
         else: result
     end
@@ -401,21 +401,27 @@ if Code.ensure_loaded?(Nx) do
 
     # ---- gradients ---------------------------------------------------------------------------------------------------------
 
-    # Floating operands have a gradient, positions and frequencies none.
+    defp traced?(tensor), do: match?(%Nx.Tensor{data: %Nx.Defn.Expr{}}, tensor)
+
+    # Floating operands have a gradient, positions and frequencies none; a tensor that has its values already is a constant.
     defp differentiable(result, tensors, others, formulas) when is_tuple(result) and tuple_size(formulas) == 3 do
       Enum.zip_with(Tuple.to_list(result), Tuple.to_list(formulas), &differentiable(&1, tensors, others, &2))
       |> List.to_tuple()
     end
 
     defp differentiable(result, tensors, _others, {name, gradient}) do
-      Nx.Defn.Kernel.custom_grad(result, [tensors[name]], fn g ->
-        [Nx.as_type(gradient.(g), Nx.type(tensors[name]))]
-      end)
+      if traced?(tensors[name]),
+        do: Nx.Defn.Kernel.custom_grad(result, [tensors[name]], &[Nx.as_type(gradient.(&1), Nx.type(tensors[name]))]),
+        else: result
     end
 
     defp differentiable(result, tensors, others, formula) do
-      {differentiated, fixed} = Map.split_with(tensors, fn {_, tensor} -> Nx.Type.float?(Nx.type(tensor)) end)
+      {differentiated, fixed} =
+        Map.split_with(tensors, fn {_, tensor} -> traced?(tensor) and Nx.Type.float?(Nx.type(tensor)) end)
+
       {names, inputs} = Enum.unzip(differentiated)
+      # Some functions of Nx take expressions alone where one of their arguments is one.
+      fixed = Map.new(fixed, fn {name, tensor} -> {name, Nx.Defn.Expr.tensor(tensor)} end)
 
       Nx.Defn.Kernel.custom_grad(result, inputs, fn g ->
         # The product of g with the Jacobian is the gradient of the sum of g times the results.
