@@ -59,11 +59,6 @@ static int64_t row_block_count(const mtl_attention_args *args) {
     return args->batch * args->kv_heads * args->cut.row_blocks;
 }
 
-static double *states_of(const mtl_attention_args *args, int64_t row_block, int64_t range) {
-    return args->cut.states +
-           (row_block * args->cut.key_ranges + range) * args->cut.rows * mtl_attention_state_length(args);
-}
-
 mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t index) {
     int64_t range = index % args->cut.key_ranges, row_block = index / args->cut.key_ranges;
     int64_t head = row_block / args->cut.row_blocks, block = row_block % args->cut.row_blocks;
@@ -81,66 +76,8 @@ mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t
     int64_t each = quotient_up(end - begin, args->cut.key_ranges * MTL_ATTENTION_KEYS) * MTL_ATTENTION_KEYS;
     item.first_key = least(begin + range * each, end);
     item.end_key = least(item.first_key + each, end);
-    item.states = args->cut.key_ranges > 1 ? states_of(args, row_block, range) : NULL;
+    item.states = args->cut.key_ranges > 1 ? mtl_attention_states(args, row_block, range) : NULL;
     return item;
-}
-
-/* ---- states ------------------------------------------------------------------------------------------------------- */
-
-void mtl_attention_raise(double *state, int64_t length, double largest) {
-    if (!(largest > state[MTL_STATE_LARGEST])) return;
-    double factor = exp(state[MTL_STATE_LARGEST] - largest);
-    state[MTL_STATE_LARGEST] = largest;
-    for (int64_t i = MTL_STATE_SUM; i < length; i++) state[i] = mtl_attention_rescale(state[i], factor);
-}
-
-static void combine(double *state, double *other, int64_t length) {
-    mtl_attention_raise(state, length, other[MTL_STATE_LARGEST]);
-    mtl_attention_raise(other, length, state[MTL_STATE_LARGEST]);
-    for (int64_t i = MTL_STATE_SUM; i < length; i++) state[i] += other[i];
-}
-
-void mtl_attention_finish(const mtl_attention_args *args, int64_t batch, int64_t kv_head, int64_t row, double *state) {
-    int64_t query = mtl_attention_query(args, row), head = mtl_attention_head(args, kv_head, row);
-    if (args->sinks.data) {
-        double sink = mtl_load_double(args->sinks.data + head * args->sinks.stride, args->sinks.dtype);
-        mtl_attention_raise(state, mtl_attention_state_length(args), sink);
-        /* exp(infinity - infinity) is NaN, but next to an infinite sink every finite score has the weight 0. A sink of -infinity
-         * is none. */
-        if (sink != -INFINITY)
-            state[MTL_STATE_SUM] += sink == INFINITY ? INFINITY : exp(sink - state[MTL_STATE_LARGEST]);
-    }
-    double largest = state[MTL_STATE_LARGEST], sum = state[MTL_STATE_SUM];
-    bool nothing_seen = largest == -INFINITY && sum == 0;
-    double inverse = nothing_seen ? 0 : 1 / sum;
-
-    const mtl_attention_operand *out = &args->out;
-    char *to = out->data + batch * out->stride[0] + head * out->stride[1] + query * out->stride[2];
-    for (int64_t d = 0; d < args->value_dim; d++) {
-        mtl_store_double(to + d * out->stride[3], out->dtype, state[MTL_STATE_VALUES + d] * inverse);
-    }
-    if (args->logsumexp.data) {
-        const int64_t *stride = args->logsumexp.stride;
-        mtl_store_double(args->logsumexp.data + batch * stride[0] + head * stride[1] + query * stride[2],
-                         args->logsumexp.dtype, largest + log(sum));
-    }
-}
-
-/* An item is a block of rows: the states of its key ranges, in order, become one. */
-static void combine_ranges(const void *arguments, int64_t begin, int64_t end, void *scratch) {
-    const mtl_attention_args *args = arguments;
-    int64_t length = mtl_attention_state_length(args);
-    (void)scratch;
-    for (int64_t row_block = begin; row_block < end; row_block++) {
-        mtl_attention_item item = mtl_attention_item_at(args, row_block * args->cut.key_ranges);
-        for (int64_t r = 0; r < item.rows; r++) {
-            double *state = states_of(args, row_block, 0) + r * length;
-            for (int64_t range = 1; range < args->cut.key_ranges; range++) {
-                combine(state, states_of(args, row_block, range) + r * length, length);
-            }
-            mtl_attention_finish(args, item.batch, item.kv_head, item.first_row + r, state);
-        }
-    }
 }
 
 /* ---- the key/value cache ------------------------------------------------------------------------------------------ */
@@ -207,15 +144,17 @@ static int threads_worth(const metalloid_context *context, const mtl_attention_a
     return worth < (double)threads ? (worth < 1 ? 1 : (int)worth) : (int)threads;
 }
 
-/* The plain kernel keeps scale and softcap in double: it serves where they leave float32's range. */
-static mtl_kernel kernel_for(const metalloid_context *context, const mtl_attention_args *args) {
+/* The plain kernels keep scale and softcap in double: they serve where those leave float32's range. And they count the keys of calls
+ * without features, of which there can be any number. */
+static const mtl_cpu_kernels *kernels_for(const metalloid_context *context, const mtl_attention_args *args) {
     double scale = fabs(args->scale);
     bool fits =
         (scale == 0 || scale >= (double)FLT_MIN) && scale <= (double)FLT_MAX && args->softcap <= (double)FLT_MAX;
-    if (args->in_double || fits) return mtl_cpu_kernels_for(context, args->in_double)->attention;
+    if ((args->in_double || fits) && !mtl_attention_is_counting(args))
+        return mtl_cpu_kernels_for(context, args->in_double);
     const mtl_cpu_isa *const *isas;
     mtl_cpu_isas(&isas);
-    return isas[0]->in_float.attention;
+    return args->in_double ? &isas[0]->in_double : &isas[0]->in_float;
 }
 
 metalloid_status mtl_cpu_attention(const metalloid_context *context, const char *op, const mtl_attention_args *given) {
@@ -244,13 +183,14 @@ metalloid_status mtl_cpu_attention(const metalloid_context *context, const char 
 
     /* Without scratch mtl_cpu_run allocates nothing and cannot fail. */
     mtl_cpu_run(context, op, append_to_cache, &args, new_rows, item_bytes, 0);
-    job j = {kernel_for(context, &args), &args, items, 0, workspace + states, scratch};
+    const mtl_cpu_kernels *kernels = kernels_for(context, &args);
+    job j = {kernels->attention, &args, items, 0, workspace + states, scratch};
     j.parts = (int)least(items, (int64_t)threads * PARTS_A_THREAD);
     mtl_parallel_run(threads, j.parts, run_part, &j);
     if (args.cut.key_ranges > 1) {
         int64_t cost =
             args.cut.key_ranges * args.cut.rows * mtl_attention_state_length(&args) * (int64_t)sizeof(double);
-        mtl_cpu_run(context, op, combine_ranges, &args, row_blocks, cost, 0);
+        mtl_cpu_run(context, op, kernels->attention_merge, &args, row_blocks, cost, 0);
     }
     mtl_release(context, workspace);
     return METALLOID_OK;

@@ -23,8 +23,10 @@
 enum {
     KEYS = MTL_ATTENTION_KEYS,
     ROWS = MTL_ATTENTION_ROWS,
-    AT_ONCE = VECTOR_BYTES == 64 ? 4 : 2,
-    GRANULE = LANES > 2 * AT_ONCE ? LANES : 2 * AT_ONCE, /* spans end at multiples of it */
+    KEYS_AT_ONCE = 4,                                      /* whose values are added up together */
+    GRANULE = LANES > KEYS_AT_ONCE ? LANES : KEYS_AT_ONCE, /* spans end at multiples of it */
+    BYTES_AHEAD =
+        8 << 10, /* of K and V are asked for, each while it is read itself: then its next block has begun to come */
 };
 
 /* The keys of a block that some row of a tile sees by causal and window: from `begin` (whole tiles) to `end`, `padded` to granules. */
@@ -64,72 +66,63 @@ static void multiply_visible(const real *weights, const real *b, int64_t b_strid
 
 /* ---- products of few rows with K and V as they lie --------------------------------------------------------------------------- */
 
-/* Lane by lane, the products of `rows` rows with AT_ONCE keys. `size`: bytes of a word of K. */
-INLINE void dot_keys(bool paired, int rows, const real *q, int64_t q_stride, const char *const *k, mtl_dtype dtype,
-                     int64_t size, int64_t depth, const char *ahead, int64_t ahead_stride, vec products[][LANES]) {
-    vec sum[4][AT_ONCE];
-    for (int r = 0; r < rows; r++) {
-        for (int j = 0; j < AT_ONCE; j++) sum[r][j] = vec_zero();
-    }
-    for (int64_t i = 0; i < depth; i += LANES) {
-        vec key[AT_ONCE];
-        for (int j = 0; j < AT_ONCE; j++) {
-            prefetch(ahead + j * ahead_stride + i * size);
-            key[j] = vec_load_upto(k[j] + i * size, dtype, depth - i);
-        }
-        for (int r = 0; r < rows; r++) {
-            vec x = vec_load(q + r * q_stride + i); /* padded with 0 */
-            for (int j = 0; j < AT_ONCE; j++) sum[r][j] = multiply_add(paired, x, key[j], sum[r][j]);
-        }
-    }
-    for (int r = 0; r < rows; r++) {
-        for (int j = 0; j < AT_ONCE; j++) products[r][j] = sum[r][j];
-    }
-}
+/* Keys are read one after the other, as the processor's own prefetchers like it. */
 
-/* Past `count` the last key stands in for those that are not there; their scores are hidden. */
-INLINE void score_rows(const block_state *s, bool paired, int rows, int64_t row, const char *keys, int64_t key_stride,
-                       mtl_dtype dtype, int64_t count, const char *ahead, int64_t ahead_stride) {
+/* Keys or values of a block where they lie. */
+typedef struct {
+    const char *first;
+    int64_t stride, count, ahead; /* in bytes, rows, bytes */
+} rows_in_place;
+
+/* Scores of `rows` rows. Past `count` the last key stands in for those that are not there; their scores are hidden. */
+INLINE void score_rows(const block_state *s, bool paired, int rows, int64_t row, mtl_dtype dtype,
+                       const rows_in_place *keys) {
     real scale = paired ? (real)s->args->scale : 1;
-    int64_t size = paired ? (int64_t)sizeof(real) : mtl_dtype_size(dtype);
-    for (int64_t first = 0; first < count; first += LANES) {
+    int64_t size = mtl_dtype_size(dtype), depth = s->depth;
+    for (int64_t first = 0; first < keys->count; first += LANES) {
         vec products[4][LANES];
-        for (int64_t key = 0; key < LANES; key += AT_ONCE) {
-            const char *k[AT_ONCE];
-            for (int j = 0; j < AT_ONCE; j++)
-                k[j] = keys + (first + key + j < count ? first + key + j : count - 1) * key_stride;
-            vec(*to)[LANES] = (vec(*)[LANES])(&products[0][key]);
-            dot_keys(paired, rows, s->q + row * s->words, s->words, k, dtype, size, s->depth,
-                     ahead + (first + key) * ahead_stride, ahead_stride, to);
+        for (int64_t j = 0; j < LANES; j++) {
+            int64_t key = first + j < keys->count ? first + j : keys->count - 1;
+            const char *k = keys->first + key * keys->stride;
+            vec sum[4];
+            for (int r = 0; r < rows; r++) sum[r] = vec_zero();
+            for (int64_t i = 0; i < depth; i += LANES) {
+                prefetch_near(k + keys->ahead + i * size);
+                vec x = vec_load_upto(k + i * size, dtype, depth - i);
+                for (int r = 0; r < rows; r++) /* q is padded with 0 */
+                    sum[r] = multiply_add(paired, vec_load(s->q + (row + r) * s->words + i), x, sum[r]);
+            }
+            for (int r = 0; r < rows; r++) products[r][j] = sum[r];
         }
         for (int r = 0; r < rows; r++) vec_store(s->scores + (row + r) * KEYS + first, vec_sums(products[r]) * scale);
     }
 }
 
-/* part[r] = sum over the keys of weights[r][key] v[key]. */
-INLINE void add_values(const block_state *s, bool paired, int rows, int64_t row, const char *values,
-                       int64_t value_stride, mtl_dtype dtype, int64_t count, const char *ahead, int64_t ahead_stride) {
+/* sums[r] = factor[r] sums[r] + sum over the keys of weights[r][key] v[key]; those of the block are added up first. */
+INLINE void add_values(const block_state *s, bool paired, int rows, int64_t row, mtl_dtype dtype,
+                       const rows_in_place *values) {
     int64_t size = mtl_dtype_size(dtype), length = s->args->value_dim;
     const real *weights = s->scores + row * KEYS;
     real *part = s->packed + row * s->value_padded;
     const int step = paired ? 2 : 1;
-    for (int64_t key = 0; key < count; key += 2 * AT_ONCE) {
-        const char *v[2 * AT_ONCE];
-        for (int j = 0; j < 2 * AT_ONCE; j++) v[j] = values + (key + j < count ? key + j : count - 1) * value_stride;
-        vec weight[4][2 * AT_ONCE];
+    for (int64_t key = 0; key < values->count; key += KEYS_AT_ONCE) {
+        const char *v[KEYS_AT_ONCE];
+        for (int j = 0; j < KEYS_AT_ONCE; j++)
+            v[j] = values->first + (key + j < values->count ? key + j : values->count - 1) * values->stride;
+        vec weight[4][KEYS_AT_ONCE];
         for (int r = 0; r < rows; r++) {
             const real *from = weights + r * KEYS + (paired ? key / 2 : key);
-            for (int j = 0; j < 2 * AT_ONCE; j += step) weight[r][j] = broadcast(paired, from + j / step);
+            for (int j = 0; j < KEYS_AT_ONCE; j += step) weight[r][j] = broadcast(paired, from + j / step);
         }
         for (int64_t i = 0; i < length; i += LANES) {
-            vec x[2 * AT_ONCE];
-            for (int j = 0; j < 2 * AT_ONCE; j++) prefetch(ahead + (key + j) * ahead_stride + i * size);
-            for (int j = 0; j < 2 * AT_ONCE; j += step)
+            vec x[KEYS_AT_ONCE];
+            for (int j = 0; j < KEYS_AT_ONCE; j++) prefetch_near(v[j] + values->ahead + i * size);
+            for (int j = 0; j < KEYS_AT_ONCE; j += step)
                 x[j] =
                     paired ? vec_zip_pairs(v[j] + i * size, v[j + 1] + i * size) : vec_load_as(v[j] + i * size, dtype);
             for (int r = 0; r < rows; r++) {
                 vec sum = key ? vec_load(part + r * s->value_padded + i) : vec_zero();
-                for (int j = 0; j < 2 * AT_ONCE; j += step) sum = multiply_add(paired, weight[r][j], x[j], sum);
+                for (int j = 0; j < KEYS_AT_ONCE; j += step) sum = multiply_add(paired, weight[r][j], x[j], sum);
                 vec_store(part + r * s->value_padded + i, sum);
             }
         }
@@ -142,41 +135,21 @@ INLINE void add_values(const block_state *s, bool paired, int rows, int64_t row,
     }
 }
 
-INLINE void score_as(const block_state *s, bool paired, mtl_dtype dtype, const char *keys, int64_t stride,
-                     int64_t count, const char *ahead, int64_t ahead_stride) {
+INLINE void take_rows(const block_state *s, bool values, bool paired, int rows, int64_t row, mtl_dtype dtype,
+                      const rows_in_place *in_place) {
+    if (values) add_values(s, paired, rows, row, dtype, in_place);
+    else score_rows(s, paired, rows, row, dtype, in_place);
+}
+
+INLINE void take_as(const block_state *s, bool values, bool paired, mtl_dtype dtype, const rows_in_place *in_place) {
     for (int64_t row = 0; row < s->item.rows; row += 4) {
         switch (s->item.rows - row) {
-        case 1: score_rows(s, paired, 1, row, keys, stride, dtype, count, ahead, ahead_stride); break;
-        case 2: score_rows(s, paired, 2, row, keys, stride, dtype, count, ahead, ahead_stride); break;
-        case 3: score_rows(s, paired, 3, row, keys, stride, dtype, count, ahead, ahead_stride); break;
-        default: score_rows(s, paired, 4, row, keys, stride, dtype, count, ahead, ahead_stride); break;
+        case 1: take_rows(s, values, paired, 1, row, dtype, in_place); break;
+        case 2: take_rows(s, values, paired, 2, row, dtype, in_place); break;
+        case 3: take_rows(s, values, paired, 3, row, dtype, in_place); break;
+        default: take_rows(s, values, paired, 4, row, dtype, in_place); break;
         }
     }
-}
-
-INLINE void add_as(const block_state *s, bool paired, mtl_dtype dtype, const char *values, int64_t stride,
-                   int64_t count, const char *ahead, int64_t ahead_stride) {
-    for (int64_t row = 0; row < s->item.rows; row += 4) {
-        switch (s->item.rows - row) {
-        case 1: add_values(s, paired, 1, row, values, stride, dtype, count, ahead, ahead_stride); break;
-        case 2: add_values(s, paired, 2, row, values, stride, dtype, count, ahead, ahead_stride); break;
-        case 3: add_values(s, paired, 3, row, values, stride, dtype, count, ahead, ahead_stride); break;
-        default: add_values(s, paired, 4, row, values, stride, dtype, count, ahead, ahead_stride); break;
-        }
-    }
-}
-
-/* ---- bringing queries, keys and values in ----------------------------------------------------------------------------------- */
-
-static bool contiguous(const mtl_attention_operand *operand) {
-    return operand->stride[3] == mtl_dtype_size(operand->dtype);
-}
-
-/* Whether pairs do: an even number of features, none of the three to be gathered, and a result that is as coarse. */
-static bool can_be_paired(const mtl_attention_args *args) {
-    return HAS_PAIRS && args->out.dtype == MTL_BF16 && args->q.dtype == MTL_BF16 && args->k.dtype == MTL_BF16 &&
-           args->v.dtype == MTL_BF16 && args->head_dim % 2 == 0 && contiguous(&args->q) && contiguous(&args->k) &&
-           contiguous(&args->v);
 }
 
 static const char *head_at(const mtl_attention_operand *operand, int64_t batch, int64_t head, int64_t time) {
@@ -185,6 +158,37 @@ static const char *head_at(const mtl_attention_operand *operand, int64_t batch, 
 
 static const char *key_at(const block_state *s, const mtl_attention_operand *operand, int64_t key) {
     return head_at(operand, s->item.batch, s->item.kv_head, key);
+}
+
+static bool contiguous(const mtl_attention_operand *operand) {
+    return operand->stride[3] == mtl_dtype_size(operand->dtype);
+}
+
+/* One of the two products for few rows. False where K, or V, cannot be taken as it lies. */
+INLINE bool take_few(const block_state *s, bool values, int64_t first, int64_t count) {
+    const mtl_attention_operand *x = values ? &s->args->v : &s->args->k;
+    int64_t row_bytes = (values ? s->args->value_dim : s->args->head_dim) * mtl_dtype_size(x->dtype);
+    if (!s->few || !contiguous(x) || (values && s->args->value_dim % LANES)) return false;
+    int64_t rows_ahead = row_bytes > 0 && row_bytes < BYTES_AHEAD ? BYTES_AHEAD / row_bytes : 1;
+    rows_in_place in_place = {key_at(s, x, first), x->stride[2], count, rows_ahead * x->stride[2]};
+    /* A pair of features of K is a word; of V, keys are paired. */
+    if (HAS_PAIRS && s->paired) take_as(s, values, true, values ? MTL_BF16 : REAL_DTYPE, &in_place);
+    else if (x->dtype == REAL_DTYPE) take_as(s, values, false, REAL_DTYPE, &in_place);
+#ifndef MTL_IN_DOUBLE
+    else if (x->dtype == MTL_F16) take_as(s, values, false, MTL_F16, &in_place);
+    else if (x->dtype == MTL_BF16) take_as(s, values, false, MTL_BF16, &in_place);
+#endif
+    else return false;
+    return true;
+}
+
+/* ---- bringing queries, keys and values in ----------------------------------------------------------------------------------- */
+
+/* Whether pairs do: an even number of features, none of the three to be gathered, and a result that is as coarse. */
+static bool can_be_paired(const mtl_attention_args *args) {
+    return HAS_PAIRS && args->out.dtype == MTL_BF16 && args->q.dtype == MTL_BF16 && args->k.dtype == MTL_BF16 &&
+           args->v.dtype == MTL_BF16 && args->head_dim % 2 == 0 && contiguous(&args->q) && contiguous(&args->k) &&
+           contiguous(&args->v);
 }
 
 static void bring_queries(block_state *s) {
@@ -457,35 +461,6 @@ static void weigh_rows(block_state *s) {
 
 /* ---- an item -------------------------------------------------------------------------------------------------------------- */
 
-/* The two products for few rows. False where K or V cannot be taken as it lies. */
-static bool score_few(const block_state *s, int64_t first, int64_t count) {
-    const mtl_attention_operand *k = &s->args->k, *v = &s->args->v;
-    if (!s->few || !contiguous(k)) return false;
-    const char *from = key_at(s, k, first), *ahead = key_at(s, v, first);
-    if (HAS_PAIRS && s->paired) score_as(s, true, REAL_DTYPE, from, k->stride[2], count, ahead, v->stride[2]);
-    else if (k->dtype == REAL_DTYPE) score_as(s, false, REAL_DTYPE, from, k->stride[2], count, ahead, v->stride[2]);
-#ifndef MTL_IN_DOUBLE
-    else if (k->dtype == MTL_F16) score_as(s, false, MTL_F16, from, k->stride[2], count, ahead, v->stride[2]);
-    else if (k->dtype == MTL_BF16) score_as(s, false, MTL_BF16, from, k->stride[2], count, ahead, v->stride[2]);
-#endif
-    else return false;
-    return true;
-}
-
-static bool add_few(const block_state *s, int64_t first, int64_t count) {
-    const mtl_attention_operand *k = &s->args->k, *v = &s->args->v;
-    if (!s->few || !contiguous(v) || s->args->value_dim % LANES) return false;
-    const char *from = key_at(s, v, first), *ahead = key_at(s, k, first + KEYS);
-    if (HAS_PAIRS && s->paired) add_as(s, true, MTL_BF16, from, v->stride[2], count, ahead, k->stride[2]);
-    else if (v->dtype == REAL_DTYPE) add_as(s, false, REAL_DTYPE, from, v->stride[2], count, ahead, k->stride[2]);
-#ifndef MTL_IN_DOUBLE
-    else if (v->dtype == MTL_F16) add_as(s, false, MTL_F16, from, v->stride[2], count, ahead, k->stride[2]);
-    else if (v->dtype == MTL_BF16) add_as(s, false, MTL_BF16, from, v->stride[2], count, ahead, k->stride[2]);
-#endif
-    else return false;
-    return true;
-}
-
 /* Scores of all tiles of rows with the keys of a panel, and then another: a panel stays in the first-level cache. */
 INLINE void score_tiles(const block_state *s, bool paired, int64_t begin, int64_t end) {
     real scale = paired ? (real)s->args->scale : 1;
@@ -533,7 +508,7 @@ static void attend_block(block_state *s, int64_t first, int64_t count) {
     int64_t rows = s->item.rows;
     key_span all;
     find_spans(s, first, count, &all);
-    if (!score_few(s, first, count)) {
+    if (!take_few(s, false, first, count)) {
         bring_keys(s, first, all.begin, all.end);
         if (HAS_PAIRS && s->paired) score_tiles(s, true, all.begin, all.end);
         else score_tiles(s, false, all.begin, all.end);
@@ -548,7 +523,7 @@ static void attend_block(block_state *s, int64_t first, int64_t count) {
         mask_row(s, r, first, count, span_of(s, r), key_visible);
     }
     weigh_rows(s);
-    if (!s->one_by_one && add_few(s, first, count)) return;
+    if (!s->one_by_one && take_few(s, true, first, count)) return;
     bring_values(s, first, all.begin, all.end);
     if (s->one_by_one) add_one_by_one(s);
     else if (HAS_PAIRS && s->paired) add_tiles(s, true);
@@ -566,34 +541,42 @@ static bool all_finite(const real *row, int64_t length) {
     return !any;
 }
 
-/* The sink joins the sum; the row is normalized and written. */
-static void finish_row(block_state *s, int64_t r) {
-    const mtl_attention_args *args = s->args;
-    int64_t query = mtl_attention_query(args, s->item.first_row + r);
-    int64_t head = mtl_attention_head(args, s->item.kv_head, s->item.first_row + r);
-    double largest = (double)s->largest[r], sum = (double)s->sum[r], factor = 1;
+/* The sink joins a row's sum; gives what the row's values are to be multiplied by to become its output. */
+static double normalizer(const mtl_attention_args *args, int64_t head, double *largest, double *sum) {
+    double factor = 1;
     if (args->sinks.data) {
         double sink = mtl_load_double(args->sinks.data + head * args->sinks.stride, args->sinks.dtype);
-        if (sink > largest) {
-            factor = exp(largest - sink);
-            sum *= factor;
-            largest = sink;
+        if (sink > *largest) {
+            factor = exp(*largest - sink);
+            *sum = factor == 0 ? 0 : *sum * factor;
+            *largest = sink;
         }
         /* exp(infinity - infinity) is NaN, but next to an infinite sink every finite score has the weight 0. */
-        if (sink != -INFINITY) sum += sink == INFINITY ? INFINITY : exp(sink - largest);
+        if (sink != -INFINITY) *sum += sink == INFINITY ? INFINITY : exp(sink - *largest);
     }
-    bool nothing_seen = largest == -INFINITY && sum == 0;
-    vec inverse = vec_set((real)(nothing_seen ? 0 : factor / sum));
+    return *largest == -INFINITY && *sum == 0 ? 0 : factor / *sum;
+}
+
+static void write_out(const mtl_attention_args *args, const mtl_attention_item *item, int64_t r, const real *values,
+                      double logsumexp) {
+    int64_t row = item->first_row + r, query = mtl_attention_query(args, row);
+    int64_t head = mtl_attention_head(args, item->kv_head, row);
+    const mtl_attention_operand *out = &args->out;
+    write_row(out->data + item->batch * out->stride[0] + head * out->stride[1] + query * out->stride[2],
+              (mtl_row){NULL, out->stride[3], out->dtype}, values, args->value_dim);
+    if (!args->logsumexp.data) return;
+    const int64_t *stride = args->logsumexp.stride;
+    mtl_store_double(args->logsumexp.data + item->batch * stride[0] + head * stride[1] + query * stride[2],
+                     args->logsumexp.dtype, logsumexp);
+}
+
+static void finish_row(block_state *s, int64_t r) {
+    int64_t head = mtl_attention_head(s->args, s->item.kv_head, s->item.first_row + r);
+    double largest = (double)s->largest[r], sum = (double)s->sum[r];
+    vec inverse = vec_set((real)normalizer(s->args, head, &largest, &sum));
     real *sums = s->sums + r * s->value_padded;
     for (int64_t i = 0; i < s->value_padded; i += LANES) vec_store(sums + i, vec_load(sums + i) * inverse);
-    const mtl_attention_operand *out = &args->out;
-    write_row(out->data + s->item.batch * out->stride[0] + head * out->stride[1] + query * out->stride[2],
-              (mtl_row){NULL, out->stride[3], out->dtype}, sums, args->value_dim);
-    if (args->logsumexp.data) {
-        const int64_t *stride = args->logsumexp.stride;
-        mtl_store_double(args->logsumexp.data + s->item.batch * stride[0] + head * stride[1] + query * stride[2],
-                         args->logsumexp.dtype, largest + log(sum));
-    }
+    write_out(s->args, &s->item, r, sums, largest + log(sum));
 }
 
 static void hand_over_row(block_state *s, int64_t r) {
@@ -640,6 +623,50 @@ void SIMD(attention)(const void *arguments, int64_t begin, int64_t end, void *sc
         for (int64_t r = 0; r < s->item.rows; r++) {
             if (s->item.states) hand_over_row(s, r);
             else finish_row(s, r);
+        }
+    }
+}
+
+/* ---- merging ranges of keys ------------------------------------------------------------------------------------------------ */
+
+enum { MERGED_AT_ONCE = 64 };
+
+/* An item is a block of rows. A factor of 0 drops infinities: the weights that made them have underflowed. */
+void SIMD(attention_merge)(const void *arguments, int64_t begin, int64_t end, void *scratch) {
+    const mtl_attention_args *args = arguments;
+    int64_t length = mtl_attention_state_length(args), ranges = args->cut.key_ranges, apart = args->cut.rows * length;
+    (void)scratch;
+    for (int64_t row_block = begin; row_block < end; row_block++) {
+        mtl_attention_item item = mtl_attention_item_at(args, row_block * ranges);
+        for (int64_t r = 0; r < item.rows; r++) {
+            double *state = mtl_attention_states(args, row_block, 0) + r * length;
+            double largest = -INFINITY, sum = 0, factor[MTL_ATTENTION_RANGES];
+            for (int64_t i = 0; i < ranges; i++) {
+                double here = state[i * apart + MTL_STATE_LARGEST];
+                if (here > largest) largest = here;
+            }
+            for (int64_t i = 0; i < ranges; i++) {
+                double here = state[i * apart + MTL_STATE_LARGEST], part = state[i * apart + MTL_STATE_SUM];
+                factor[i] = here == largest ? 1 : exp(here - largest);
+                sum += factor[i] == 0 && part == part ? 0 : part * factor[i];
+            }
+            int64_t head = mtl_attention_head(args, item.kv_head, item.first_row + r);
+            double inverse = normalizer(args, head, &largest, &sum);
+            real *out = (real *)(void *)(state + MTL_STATE_VALUES); /* over what has been read, and no further */
+            for (int64_t d = 0; d < args->value_dim; d += MERGED_AT_ONCE) {
+                int64_t count = args->value_dim - d < MERGED_AT_ONCE ? args->value_dim - d : MERGED_AT_ONCE;
+                double total[MERGED_AT_ONCE] = {0};
+                for (int64_t i = 0; i < ranges; i++) {
+                    const double *values = state + i * apart + MTL_STATE_VALUES + d;
+                    if (factor[i] == 0) {
+                        for (int64_t j = 0; j < count; j++) total[j] += values[j] == values[j] ? 0 : values[j];
+                    } else {
+                        for (int64_t j = 0; j < count; j++) total[j] += values[j] * factor[i];
+                    }
+                }
+                for (int64_t j = 0; j < count; j++) out[d + j] = (real)(total[j] * inverse);
+            }
+            write_out(args, &item, r, out, largest + log(sum));
         }
     }
 }
