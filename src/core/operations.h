@@ -143,6 +143,11 @@ typedef struct mtl_cross_entropy_args {
     int64_t ignore_index;
     DLDevice device;
     bool in_double;
+    struct { /* how the CPU backend cuts rows: its own to fill in, see its entry point */
+        int64_t pieces, length;
+        struct mtl_logits_piece *done;
+        _Atomic int64_t *left; /* pieces of a row that are not done */
+    } cut;
 } mtl_cross_entropy_args;
 
 enum { MTL_CROSS_ENTROPY_LOGITS, MTL_CROSS_ENTROPY_TARGETS, MTL_CROSS_ENTROPY_LOSS };
