@@ -18,6 +18,10 @@ static inline mtl_row mtl_row_of(const mtl_view *view) {
     return (mtl_row){view->data, view->stride[view->rank - 1], view->dtype};
 }
 
+/* How the CPU backend's fast kernels go through a norm: rows where they lie; those too, with the unrounded sums in scratch; or whole rows
+ * of reals in scratch. */
+typedef enum mtl_norm_layout { MTL_NORM_IN_PLACE, MTL_NORM_SUM_KEPT, MTL_NORM_STAGED } mtl_norm_layout;
+
 /* rms_norm, layer_norm, add_rms_norm, add_layer_norm. */
 typedef struct mtl_norm_args {
     mtl_loop rows;  /* operands MTL_NORM_X, _OUT and, where there is a residual, _RESIDUAL, _SUM */
@@ -27,6 +31,7 @@ typedef struct mtl_norm_args {
     DLDevice device;
     bool in_double;
     bool stream; /* the CPU backend's to set: results go past the caches */
+    mtl_norm_layout layout;
 } mtl_norm_args;
 
 enum { MTL_NORM_X, MTL_NORM_OUT, MTL_NORM_RESIDUAL, MTL_NORM_SUM };
@@ -138,6 +143,11 @@ typedef struct mtl_cross_entropy_args {
     int64_t ignore_index;
     DLDevice device;
     bool in_double;
+    struct { /* how the CPU backend cuts rows: its own to fill in, see its entry point */
+        int64_t pieces, length;
+        struct mtl_logits_piece *done;
+        _Atomic int64_t *left; /* pieces of a row that are not done */
+    } cut;
 } mtl_cross_entropy_args;
 
 enum { MTL_CROSS_ENTROPY_LOGITS, MTL_CROSS_ENTROPY_TARGETS, MTL_CROSS_ENTROPY_LOSS };

@@ -92,6 +92,11 @@ static inline size_t mtl_gated_delta_scratch(const mtl_gated_delta_args *args) {
     return reals * (args->in_double ? sizeof(double) : sizeof(float));
 }
 
+/* cross_entropy's items are rows, or pieces of one: the largest logit, and the other terms of the sum of exp(x - largest). */
+typedef struct mtl_logits_piece {
+    double largest, rest;
+} mtl_logits_piece;
+
 /* Entry points: how an operation's work is cut into items, and which kernel does it. `op` is for messages. */
 metalloid_status mtl_cpu_rms_norm(const metalloid_context *context, const char *op, mtl_norm_args *args);
 metalloid_status mtl_cpu_layer_norm(const metalloid_context *context, const char *op, mtl_norm_args *args);
@@ -100,7 +105,7 @@ metalloid_status mtl_cpu_geglu(const metalloid_context *context, const char *op,
 metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, mtl_rope_args *args);
 metalloid_status mtl_cpu_attention(const metalloid_context *context, const char *op, const mtl_attention_args *given);
 metalloid_status mtl_cpu_cross_entropy(const metalloid_context *context, const char *op,
-                                       const mtl_cross_entropy_args *args);
+                                       mtl_cross_entropy_args *args);
 metalloid_status mtl_cpu_gated_delta(const metalloid_context *context, const char *op, mtl_gated_delta_args *args);
 
 #endif

@@ -1,18 +1,21 @@
 /* The runs of a gated activation. SPDX-License-Identifier: MIT
  *
- * Included by swiglu.c and geglu.c after they define activation(vec). One read of gate and up, one write of out. */
+ * Included by swiglu.c and geglu.c after they define activation(x, tanh, narrow); `narrow`: for results of 16 bits, whose rounding is 2^-12
+ * of them or more, and which an error of 2^-17 therefore moves hardly ever. One read of gate and up, one write of out. */
 
 INLINE void gated_run(const char *gate, const char *up, char *out, mtl_dtype dtype, int64_t count, bool tanh,
                       bool stream) {
     int64_t size = mtl_dtype_size(dtype), i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        vec v = activation(vec_load_as(gate + i * size, dtype), tanh) * vec_load_as(up + i * size, dtype);
-        vec_put_as(stream, out + i * size, dtype, v);
+    bool narrow = size == 2;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        vec_two x = vec_load_two(gate + i * size, dtype), u = vec_load_two(up + i * size, dtype);
+        x.low = activation(x.low, tanh, narrow) * u.low;
+        x.high = activation(x.high, tanh, narrow) * u.high;
+        vec_put_two(stream, out + i * size, dtype, x);
     }
-    if (i < count) {
-        vec v = activation(vec_load_part(gate + i * size, dtype, count - i), tanh) *
-                vec_load_part(up + i * size, dtype, count - i);
-        vec_store_part(out + i * size, dtype, v, count - i);
+    for (; i < count; i += LANES) {
+        vec x = vec_load_upto(gate + i * size, dtype, count - i), u = vec_load_upto(up + i * size, dtype, count - i);
+        vec_store_upto(out + i * size, dtype, activation(x, tanh, narrow) * u, count - i);
     }
 }
 

@@ -1,8 +1,30 @@
 /* y = x / sqrt(mean(x^2) + eps) * weight, of x or of x + residual. SPDX-License-Identifier: MIT
  *
- * Traffic: each byte of x once from memory and once from the cache, when the next row is asked for; each of out once. A row so small that its squares leave
- * float32's normal range is done again in double. */
+ * A row so small that its squares leave float32's normal range is done again in double. */
 #include "cpu/simd/sums.h"
+
+#define NORM_HAS_BIAS 0
+
+typedef struct {
+    vec factor; /* 1 / sqrt(mean(x^2) + eps) */
+} norm_terms;
+
+INLINE real norm_start(const char *x, const char *residual, mtl_dtype dtype, int64_t length) {
+    return (void)x, (void)residual, (void)dtype, (void)length, 0;
+}
+
+/* False where the row is to be done in double. */
+INLINE bool norm_settle(norm_terms *terms, row_sums sums, real shift, const char *x, mtl_dtype dtype, int64_t length,
+                        double eps) {
+    (void)shift, (void)x, (void)dtype;
+    double mean_square = sums.squares / (double)length + eps;
+    terms->factor = vec_set((real)(1 / sqrt(mean_square)));
+    return !(mean_square < 1e-28);
+}
+
+INLINE vec norm_apply(const norm_terms *terms, vec x, vec weight, vec bias) {
+    return (void)bias, x * terms->factor * weight;
+}
 
 static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, char *out,
                      mtl_dtype out_dtype, int64_t length, double eps) {
@@ -17,29 +39,8 @@ static void tiny_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_d
         mtl_store_double(out + i * mtl_dtype_size(out_dtype), out_dtype, y);
     }
 }
-
-INLINE void norm_row(const char *x, mtl_dtype x_dtype, const char *weight, mtl_dtype weight_dtype, const char *bias,
-                     mtl_dtype bias_dtype, char *out, mtl_dtype out_dtype, bool stream, int64_t length, double eps) {
-    (void)bias, (void)bias_dtype;
-    int64_t size = mtl_dtype_size(x_dtype), weight_size = mtl_dtype_size(weight_dtype),
-            out_size = mtl_dtype_size(out_dtype), i = 0;
-    double mean_square = sum_row(x, x_dtype, length, 0).squares / (double)length + eps;
-    if (mean_square < 1e-28) {
-        tiny_row(x, x_dtype, weight, weight_dtype, out, out_dtype, length, eps);
-        return;
-    }
-    vec inverse = vec_set((real)(1 / sqrt(mean_square)));
-    for (; i + LANES <= length; i += LANES) {
-        if (size > 2) prefetch(x + (length + i) * size); /* 16-bit rows keep the processor busier than memory */
-        vec v = vec_load_as(x + i * size, x_dtype) * inverse * vec_load_as(weight + i * weight_size, weight_dtype);
-        vec_put_as(stream, out + i * out_size, out_dtype, v);
-    }
-    if (i < length) {
-        vec v = vec_load_part(x + i * size, x_dtype, length - i) * inverse *
-                vec_load_part(weight + i * weight_size, weight_dtype, length - i);
-        vec_store_part(out + i * out_size, out_dtype, v, length - i);
-    }
-}
+#define norm_tiny_row(row, from, to, length, eps) \
+    tiny_row((row)->x, (from).x, (row)->weight, (from).weight, (row)->out, to, length, eps)
 
 #include "cpu/simd/norm.h"
 

@@ -1,7 +1,7 @@
 /* silu(gate) * up, silu(x) = x / (1 + exp(-x)). SPDX-License-Identifier: MIT
  *
- * With t = exp(-|x|), silu(x) = x / (1 + t) for x >= 0 and x t / (1 + t) below: nothing overflows, and the divisor is in [1, 2].
- * -infinity, which would meet t = 0, is moved to a number that gives the right 0 too. */
+ * With e = exp(x), silu(x) = x e / (1 + e): for large negative x, where e counts, it is small, and no digit is lost to 1. x is kept where e
+ * neither overflows nor silu has anything left: above 64 the quotient is 1, below -110 e is 0, and 0 the result, -infinity's too. */
 #include "cpu/simd/math.h"
 
 /* Down to the smallest subnormal, which is where silu ends. */
@@ -11,11 +11,21 @@
 #define exp_to_the_end vec_exp
 #endif
 
-INLINE vec activation(vec x, bool unused) {
+#ifdef MTL_IN_DOUBLE
+#define LOWEST (-750.)
+#else
+#define LOWEST (-110.f)
+#endif
+
+INLINE vec activation(vec x, bool unused, bool narrow) {
     (void)unused;
-    vec t = exp_to_the_end(-vec_abs(x));
-    vec y = vec_max(vec_set((real)-1e30), x) * vec_reciprocal(vec_set(1) + t);
-    return vec_select(x < vec_zero(), y * t, y);
+    vec bounded = vec_max(vec_set(LOWEST), x), power = vec_min(vec_set(64), bounded);
+    if (narrow) {
+        vec e = vec_exp2_narrow(power * vec_set(LOG2_E));
+        return bounded * (e * vec_reciprocal(vec_set(1) + e));
+    }
+    vec e = exp_to_the_end(power);
+    return bounded * (e * vec_reciprocal(vec_set(1) + e));
 }
 
 #include "cpu/simd/gated.h"

@@ -246,6 +246,36 @@ INLINE void vec_put_as(bool stream, void *to, mtl_dtype dtype, vec v) {
     else vec_store_as(to, dtype, v);
 }
 
+/* 2 LANES elements, contiguous, for loops that know nothing but whole ones: 16-bit elements then come and go as full registers. */
+typedef struct {
+    vec low, high;
+} vec_two;
+
+INLINE vec_two vec_load_two(const void *from, mtl_dtype dtype) {
+#ifdef VEC_HAS_TWO_BF16
+    if (dtype == MTL_BF16) {
+        vec_two v;
+        vec_load_two_bf16(from, &v.low, &v.high);
+        return v;
+    }
+#endif
+    return (vec_two){vec_load_as(from, dtype),
+                     vec_load_as((const char *)from + LANES * mtl_dtype_size(dtype), dtype)};
+}
+
+INLINE void vec_put_two(bool stream, void *to, mtl_dtype dtype, vec_two v) {
+#ifdef VEC_HAS_TWO_HALVES
+    if (dtype == MTL_F16 || dtype == MTL_BF16) {
+        vec halves = dtype == MTL_F16 ? vec_to_two_f16(v.low, v.high) : vec_to_two_bf16(v.low, v.high);
+        if (stream) vec_stream(to, halves);
+        else memcpy(to, &halves, sizeof halves);
+        return;
+    }
+#endif
+    vec_put_as(stream, to, dtype, v.low);
+    vec_put_as(stream, (char *)to + LANES * mtl_dtype_size(dtype), dtype, v.high);
+}
+
 /* The first `count` < LANES elements; the other lanes are 0, and are not stored. */
 INLINE vec vec_load_part(const void *from, mtl_dtype dtype, int64_t count) {
     char padded[LANES * sizeof(double)] = {0};

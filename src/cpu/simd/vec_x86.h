@@ -69,6 +69,39 @@ INLINE vec_half vec_to_bf16(vec v) {
 #endif
 #endif
 
+/* ---- 2 LANES elements of 16 bits ------------------------------------------------------------------------------------------- */
+
+#ifndef MTL_IN_DOUBLE
+#define VEC_HAS_TWO_HALVES
+INLINE vec vec_join(vec_half low, vec_half high) {
+#if VECTOR_BYTES == 64
+    return (vec)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
+#else
+    return (vec)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)low), (__m128i)high, 1);
+#endif
+}
+INLINE vec vec_to_two_f16(vec low, vec high) { return vec_join(vec_to_f16(low), vec_to_f16(high)); }
+INLINE vec vec_to_two_bf16(vec low, vec high) {
+#ifdef MTL_ISA_AVX512_BF16
+    /* As vec_to_bf16. */
+    __mmask16 small = _kor_mask16(_mm512_fpclass_ps_mask(low, 0x20), _mm512_fpclass_ps_mask(high, 0x20));
+    if (__builtin_expect(_kortestz_mask16_u8(small, small), 1)) return (vec)_mm512_cvtne2ps_pbh(high, low);
+#endif
+    return vec_join(vec_to_bf16(low), vec_to_bf16(high));
+}
+#if VECTOR_BYTES == 64
+#define VEC_HAS_TWO_BF16
+/* One load, and one shuffle a vector, which puts an element above a zero. */
+INLINE void vec_load_two_bf16(const void *from, vec *low, vec *high) {
+    const __m512i place = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0,
+                                           3, 0, 2, 0, 1, 0, 0, 0);
+    __m512i both = _mm512_loadu_si512(from);
+    *low = (vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, place, both);
+    *high = (vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_add_epi16(place, _mm512_set1_epi16(16)), both);
+}
+#endif
+#endif
+
 /* ---- stores past the caches; the address is a multiple of the size ---------------------------------------------------------- */
 
 #define VEC_HAS_STREAM
@@ -99,6 +132,8 @@ INLINE vec_int vec_nonzero_bytes(const char *from) {
 }
 #else
 INLINE vec vec_scale(vec v, vec n) { return (vec)_mm512_scalef_ps(v, n); } /* v 2^n for an integer n */
+#define VEC_HAS_TABLE
+INLINE vec vec_look_up(vec table, vec_int place) { return (vec)_mm512_permutexvar_ps((__m512i)place, table); } /* mod 16 */
 /* Of normal numbers with a normal reciprocal: 14 bits, and a Newton step to within a unit in the last place. */
 INLINE vec vec_reciprocal(vec v) {
     vec guess = (vec)_mm512_rcp14_ps(v);
