@@ -372,6 +372,97 @@ static bool is_part_of(const char *name, mtl_target target) {
     return length < end || strcmp(name + length - end, suffix) != 0;
 }
 
+/* What a kernel's text asks of the Metal header. */
+typedef struct vocabulary {
+    bool has_16_bit_types, thread_elements;
+    int count;
+    char swizzle[64][5]; /* more than anyone writes; the vectors have no more than these */
+} vocabulary;
+
+/* xy, bgr, ...: two to four components by the letters of one family. */
+static bool is_swizzle(const mtl_token *token) {
+    static const char *const families[] = {"xyzw", "rgba"};
+    if (token->length < 2 || token->length > 4) return false;
+    for (int f = 0; f < 2; f++) {
+        size_t i = 0;
+        while (i < token->length && strchr(families[f], token->text[i])) i++;
+        if (i == token->length) return true;
+    }
+    return false;
+}
+
+static int component_of(char letter) {
+    const char *at = strchr("xyzwrgba", letter);
+    return (int)(at - "xyzwrgba") % 4;
+}
+
+static void add_word(vocabulary *words, const mtl_token *token) {
+    for (int i = 0; i < words->count; i++) {
+        if (mtl_token_is(token, words->swizzle[i])) return;
+    }
+    if (words->count == sizeof words->swizzle / sizeof *words->swizzle) return;
+    char *word = words->swizzle[words->count++];
+    memcpy(word, token->text, token->length);
+    word[token->length] = '\0';
+}
+
+static bool find_vocabulary(vocabulary *words, const char *text) {
+    static const char *const beginnings[] = {"half", "bfloat", "float16", "packed_half", "packed_bfloat"};
+    mtl_tokens tokens;
+    if (!mtl_tokenize(&tokens, text, strlen(text))) return false;
+    bool member = false; /* behind . or -> */
+    for (size_t t = 0; t < tokens.count; t++) {
+        const mtl_token *token = &tokens.token[t];
+        if (token->kind == MTL_TOKEN_SPACE) continue;
+        if (token->kind == MTL_TOKEN_IDENTIFIER) {
+            if (member && is_swizzle(token)) add_word(words, token);
+            words->thread_elements |= mtl_token_is(token, "thread_elements");
+            for (size_t b = 0; b < sizeof beginnings / sizeof *beginnings; b++) {
+                size_t length = strlen(beginnings[b]);
+                words->has_16_bit_types |= token->length >= length && memcmp(token->text, beginnings[b], length) == 0;
+            }
+        }
+        if (token->kind == MTL_TOKEN_NUMBER) { /* 1.0h */
+            char last = token->text[token->length - 1];
+            words->has_16_bit_types |= last == 'h' || last == 'H';
+        }
+        member = mtl_token_is(token, ".") || mtl_token_is(token, "->");
+    }
+    mtl_tokens_free(&tokens);
+    return true;
+}
+
+static bool is_16_bit(mtl_dtype dtype) { return dtype == MTL_F16 || dtype == MTL_BF16; }
+
+static bool learn_vocabulary(vocabulary *words, const mtl_definition *definition, const mtl_types *types) {
+    *words = (vocabulary){0};
+    for (int i = 0; i < definition->input_count; i++) words->has_16_bit_types |= is_16_bit(types->inputs[i].dtype);
+    for (int i = 0; i < definition->output_count; i++) words->has_16_bit_types |= is_16_bit(types->outputs[i]);
+    for (int i = 0; i < types->template_count; i++) {
+        const mtl_template_value *value = &types->template_values[i];
+        words->has_16_bit_types |= value->kind == METALLOID_TEMPLATE_DTYPE && is_16_bit(value->dtype);
+    }
+    return find_vocabulary(words, definition->header) && find_vocabulary(words, definition->source);
+}
+
+/* The swizzles of each width, as the header's vectors.h takes them. */
+static void add_swizzles(mtl_text *out, const vocabulary *words) {
+    for (int width = 2; width <= 4; width++) {
+        mtl_text_format(out, "#define MSL_SWIZZLES_%d(S2, S3, S4)", width);
+        for (int i = 0; i < words->count; i++) {
+            const char *word = words->swizzle[i];
+            bool fits = true;
+            for (const char *at = word; *at; at++) fits &= component_of(*at) < width;
+            if (!fits) continue;
+            mtl_text_format(out, " S%d(%s", (int)strlen(word), word);
+            for (const char *at = word; *at; at++) mtl_text_format(out, ", %d", component_of(*at));
+            mtl_text_add_string(out, ")");
+        }
+        mtl_text_add_string(out, "\n");
+    }
+    if (words->thread_elements) mtl_text_add_string(out, "#define MSL_THREAD_ELEMENTS 1\n");
+}
+
 static void add_prelude(mtl_text *out, const mtl_unit_options *options) {
     static const char *const modes[] = {
         [METALLOID_MATH_SAFE] = "SAFE", [METALLOID_MATH_RELAXED] = "RELAXED", [METALLOID_MATH_FAST] = "FAST"};
@@ -399,9 +490,16 @@ static void add_signature(mtl_text *out, const mtl_definition *definition, const
 
 /* What calls the body comes before it: macros of the user's header are then none of its business. */
 void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
-                          const mtl_types *types, const mtl_unit_options *options) {
+                          const mtl_types *types, const mtl_unit_options *given) {
+    mtl_unit_options local = *given;
+    const mtl_unit_options *options = &local;
+    vocabulary words;
+    if (!learn_vocabulary(&words, definition, types)) out->failed = true;
+    local.has_16_bit_types = words.has_16_bit_types;
+    add_swizzles(out, &words);
     add_prelude(out, options);
-    mtl_text_add_string(out, "using namespace metal;\n#line 1 \"generated\"\n"
+    /* In the namespace, functions of the user's overload Metal's, and names that CUDA has at the top stay apart. */
+    mtl_text_add_string(out, "namespace metal {\n#line 1 \"generated\"\n"
                              "__mtl_inline uint3 __mtl_uint3(const unsigned *from) { return uint3(from[0], from[1], "
                              "from[2]); }\n");
     add_signature(out, definition, mentions, types);
@@ -414,5 +512,5 @@ void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
     add_signature(out, definition, mentions, types);
     mtl_text_add_string(out, " {\n#line 1 \"source\"\n");
     mtl_translate(out, definition->source, MTL_REGION_BODY, options);
-    mtl_text_add_string(out, "\n}\n");
+    mtl_text_add_string(out, "\n}\n}\n");
 }

@@ -66,6 +66,7 @@ typedef struct mtl_unit_options {
     metalloid_math_mode math_mode;
     int stack_bits;      /* CPU: log2 of a thread's stack */
     bool count_iterations; /* CPU */
+    bool has_16_bit_types; /* set by mtl_translation_unit */
 } mtl_unit_options;
 
 /* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them. */

@@ -129,6 +129,61 @@ static void translate_number(translation *t, size_t i) {
     mtl_text_free(&text);
 }
 
+/* ---- conditionals ------------------------------------------------------------------------------------------------------------ */
+
+static void append(translation *t, const char **place, const char *more) {
+    mtl_text text = {0};
+    mtl_text_format(&text, "%s%s", *place ? *place : "", more);
+    *place = keep(t, &text);
+    mtl_text_free(&text);
+}
+
+/* The colon of the question mark at `i`, or t->count. */
+static size_t colon_of(const translation *t, size_t i) {
+    long open = 1;
+    for (size_t at = after(t, i); at < t->count;) {
+        if (is(t, at, "?")) open++;
+        if (is(t, at, ":") && --open == 0) return at;
+        if (is(t, at, ";") || is(t, at, ")") || is(t, at, "]") || is(t, at, "}")) break;
+        at = is(t, at, "(") || is(t, at, "[") || is(t, at, "{") ? behind_bracket(t, at) : after(t, at);
+    }
+    return t->count;
+}
+
+/* The last token of the expression behind the colon at `i`. */
+static size_t end_of_arm(const translation *t, size_t i) {
+    static const char *const ends[] = {",", ";", ")", "]", "}", NULL};
+    long open = 0;
+    size_t last = i;
+    for (size_t at = after(t, i); at < t->count && !is_one_of(t, at, ends);) {
+        if (is(t, at, "?")) open++;
+        if (is(t, at, ":") && open-- == 0) break; /* of a conditional around this one */
+        if (t->token[i].in_directive && !t->token[at].in_directive) break;
+        size_t next = after(t, at);
+        if (is(t, at, "(") || is(t, at, "[") || is(t, at, "{")) next = behind_bracket(t, at);
+        if (is(t, at, "<") && is_identifier(t, before(t, at))) { /* f<a, b>(x) is one operand, a < b another */
+            size_t behind = behind_angle(t, at);
+            if (behind != at && (is(t, behind, "(") || is(t, behind, "::") || is(t, behind, "{"))) next = behind;
+        }
+        last = before(t, next);
+        at = next;
+    }
+    return last;
+}
+
+/* c ? x : y   becomes   c ? metal::arm(x) : metal::arm(y), where 16-bit types of ours may be among them: converting both ways,
+ * they leave it open what the common type is. */
+static void translate_conditional(translation *t, size_t i) {
+    size_t colon = colon_of(t, i);
+    if (colon == t->count) return;
+    size_t last = end_of_arm(t, colon);
+    if (last == colon || before(t, colon) == i) return;
+    append(t, &t->token[i].behind, " ::metal::arm(");
+    append(t, &t->token[colon].before, ")");
+    append(t, &t->token[colon].behind, " ::metal::arm(");
+    append(t, &t->token[last].behind, ")");
+}
+
 /* ---- address spaces ----------------------------------------------------------------------------------------------------------- */
 
 static const char *const plain_spaces[] = {"device",      "thread",           "ray_data",
@@ -362,6 +417,7 @@ static void translate_token(translation *t, size_t i) {
     case MTL_TOKEN_INCLUDE: translate_include(t, i); break;
     case MTL_TOKEN_PUNCTUATION:
         if (is(t, i, "[") && is(t, i + 1, "[")) translate_attribute(t, i);
+        else if (t->options->has_16_bit_types && is(t, i, "?")) translate_conditional(t, i);
         break;
     case MTL_TOKEN_IDENTIFIER:
         if (is_one_of(t, i, plain_spaces)) blank(t, i);
