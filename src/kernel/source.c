@@ -68,12 +68,29 @@ static bool is_exchange(const mtl_token *token) {
         "simdgroup_load", "simdgroup_store", "simdgroup_multiply", "simdgroup_matrix", "simdgroup_float",
         "simdgroup_half", "simdgroup_bfloat", "make_filled_simdgroup", "simdgroup_async",
     };
-    if (token->kind != MTL_TOKEN_IDENTIFIER) return false;
     for (size_t i = 0; i < sizeof beginnings / sizeof beginnings[0]; i++) {
         size_t length = strlen(beginnings[i]);
         if (token->length >= length && memcmp(token->text, beginnings[i], length) == 0) return true;
     }
     return false;
+}
+
+static bool begins_with(const mtl_token *token, const char *beginning) {
+    size_t length = strlen(beginning);
+    return token->length >= length && memcmp(token->text, beginning, length) == 0;
+}
+
+/* half, float16_t, bfloat4, ... ; float3x3, matrix, transpose, ... */
+static void find_types(mtl_mentions *mentions, const mtl_token *token) {
+    static const char *const halves[] = {"half", "packed_half", "bfloat", "packed_bfloat", "float16"};
+    static const char *const matrices[] = {"matrix", "determinant", "transpose"};
+    for (size_t i = 0; i < sizeof halves / sizeof halves[0]; i++) mentions->halves |= begins_with(token, halves[i]);
+    for (size_t i = 0; i < sizeof matrices / sizeof matrices[0]; i++)
+        mentions->matrices |= mtl_token_is(token, matrices[i]);
+    if (token->length > 3 && token->text[token->length - 2] == 'x') mentions->matrices = true;
+    if (begins_with(token, "simdgroup_") || begins_with(token, "make_filled_simdgroup"))
+        mentions->simdgroup_matrices = true;
+    if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
 }
 
 /* Whether the token is `name` followed by `suffix`. */
@@ -101,6 +118,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
         }
         if (mtl_token_is(token, "threadgroup")) mentions->relative = true;
         if (is_exchange(token)) mentions->lanes_meet = true;
+        find_types(mentions, token);
     }
     mtl_tokens_free(&tokens);
     for (int i = 0; i < ATTRIBUTES; i++) {
@@ -109,7 +127,9 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
 
     if (!mtl_tokenize(&tokens, definition->header, strlen(definition->header))) return false;
     for (size_t t = 0; t < tokens.count; t++) {
+        if (tokens.token[t].kind != MTL_TOKEN_IDENTIFIER) continue;
         if (is_exchange(&tokens.token[t])) mentions->lanes_meet = true;
+        find_types(mentions, &tokens.token[t]);
     }
     mtl_tokens_free(&tokens);
     return true;
@@ -366,116 +386,111 @@ static void add_threads(mtl_text *out, const mtl_definition *definition, const m
              "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = MTL_STACK_BITS;\n");
 }
 
-static bool is_part_of(const char *name, mtl_target target) {
+/* ---- the header of Metal's types and functions ---- */
+
+/* What a call's types and the source make of the header: parts that nothing mentions cost time to compile. */
+static bool is_part_of(const char *name, const mtl_mentions *mentions, mtl_target target) {
     const char *suffix = target == MTL_TARGET_CPU ? "_cuda.h" : "_cpu.h"; /* the other's */
     size_t length = strlen(name), end = strlen(suffix);
-    return length < end || strcmp(name + length - end, suffix) != 0;
-}
-
-/* What a kernel's text asks of the Metal header. */
-typedef struct vocabulary {
-    bool has_16_bit_types, thread_elements;
-    int count;
-    char swizzle[64][5]; /* more than anyone writes; the vectors have no more than these */
-} vocabulary;
-
-/* xy, bgr, ...: two to four components by the letters of one family. */
-static bool is_swizzle(const mtl_token *token) {
-    static const char *const families[] = {"xyzw", "rgba"};
-    if (token->length < 2 || token->length > 4) return false;
-    for (int f = 0; f < 2; f++) {
-        size_t i = 0;
-        while (i < token->length && strchr(families[f], token->text[i])) i++;
-        if (i == token->length) return true;
-    }
-    return false;
-}
-
-static int component_of(char letter) {
-    const char *at = strchr("xyzwrgba", letter);
-    return (int)(at - "xyzwrgba") % 4;
-}
-
-static void add_word(vocabulary *words, const mtl_token *token) {
-    for (int i = 0; i < words->count; i++) {
-        if (mtl_token_is(token, words->swizzle[i])) return;
-    }
-    if (words->count == sizeof words->swizzle / sizeof *words->swizzle) return;
-    char *word = words->swizzle[words->count++];
-    memcpy(word, token->text, token->length);
-    word[token->length] = '\0';
-}
-
-static bool find_vocabulary(vocabulary *words, const char *text) {
-    static const char *const beginnings[] = {"half", "bfloat", "float16", "packed_half", "packed_bfloat"};
-    mtl_tokens tokens;
-    if (!mtl_tokenize(&tokens, text, strlen(text))) return false;
-    bool member = false; /* behind . or -> */
-    for (size_t t = 0; t < tokens.count; t++) {
-        const mtl_token *token = &tokens.token[t];
-        if (token->kind == MTL_TOKEN_SPACE) continue;
-        if (token->kind == MTL_TOKEN_IDENTIFIER) {
-            if (member && is_swizzle(token)) add_word(words, token);
-            words->thread_elements |= mtl_token_is(token, "thread_elements");
-            for (size_t b = 0; b < sizeof beginnings / sizeof *beginnings; b++) {
-                size_t length = strlen(beginnings[b]);
-                words->has_16_bit_types |= token->length >= length && memcmp(token->text, beginnings[b], length) == 0;
-            }
-        }
-        if (token->kind == MTL_TOKEN_NUMBER) { /* 1.0h */
-            char last = token->text[token->length - 1];
-            words->has_16_bit_types |= last == 'h' || last == 'H';
-        }
-        member = mtl_token_is(token, ".") || mtl_token_is(token, "->");
-    }
-    mtl_tokens_free(&tokens);
+    if (length > end && strcmp(name + length - end, suffix) == 0) return false;
+    if (strcmp(name, "matrix.h") == 0) return mentions->matrices;
+    if (strcmp(name, "simdgroup_matrix.h") == 0) return mentions->simdgroup_matrices;
     return true;
 }
 
-static bool is_16_bit(mtl_dtype dtype) { return dtype == MTL_F16 || dtype == MTL_BF16; }
-
-static bool learn_vocabulary(vocabulary *words, const mtl_definition *definition, const mtl_types *types) {
-    *words = (vocabulary){0};
-    for (int i = 0; i < definition->input_count; i++) words->has_16_bit_types |= is_16_bit(types->inputs[i].dtype);
-    for (int i = 0; i < definition->output_count; i++) words->has_16_bit_types |= is_16_bit(types->outputs[i]);
-    for (int i = 0; i < types->template_count; i++) {
-        const mtl_template_value *value = &types->template_values[i];
-        words->has_16_bit_types |= value->kind == METALLOID_TEMPLATE_DTYPE && is_16_bit(value->dtype);
-    }
-    return find_vocabulary(words, definition->header) && find_vocabulary(words, definition->source);
-}
-
-/* The swizzles of each width, as the header's vectors.h takes them. */
-static void add_swizzles(mtl_text *out, const vocabulary *words) {
-    for (int width = 2; width <= 4; width++) {
-        mtl_text_format(out, "#define MSL_SWIZZLES_%d(S2, S3, S4)", width);
-        for (int i = 0; i < words->count; i++) {
-            const char *word = words->swizzle[i];
-            bool fits = true;
-            for (const char *at = word; *at; at++) fits &= component_of(*at) < width;
-            if (!fits) continue;
-            mtl_text_format(out, " S%d(%s", (int)strlen(word), word);
-            for (const char *at = word; *at; at++) mtl_text_format(out, ", %d", component_of(*at));
-            mtl_text_add_string(out, ")");
+/* v.xyz: the components as bits 0 to 3 of `used` and as numbers; how many, or 0 where it is no swizzle. */
+static int read_swizzle(const mtl_token *token, int component[4], unsigned *used) {
+    static const char *const letters[] = {"xyzw", "rgba"};
+    if (token->kind != MTL_TOKEN_IDENTIFIER || token->length < 2 || token->length > 4) return 0;
+    for (int set = 0; set < 2; set++) {
+        size_t i = 0;
+        *used = 0;
+        for (; i < token->length; i++) {
+            const char *found = memchr(letters[set], token->text[i], 4);
+            if (!found) break;
+            component[i] = (int)(found - letters[set]);
+            *used |= 1u << component[i];
         }
-        mtl_text_add_string(out, "\n");
+        if (i == token->length) return (int)token->length;
     }
-    if (words->thread_elements) mtl_text_add_string(out, "#define MSL_THREAD_ELEMENTS 1\n");
+    return 0;
 }
 
-static void add_prelude(mtl_text *out, const mtl_unit_options *options) {
-    static const char *const modes[] = {
-        [METALLOID_MATH_SAFE] = "SAFE", [METALLOID_MATH_RELAXED] = "RELAXED", [METALLOID_MATH_FAST] = "FAST"};
-    mtl_text_format(out, "#define MTL_TARGET_%s 1\n#define MTL_MATH_%s 1\n",
-                    options->target == MTL_TARGET_CPU ? "CPU" : "CUDA", modes[options->math_mode]);
+static void add_swizzle(mtl_text lists[3], const mtl_token *token) {
+    int component[4];
+    unsigned used;
+    int count = read_swizzle(token, component, &used);
+    if (!count) return;
+    mtl_text entry = {0};
+    mtl_text_format(&entry, " S%d(%.*s", count, (int)token->length, token->text);
+    for (int i = 0; i < count; i++) mtl_text_format(&entry, ", %d", component[i]);
+    mtl_text_add_string(&entry, ")");
+    for (int width = 2; width <= 4; width++) {
+        mtl_text *list = &lists[width - 2];
+        if (used >> width || strstr(mtl_text_string(list), mtl_text_string(&entry))) continue;
+        if (entry.failed) list->failed = true;
+        else mtl_text_add(list, entry.data, entry.length);
+    }
+    mtl_text_free(&entry);
+}
+
+/* A vector has the swizzles that the source mentions: all of them would be 680 members. */
+static void add_swizzles(mtl_text *out, const mtl_definition *definition) {
+    mtl_text lists[3] = {{0}, {0}, {0}};
+    const char *const sources[] = {definition->header, definition->source};
+    for (int s = 0; s < 2; s++) {
+        mtl_tokens tokens;
+        if (!mtl_tokenize(&tokens, sources[s], strlen(sources[s]))) {
+            out->failed = true;
+            break;
+        }
+        bool member = false;
+        for (size_t i = 0; i < tokens.count; i++) {
+            const mtl_token *token = &tokens.token[i];
+            if (token->kind == MTL_TOKEN_SPACE) continue;
+            /* ## may put one together from letters, or come behind the point */
+            if (member || mtl_token_is(token, "xy") || mtl_token_is(token, "zw") || mtl_token_is(token, "xyz"))
+                add_swizzle(lists, token);
+            member = mtl_token_is(token, ".") || mtl_token_is(token, "->");
+        }
+        mtl_tokens_free(&tokens);
+    }
+    for (int width = 2; width <= 4; width++) {
+        mtl_text *list = &lists[width - 2];
+        mtl_text_format(out, "#define MSL_SWIZZLES_%d(S2, S3, S4)%s\n", width, mtl_text_string(list));
+        out->failed |= list->failed;
+        mtl_text_free(list);
+    }
+}
+
+static void add_prelude(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                        const mtl_unit_options *options) {
+    if (options->math_mode == METALLOID_MATH_FAST) mtl_text_add_string(out, "#define MSL_MATH_FAST 1\n");
     if (options->target == MTL_TARGET_CPU) mtl_text_format(out, "#define MTL_STACK_BITS %d\n", options->stack_bits);
+    if (mentions->thread_elements) mtl_text_add_string(out, "#define MSL_THREAD_ELEMENTS 1\n");
+    add_swizzles(out, definition);
     for (int i = 0; i < mtl_msl_part_count; i++) {
         const mtl_msl_part *part = &mtl_msl_parts[i];
-        if (!is_part_of(part->name, options->target)) continue;
+        if (!is_part_of(part->name, mentions, options->target)) continue;
         mtl_text_format(out, "#line 1 \"metalloid/%s\"\n", part->name);
         mtl_text_add(out, part->text, part->length);
         mtl_text_add_string(out, "\n");
     }
+}
+
+static bool has_halves(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types) {
+    bool found = mentions->halves;
+    for (int i = 0; i < definition->input_count; i++) {
+        mtl_dtype dtype = types->inputs[i].dtype;
+        found |= dtype == MTL_F16 || dtype == MTL_BF16;
+    }
+    for (int i = 0; i < definition->output_count; i++)
+        found |= types->outputs[i] == MTL_F16 || types->outputs[i] == MTL_BF16;
+    for (int i = 0; i < types->template_count; i++) {
+        const mtl_template_value *value = &types->template_values[i];
+        found |= value->kind == METALLOID_TEMPLATE_DTYPE && (value->dtype == MTL_F16 || value->dtype == MTL_BF16);
+    }
+    return found;
 }
 
 /* The body as a function, up to its opening brace or semicolon. */
@@ -488,29 +503,25 @@ static void add_signature(mtl_text *out, const mtl_definition *definition, const
     mtl_text_add_string(out, ")");
 }
 
-/* What calls the body comes before it: macros of the user's header are then none of its business. */
+/* What calls the body comes before it: macros of the user's header are then none of its business. All of it is in Metal's namespace,
+ * which stands between the user's names and those that a compiler has built in. */
 void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types, const mtl_unit_options *given) {
-    mtl_unit_options local = *given;
-    const mtl_unit_options *options = &local;
-    vocabulary words;
-    if (!learn_vocabulary(&words, definition, types)) out->failed = true;
-    local.has_16_bit_types = words.has_16_bit_types;
-    add_swizzles(out, &words);
-    add_prelude(out, options);
-    /* In the namespace, functions of the user's overload Metal's, and names that CUDA has at the top stay apart. */
-    mtl_text_add_string(out, "namespace metal {\n#line 1 \"generated\"\n"
+    mtl_unit_options options = *given;
+    options.halves = has_halves(definition, mentions, types);
+    add_prelude(out, definition, mentions, &options);
+    mtl_text_add_string(out, "#line 1 \"generated\"\nnamespace metal {\n"
                              "__mtl_inline uint3 __mtl_uint3(const unsigned *from) { return uint3(from[0], from[1], "
                              "from[2]); }\n");
     add_signature(out, definition, mentions, types);
     mtl_text_add_string(out, ";\n");
-    if (mentions->lanes_meet || options->count_iterations) add_threads(out, definition, mentions, types);
+    if (mentions->lanes_meet || options.count_iterations) add_threads(out, definition, mentions, types);
     else add_loops(out, definition, mentions, types);
     mtl_text_add_string(out, "#line 1 \"header\"\n");
-    mtl_translate(out, definition->header, MTL_REGION_HEADER, options);
+    mtl_translate(out, definition->header, MTL_REGION_HEADER, &options);
     mtl_text_add_string(out, "\n#line 1 \"generated\"\n");
     add_signature(out, definition, mentions, types);
     mtl_text_add_string(out, " {\n#line 1 \"source\"\n");
-    mtl_translate(out, definition->source, MTL_REGION_BODY, options);
+    mtl_translate(out, definition->source, MTL_REGION_BODY, &options);
     mtl_text_add_string(out, "\n}\n}\n");
 }

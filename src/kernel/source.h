@@ -28,6 +28,7 @@ typedef struct mtl_mentions {
     unsigned attributes;                    /* bit i: attribute i of mtl_attributes */
     unsigned char input[MTL_MOST_BUFFERS];  /* MTL_MENTIONS_* of it */
     bool lanes_meet;                        /* barriers, or exchanges in a simdgroup */
+    bool halves, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
     bool relative;                          /* anything that depends on the cut into threadgroups */
 } mtl_mentions;
 
@@ -66,7 +67,7 @@ typedef struct mtl_unit_options {
     metalloid_math_mode math_mode;
     int stack_bits;      /* CPU: log2 of a thread's stack */
     bool count_iterations; /* CPU */
-    bool has_16_bit_types; /* set by mtl_translation_unit */
+    bool halves;           /* 16-bit floats are in play */
 } mtl_unit_options;
 
 /* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them. */
