@@ -92,7 +92,7 @@ static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, ch
         "-mno-red-zone", "-mprefer-vector-width=512",
 #endif
     };
-    static const char *const safe[] = {"-ffp-contract=on", NULL};
+    static const char *const safe[] = {"-ffp-contract=fast", NULL};
     static const char *const relaxed[] = {"-fassociative-math", "-freciprocal-math", "-fno-signed-zeros",
                                           "-ffp-contract=fast", NULL};
     static const char *const fast[] = {"-ffast-math", NULL};

@@ -68,12 +68,29 @@ static bool is_exchange(const mtl_token *token) {
         "simdgroup_load", "simdgroup_store", "simdgroup_multiply", "simdgroup_matrix", "simdgroup_float",
         "simdgroup_half", "simdgroup_bfloat", "make_filled_simdgroup", "simdgroup_async",
     };
-    if (token->kind != MTL_TOKEN_IDENTIFIER) return false;
     for (size_t i = 0; i < sizeof beginnings / sizeof beginnings[0]; i++) {
         size_t length = strlen(beginnings[i]);
         if (token->length >= length && memcmp(token->text, beginnings[i], length) == 0) return true;
     }
     return false;
+}
+
+static bool begins_with(const mtl_token *token, const char *beginning) {
+    size_t length = strlen(beginning);
+    return token->length >= length && memcmp(token->text, beginning, length) == 0;
+}
+
+/* half, float16_t, bfloat4, ... ; float3x3, matrix, transpose, ... */
+static void find_types(mtl_mentions *mentions, const mtl_token *token) {
+    static const char *const halves[] = {"half", "packed_half", "bfloat", "packed_bfloat", "float16"};
+    static const char *const matrices[] = {"matrix", "determinant", "transpose"};
+    for (size_t i = 0; i < sizeof halves / sizeof halves[0]; i++) mentions->halves |= begins_with(token, halves[i]);
+    for (size_t i = 0; i < sizeof matrices / sizeof matrices[0]; i++)
+        mentions->matrices |= mtl_token_is(token, matrices[i]);
+    if (token->length > 3 && token->text[token->length - 2] == 'x') mentions->matrices = true;
+    if (begins_with(token, "simdgroup_") || begins_with(token, "make_filled_simdgroup"))
+        mentions->simdgroup_matrices = true;
+    if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
 }
 
 /* Whether the token is `name` followed by `suffix`. */
@@ -101,6 +118,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
         }
         if (mtl_token_is(token, "threadgroup")) mentions->relative = true;
         if (is_exchange(token)) mentions->lanes_meet = true;
+        find_types(mentions, token);
     }
     mtl_tokens_free(&tokens);
     for (int i = 0; i < ATTRIBUTES; i++) {
@@ -109,7 +127,9 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
 
     if (!mtl_tokenize(&tokens, definition->header, strlen(definition->header))) return false;
     for (size_t t = 0; t < tokens.count; t++) {
+        if (tokens.token[t].kind != MTL_TOKEN_IDENTIFIER) continue;
         if (is_exchange(&tokens.token[t])) mentions->lanes_meet = true;
+        find_types(mentions, &tokens.token[t]);
     }
     mtl_tokens_free(&tokens);
     return true;
@@ -366,53 +386,219 @@ static void add_threads(mtl_text *out, const mtl_definition *definition, const m
              "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = MTL_STACK_BITS;\n");
 }
 
-static bool is_part_of(const char *name, mtl_target target) {
-    const char *suffix = target == MTL_TARGET_CPU ? "_cuda.h" : "_cpu.h"; /* the other's */
-    size_t length = strlen(name), end = strlen(suffix);
-    return length < end || strcmp(name + length - end, suffix) != 0;
+/* ---- the kernel of a GPU ---- */
+
+/* Data is a parameter for each buffer, which alone the compiler believes to overlap no other; the rest is one struct, laid out as
+ * mtl_cuda_layout says. */
+static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                            const mtl_types *types, const mtl_unit_options *options) {
+    mtl_cuda_layout layout = mtl_cuda_layout_of(definition, mentions);
+    int inputs = definition->input_count;
+    mtl_text_add_string(out, "struct mtl_launch {\n    mtl_dispatch dispatch;\n");
+    if (inputs) {
+        mtl_text_format(out, "    unsigned long scalar[%d];\n    int rank[%d], shape_at[%d], strides_at[%d];\n", inputs,
+                        inputs, inputs, inputs);
+    }
+    if (layout.strides_at) mtl_text_format(out, "    long strides[%d];\n", (int)MTL_CUDA_EXTENTS);
+    if (layout.shapes_at) mtl_text_format(out, "    int shapes[%d];\n", (int)MTL_CUDA_EXTENTS);
+    mtl_text_format(out,
+                    "};\nstatic_assert(sizeof(mtl_launch) == %d, \"\");\n"
+                    "extern \"C\" __global__ void __launch_bounds__(%d) mtl_kernel(",
+                    layout.size, options->most_threads);
+    for (int i = 0; i < inputs; i++) {
+        mtl_text_format(out, "const %s *__restrict__ __mtl_in_%d, ", mtl_metal_type(types->inputs[i].dtype), i);
+    }
+    for (int i = 0; i < definition->output_count; i++) {
+        mtl_text_format(out, definition->atomic_outputs ? "atomic<%s> *__restrict__ __mtl_out_%d, "
+                                                        : "%s *__restrict__ __mtl_out_%d, ",
+                        mtl_metal_type(types->outputs[i]), i);
+    }
+    mtl_text_add_string(out, "const __grid_constant__ mtl_launch launch) {\n"
+                             "    const mtl_dispatch &dispatch = launch.dispatch;\n"
+                             "    mtl_group group;\n"
+                             "    unsigned index, local[3];\n"
+                             "    if (!__mtl_place(dispatch, group, index, local)) return;\n"
+                             "    unsigned lx = local[0], ly = local[1], lz = local[2];\n"
+                             "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
+                             "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
+                             "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
+                             "    (void)x, (void)y, (void)z;\n    ");
+    mtl_text_format(out, "custom_kernel_%s", definition->name);
+    add_template_values(out, types, "<", ", ", ">");
+    mtl_text_add_string(out, "(group");
+    for (int i = 0; i < inputs; i++) {
+        const char *type = mtl_metal_type(types->inputs[i].dtype);
+        /* A scalar of the host's comes with the launch. */
+        if (types->inputs[i].is_scalar)
+            mtl_text_format(out, ", *(__mtl_in_%d ? __mtl_in_%d : (const %s *)&launch.scalar[%d])", i, i, type, i);
+        else mtl_text_format(out, ", __mtl_in_%d", i);
+        unsigned char mentioned = mentions->input[i];
+        if (mentioned & MTL_MENTIONS_SHAPE) mtl_text_format(out, ", launch.shapes + launch.shape_at[%d]", i);
+        if (mentioned & MTL_MENTIONS_STRIDES) mtl_text_format(out, ", launch.strides + launch.strides_at[%d]", i);
+        if (mentioned & MTL_MENTIONS_RANK) mtl_text_format(out, ", launch.rank[%d]", i);
+    }
+    for (int i = 0; i < definition->output_count; i++) mtl_text_format(out, ", __mtl_out_%d", i);
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (mentions->attributes >> i & 1) mtl_text_format(out, ", %s", attributes[i].value);
+    }
+    mtl_text_add_string(out, ");\n}\n");
 }
 
-static void add_prelude(mtl_text *out, const mtl_unit_options *options) {
-    static const char *const modes[] = {
-        [METALLOID_MATH_SAFE] = "SAFE", [METALLOID_MATH_RELAXED] = "RELAXED", [METALLOID_MATH_FAST] = "FAST"};
-    mtl_text_format(out, "#define MTL_TARGET_%s 1\n#define MTL_MATH_%s 1\n",
-                    options->target == MTL_TARGET_CPU ? "CPU" : "CUDA", modes[options->math_mode]);
+mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions) {
+    mtl_cuda_layout layout = {.scalars_at = 40}; /* behind mtl_dispatch */
+    unsigned char mentioned = 0;
+    for (int i = 0; i < definition->input_count; i++) mentioned |= mentions->input[i];
+    layout.ints_at = layout.scalars_at + 8 * definition->input_count;
+    layout.size = (layout.ints_at + 12 * definition->input_count + 7) / 8 * 8;
+    if (mentioned & MTL_MENTIONS_STRIDES) {
+        layout.strides_at = layout.size;
+        layout.size += 8 * MTL_CUDA_EXTENTS;
+    }
+    if (mentioned & MTL_MENTIONS_SHAPE) {
+        layout.shapes_at = layout.size;
+        layout.size += 4 * MTL_CUDA_EXTENTS;
+    }
+    return layout;
+}
+
+/* ---- the header of Metal's types and functions ---- */
+
+/* What a call's types and the source make of the header: parts that nothing mentions cost time to compile. */
+static bool is_part_of(const char *name, const mtl_mentions *mentions, mtl_target target) {
+    const char *suffix = target == MTL_TARGET_CPU ? "_cuda.h" : "_cpu.h"; /* the other's */
+    size_t length = strlen(name), end = strlen(suffix);
+    if (length > end && strcmp(name + length - end, suffix) == 0) return false;
+    if (strcmp(name, "matrix.h") == 0) return mentions->matrices;
+    if (strcmp(name, "simdgroup_matrix.h") == 0) return mentions->simdgroup_matrices;
+    return true;
+}
+
+/* v.xyz: the components as bits 0 to 3 of `used` and as numbers; how many, or 0 where it is no swizzle. */
+static int read_swizzle(const mtl_token *token, int component[4], unsigned *used) {
+    static const char *const letters[] = {"xyzw", "rgba"};
+    if (token->kind != MTL_TOKEN_IDENTIFIER || token->length < 2 || token->length > 4) return 0;
+    for (int set = 0; set < 2; set++) {
+        size_t i = 0;
+        *used = 0;
+        for (; i < token->length; i++) {
+            const char *found = memchr(letters[set], token->text[i], 4);
+            if (!found) break;
+            component[i] = (int)(found - letters[set]);
+            *used |= 1u << component[i];
+        }
+        if (i == token->length) return (int)token->length;
+    }
+    return 0;
+}
+
+static void add_swizzle(mtl_text lists[3], const mtl_token *token) {
+    int component[4];
+    unsigned used;
+    int count = read_swizzle(token, component, &used);
+    if (!count) return;
+    mtl_text entry = {0};
+    mtl_text_format(&entry, " S%d(%.*s", count, (int)token->length, token->text);
+    for (int i = 0; i < count; i++) mtl_text_format(&entry, ", %d", component[i]);
+    mtl_text_add_string(&entry, ")");
+    for (int width = 2; width <= 4; width++) {
+        mtl_text *list = &lists[width - 2];
+        if (used >> width || strstr(mtl_text_string(list), mtl_text_string(&entry))) continue;
+        if (entry.failed) list->failed = true;
+        else mtl_text_add(list, entry.data, entry.length);
+    }
+    mtl_text_free(&entry);
+}
+
+/* A vector has the swizzles that the source mentions: all of them would be 680 members. */
+static void add_swizzles(mtl_text *out, const mtl_definition *definition) {
+    mtl_text lists[3] = {{0}, {0}, {0}};
+    const char *const sources[] = {definition->header, definition->source};
+    for (int s = 0; s < 2; s++) {
+        mtl_tokens tokens;
+        if (!mtl_tokenize(&tokens, sources[s], strlen(sources[s]))) {
+            out->failed = true;
+            break;
+        }
+        bool member = false;
+        for (size_t i = 0; i < tokens.count; i++) {
+            const mtl_token *token = &tokens.token[i];
+            if (token->kind == MTL_TOKEN_SPACE) continue;
+            /* ## may put one together from letters, or come behind the point */
+            if (member || mtl_token_is(token, "xy") || mtl_token_is(token, "zw") || mtl_token_is(token, "xyz"))
+                add_swizzle(lists, token);
+            member = mtl_token_is(token, ".") || mtl_token_is(token, "->");
+        }
+        mtl_tokens_free(&tokens);
+    }
+    for (int width = 2; width <= 4; width++) {
+        mtl_text *list = &lists[width - 2];
+        mtl_text_format(out, "#define MSL_SWIZZLES_%d(S2, S3, S4)%s\n", width, mtl_text_string(list));
+        out->failed |= list->failed;
+        mtl_text_free(list);
+    }
+}
+
+static void add_prelude(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                        const mtl_unit_options *options) {
+    if (options->math_mode == METALLOID_MATH_FAST) mtl_text_add_string(out, "#define MSL_MATH_FAST 1\n");
+    if (options->target == MTL_TARGET_CUDA) mtl_text_add_string(out, "#define MTL_TARGET_CUDA 1\n");
     if (options->target == MTL_TARGET_CPU) mtl_text_format(out, "#define MTL_STACK_BITS %d\n", options->stack_bits);
+    if (mentions->thread_elements) mtl_text_add_string(out, "#define MSL_THREAD_ELEMENTS 1\n");
+    add_swizzles(out, definition);
     for (int i = 0; i < mtl_msl_part_count; i++) {
         const mtl_msl_part *part = &mtl_msl_parts[i];
-        if (!is_part_of(part->name, options->target)) continue;
+        if (!is_part_of(part->name, mentions, options->target)) continue;
         mtl_text_format(out, "#line 1 \"metalloid/%s\"\n", part->name);
         mtl_text_add(out, part->text, part->length);
         mtl_text_add_string(out, "\n");
     }
 }
 
+static bool has_halves(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types) {
+    bool found = mentions->halves;
+    for (int i = 0; i < definition->input_count; i++) {
+        mtl_dtype dtype = types->inputs[i].dtype;
+        found |= dtype == MTL_F16 || dtype == MTL_BF16;
+    }
+    for (int i = 0; i < definition->output_count; i++)
+        found |= types->outputs[i] == MTL_F16 || types->outputs[i] == MTL_BF16;
+    for (int i = 0; i < types->template_count; i++) {
+        const mtl_template_value *value = &types->template_values[i];
+        found |= value->kind == METALLOID_TEMPLATE_DTYPE && (value->dtype == MTL_F16 || value->dtype == MTL_BF16);
+    }
+    return found;
+}
+
 /* The body as a function, up to its opening brace or semicolon. */
 static void add_signature(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types) {
     add_template_parameters(out, types);
-    mtl_text_format(out, "static inline __attribute__((always_inline)) void custom_kernel_%s(mtl_group &__mtl_group",
+    mtl_text_format(out, "__mtl_inline void custom_kernel_%s(mtl_group &__mtl_group",
                     definition->name);
     for_parameters(out, definition, mentions, types, declare_parameter);
     mtl_text_add_string(out, ")");
 }
 
-/* What calls the body comes before it: macros of the user's header are then none of its business. */
+/* What calls the body comes before it: macros of the user's header are then none of its business. All of it is in Metal's namespace,
+ * which stands between the user's names and those that a compiler has built in. */
 void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
-                          const mtl_types *types, const mtl_unit_options *options) {
-    add_prelude(out, options);
-    mtl_text_add_string(out, "using namespace metal;\n#line 1 \"generated\"\n"
+                          const mtl_types *types, const mtl_unit_options *given) {
+    mtl_unit_options options = *given;
+    options.halves = has_halves(definition, mentions, types);
+    add_prelude(out, definition, mentions, &options);
+    mtl_text_add_string(out, "#line 1 \"generated\"\nnamespace metal {\n"
                              "__mtl_inline uint3 __mtl_uint3(const unsigned *from) { return uint3(from[0], from[1], "
                              "from[2]); }\n");
     add_signature(out, definition, mentions, types);
     mtl_text_add_string(out, ";\n");
-    if (mentions->lanes_meet || options->count_iterations) add_threads(out, definition, mentions, types);
+    if (options.target == MTL_TARGET_CUDA) add_cuda_kernel(out, definition, mentions, types, &options);
+    else if (mentions->lanes_meet || options.count_iterations) add_threads(out, definition, mentions, types);
     else add_loops(out, definition, mentions, types);
     mtl_text_add_string(out, "#line 1 \"header\"\n");
-    mtl_translate(out, definition->header, MTL_REGION_HEADER, options);
+    mtl_translate(out, definition->header, MTL_REGION_HEADER, &options);
     mtl_text_add_string(out, "\n#line 1 \"generated\"\n");
     add_signature(out, definition, mentions, types);
     mtl_text_add_string(out, " {\n#line 1 \"source\"\n");
-    mtl_translate(out, definition->source, MTL_REGION_BODY, options);
-    mtl_text_add_string(out, "\n}\n");
+    mtl_translate(out, definition->source, MTL_REGION_BODY, &options);
+    mtl_text_add_string(out, "\n}\n}\n");
 }

@@ -20,6 +20,7 @@ typedef struct translation {
     const mtl_unit_options *options;
     int variables; /* in threadgroup memory */
     block *scratch;
+    bool in_condition; /* of #if */
     bool failed;
 } translation;
 
@@ -100,13 +101,7 @@ static void blank_range(translation *t, size_t begin, size_t end) {
 
 /* ---- literals --------------------------------------------------------------------------------------------------------------- */
 
-static bool ends_with(const mtl_token *token, const char *lower, const char *upper) {
-    size_t length = strlen(lower);
-    return token->length > length && (memcmp(token->text + token->length - length, lower, length) == 0 ||
-                                      memcmp(token->text + token->length - length, upper, length) == 0);
-}
-
-/* Metal has no double: 1.0 is a float, 1.0h a half, 1.0bf a bfloat. */
+/* Metal has no double: 1.0 is a float. 1.0h and 1.0bf are literals of the header's. */
 static void translate_number(translation *t, size_t i) {
     mtl_token *token = &t->token[i];
     bool hexadecimal = token->length > 1 && token->text[0] == '0' && (token->text[1] == 'x' || token->text[1] == 'X');
@@ -114,17 +109,11 @@ static void translate_number(translation *t, size_t i) {
     const char *exponents = hexadecimal ? "pP" : "eE";
     for (size_t at = 0; at < token->length; at++) floating |= strchr(exponents, token->text[at]) != NULL;
     if (!floating) return;
-    bool has_p = memchr(token->text, 'p', token->length) || memchr(token->text, 'P', token->length);
-    bool digits_only = hexadecimal && !has_p; /* the f of 0x1.f is a digit */
-    const char *type = NULL;
-    size_t suffix = 0;
-    if (!digits_only && ends_with(token, "bf", "BF")) type = "bfloat", suffix = 2;
-    else if (ends_with(token, "h", "H")) type = "half", suffix = 1;
-    else if (!digits_only && ends_with(token, "f", "F")) return;
+    char last = token->text[token->length - 1];
+    bool is_digit = (last >= '0' && last <= '9') || last == '.';
+    if (!is_digit) return;
     mtl_text text = {0};
-    int length = (int)(token->length - suffix);
-    if (type) mtl_text_format(&text, "%s(%.*sf)", type, length, token->text);
-    else mtl_text_format(&text, "%.*sf", length, token->text);
+    mtl_text_format(&text, "%.*sf", (int)token->length, token->text);
     token->replacement = keep(t, &text);
     mtl_text_free(&text);
 }
@@ -331,6 +320,15 @@ static void translate_include(translation *t, size_t i) {
     }
 }
 
+/* ::name is the user's own or Metal's, which stand in one namespace here. */
+static void translate_global(translation *t, size_t i) {
+    size_t previous = before(t, i);
+    static const char *const no_scope[] = {"return", "else", "case", "do", "sizeof", "throw", NULL};
+    if (previous != SIZE_MAX && (is(t, previous, ">") || (is_identifier(t, previous) && !is_one_of(t, previous, no_scope))))
+        return;
+    blank(t, i);
+}
+
 /* ---- loops ------------------------------------------------------------------------------------------------------------------------- */
 
 /* for (...) statement   becomes   for (...) if (__mtl_iterate()); else statement */
@@ -352,16 +350,100 @@ static void count_iterations(translation *t, size_t i) {
     t->token[close].behind = count;
 }
 
+/* ---- arms of ?: ----------------------------------------------------------------------------------------------------------------------- */
+
+static void add_before(translation *t, size_t i, const char *text) {
+    mtl_text joined = {0};
+    mtl_text_format(&joined, "%s%s", text, t->token[i].before ? t->token[i].before : "");
+    t->token[i].before = keep(t, &joined);
+    mtl_text_free(&joined);
+}
+
+static void add_behind(translation *t, size_t i, const char *text) {
+    mtl_text joined = {0};
+    mtl_text_format(&joined, "%s%s", t->token[i].behind ? t->token[i].behind : "", text);
+    t->token[i].behind = keep(t, &joined);
+    mtl_text_free(&joined);
+}
+
+/* Behind a list of template arguments that opens at `i` and is followed by what makes it one; `i` where it is a comparison. */
+static size_t behind_arguments(const translation *t, size_t i) {
+    static const char *const follow[] = {"(", "::", "{", NULL};
+    size_t behind = behind_angle(t, i);
+    return behind > i && is_one_of(t, behind, follow) ? behind : i;
+}
+
+/* Whether the token at `i` may be in a list of template arguments: a < before it that nothing closes. */
+static bool in_angles(const translation *t, size_t i) {
+    static const char *const ends[] = {";", "{", "}", "(", "[", NULL};
+    long depth = 0, brackets = 0;
+    for (size_t at = before(t, i); at != SIZE_MAX; at = before(t, at)) {
+        if (is(t, at, ")") || is(t, at, "]")) brackets++;
+        else if (brackets > 0 && (is(t, at, "(") || is(t, at, "["))) brackets--;
+        else if (brackets > 0) continue;
+        else if (is_one_of(t, at, ends)) return false;
+        else if (is(t, at, ">")) depth++;
+        else if (is(t, at, "<") && depth-- == 0) return true;
+    }
+    return false;
+}
+
+/* The end of the arm that begins at `i`: its colon (`middle`), or what follows the whole expression. t->count: not found. */
+static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) {
+    static const char *const ends[] = {",", ";", ")", "]", "}", NULL};
+    long nested = 0;
+    bool directive = t->token[i].in_directive;
+    for (size_t at = i; at < t->count;) {
+        if (t->token[at].in_directive != directive) return middle ? t->count : at;
+        if (is_one_of(t, at, ends) && !(middle && is(t, at, ","))) return middle ? t->count : at;
+        if (is(t, at, "?")) nested++;
+        if (is(t, at, ":") && nested-- == 0) return at;
+        if (!middle && angles && nested <= 0 && is(t, at, ">")) return at;
+        size_t behind = is(t, at, "<") ? behind_arguments(t, at) : at;
+        if (behind > at) at = behind;
+        else at = is(t, at, "(") || is(t, at, "[") || is(t, at, "{") ? behind_bracket(t, at) : after(t, at);
+    }
+    return t->count;
+}
+
+/* [begin, end) in metal::arm(...), which gives both arms a type that C++ finds in common: half is a class. A literal has one. */
+static void wrap_arm(translation *t, size_t begin, size_t end) {
+    size_t last = before(t, end);
+    if (begin >= end || last == SIZE_MAX || last < begin) return;
+    if (begin == last && t->token[begin].kind == MTL_TOKEN_NUMBER) return;
+    add_before(t, begin, "metal::arm(");
+    add_behind(t, last, ")");
+}
+
+static void translate_condition(translation *t, size_t i) {
+    size_t first = after(t, i), colon = arm_end(t, first, true, false);
+    if (first >= t->count || colon >= t->count || !is(t, colon, ":")) return;
+    size_t second = after(t, colon);
+    if (second >= t->count) return;
+    size_t end = arm_end(t, second, false, in_angles(t, i));
+    wrap_arm(t, first, colon);
+    wrap_arm(t, second, end);
+}
+
 /* ---- all of it ------------------------------------------------------------------------------------------------------------------------ */
 
 static void translate_token(translation *t, size_t i) {
     const mtl_token *token = &t->token[i];
     if (token->replacement) return; /* dealt with on the way to an earlier one */
+    if (token->in_directive && is(t, i, "#")) {
+        size_t name = after(t, i);
+        t->in_condition = is(t, name, "if") || is(t, name, "elif");
+    } else if (!token->in_directive) {
+        t->in_condition = false;
+    }
+    if (t->in_condition) return; /* the preprocessor's own arithmetic */
     switch (token->kind) {
     case MTL_TOKEN_NUMBER: translate_number(t, i); break;
     case MTL_TOKEN_INCLUDE: translate_include(t, i); break;
     case MTL_TOKEN_PUNCTUATION:
         if (is(t, i, "[") && is(t, i + 1, "[")) translate_attribute(t, i);
+        else if (is(t, i, "?") && t->options->halves) translate_condition(t, i);
+        else if (is(t, i, "::")) translate_global(t, i);
         break;
     case MTL_TOKEN_IDENTIFIER:
         if (is_one_of(t, i, plain_spaces)) blank(t, i);
