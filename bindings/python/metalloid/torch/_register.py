@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C import _functions, _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 library = torch.library.Library("metalloid", "DEF")
 
@@ -112,7 +112,7 @@ def _refuse_gradients(operator: Operator, updates: tuple[str, ...]) -> None:
             results = operator.overload(*arguments, **keywords)
         if not recorded:
             return results
-        refuse = torch._C._functions.DelayedError(message.encode(), len(results))
+        refuse = _functions.DelayedError(message.encode(), len(results))
         return refuse(*(result.detach().requires_grad_() for result in results))
 
     library.impl(operator.name, kernel, "Autograd")
