@@ -57,6 +57,7 @@ lint:
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	@tools/format_elixir --check-formatted
+	tools/check_types
 	cmake --preset debug
 	cmake --build --preset debug
 	run-clang-tidy -quiet -p build/debug '/(src|cli)/.*\.c$$' 2>/dev/null

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functions, _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 library = torch.library.Library("metalloid", "DEF")
 
@@ -50,7 +51,7 @@ def _nothing_watches() -> bool:
         torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._is_any_autocast_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
     )
@@ -78,7 +79,7 @@ def define(
         torch.library.register_autograd(f"metalloid::{name}", backward, setup_context=setup_context, lib=library)
         operator.recorded = _function(name, compute, setup_context, backward)
     else:
-        _refuse_gradients(operator)
+        _refuse_gradients(operator, updates)
     if updates:
         _count_writes(operator, updates)
     return operator
@@ -97,17 +98,24 @@ def _function(
     return type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
 
 
-def _refuse_gradients(operator: Operator) -> None:
-    """Where PyTorch would return results that have no gradient, in silence."""
+def _refuse_gradients(operator: Operator, updates: tuple[str, ...]) -> None:
+    """Where PyTorch would return results that have no gradient, in silence: going back through them is an error, and so
+    is the call where it writes tensors, which would lose theirs."""
+    message = f"torch.ops.metalloid.{operator.name} cannot be differentiated"
 
-    def refuse(*arguments: Any, **keywords: Any) -> Any:
+    def kernel(*arguments: Any, **keywords: Any) -> Any:
         tensors = [a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise NotImplementedError(f"torch.ops.metalloid.{operator.name} cannot be differentiated")
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if recorded and updates:
+            raise NotImplementedError(message)
         with torch._C._AutoDispatchBelowAutograd():
-            return operator.overload(*arguments, **keywords)
+            results = operator.overload(*arguments, **keywords)
+        if not recorded:
+            return results
+        refuse = _functions.DelayedError(message.encode(), len(results))
+        return refuse(*(result.detach().requires_grad_() for result in results))
 
-    library.impl(operator.name, refuse, "Autograd")
+    library.impl(operator.name, kernel, "Autograd")
 
 
 def _count_writes(operator: Operator, updates: tuple[str, ...]) -> None:
