@@ -369,7 +369,7 @@ def test_the_handler_refuses_what_it_was_not_made_for():
         ((x,), {}),
         ((x,), {"given": one}),
         ((x,), {"given": one, "eps": np.float32(1)}),
-        ((x,), {"given": np.int32(1), "eps": eps}),
+        ((x,), {"given": np.int32(1), "eps": np.float64(2e-5)}),
         ((x,), {"given": three, "eps": eps}),
         ((x, x), {"given": one, "eps": eps}),
         ((x,) * 9, {"given": one, "eps": eps}),

@@ -159,8 +159,8 @@ class Operations(ABC, Generic[A]):
             TypeError: an argument that is no array or number.
 
         >>> import numpy as np
-        >>> np.asarray(rms_norm(np.array([[3.0, 4.0]], np.float32), None, 0.0)).round(4).tolist()
-        [[0.8485000133514404, 1.131399989128113]]
+        >>> np.asarray(rms_norm(np.array([[2.0, 2.0]], np.float32), None, 0.0)).tolist()
+        [[1.0, 1.0]]
         """
         return self._call("rms_norm", (x, weight), (real("rms_norm", "eps", eps),))[0]
 
@@ -622,8 +622,8 @@ class Operations(ABC, Generic[A]):
 
         >>> import numpy as np
         >>> loss = cross_entropy(np.zeros((2, 4), np.float32), np.array([3, -100], np.int32), ignore_index=-100)
-        >>> np.asarray(loss).round(4).tolist()
-        [1.3863000869750977, 0.0]
+        >>> [round(float(one), 4) for one in np.asarray(loss)]
+        [1.3863, 0.0]
         """
         ignored = 0 if ignore_index is None else integer("cross_entropy", "ignore_index", ignore_index)
         return self._call("cross_entropy", (logits, targets), integers=(int(ignore_index is not None), ignored))[0]
