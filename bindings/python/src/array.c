@@ -52,15 +52,15 @@ static bool refuse_to_write(const char *op, const char *name) {
     return false;
 }
 
-/* str(cause) on one line; a new reference. */
-static PyObject *in_one_line(PyObject *cause) {
-    PyObject *text = PyObject_Str(cause), *words = text ? PyUnicode_Split(text, NULL, -1) : NULL;
-    PyObject *space = words ? PyUnicode_FromString(" ") : NULL, *line = space ? PyUnicode_Join(space, words) : NULL;
-    Py_XDECREF(space);
-    Py_XDECREF(words);
+/* The first line of str(cause), beyond which PyTorch prints a backtrace; a new reference. */
+static PyObject *first_line(PyObject *cause) {
+    PyObject *text = PyObject_Str(cause), *stripped = text ? PyObject_CallMethod(text, "strip", NULL) : NULL;
+    PyObject *lines = stripped ? PyUnicode_Splitlines(stripped, false) : NULL;
+    PyObject *line = lines && PyList_GET_SIZE(lines) > 0 ? Py_NewRef(PyList_GET_ITEM(lines, 0)) : NULL;
+    Py_XDECREF(lines);
+    Py_XDECREF(stripped);
     Py_XDECREF(text);
-    if (line && PyUnicode_GET_LENGTH(line) > 0) return line;
-    Py_XDECREF(line);
+    if (line) return line;
     PyErr_Clear(); /* of an exception that cannot be printed */
     return PyUnicode_FromString(Py_TYPE(cause)->tp_name);
 }
@@ -75,7 +75,7 @@ static bool refuse_export(const char *op, const char *name) {
     Py_DECREF(type);
     Py_XDECREF(traceback);
 
-    PyObject *error, *line = in_one_line(cause);
+    PyObject *error, *line = first_line(cause);
     if (line) PyErr_Format(PyExc_ValueError, "%s: the memory of %s cannot be shared: %U", op, name, line);
     Py_XDECREF(line);
     PyErr_Fetch(&type, &error, &traceback);
@@ -244,24 +244,31 @@ static bool open_capsule(mtl_array *opened, module_state *state, PyObject *metho
     return done;
 }
 
-/* A PyTorch tensor that records gradients: fine where recording is off, an error where the gradient would get lost. */
-static bool detach(mtl_array *opened, PyObject **object, const char *op, const char *name) {
-    PyObject *modules = PyImport_GetModuleDict(), *torch = PyDict_GetItemString(modules, "torch");
-    if (!torch) return true;
-    PyObject *enabled = PyObject_CallMethod(torch, "is_grad_enabled", NULL);
-    if (!enabled) return false;
-    Py_DECREF(enabled);
-    if (enabled == Py_True) {
-        PyErr_Format(
-            PyExc_ValueError,
-            "%s: %s requires gradients, which this function does not record: pass %s.detach(), or call it under "
-            "torch.no_grad()",
-            op, name, name);
-        return false;
+/* What a PyTorch tensor says beside its memory: false for one that records gradients, where they would get lost, and for one whose
+ * memory holds its negated values. */
+static bool check_tensor(module_state *state, PyObject *object, PyObject *requires_grad, const char *op,
+                         const char *name) {
+    if (requires_grad == Py_True) {
+        PyObject *torch = PyDict_GetItemWithError(PyImport_GetModuleDict(), state->torch);
+        PyObject *enabled = torch ? PyObject_CallMethodNoArgs(torch, state->is_grad_enabled) : NULL;
+        if (!enabled && PyErr_Occurred()) return false;
+        Py_XDECREF(enabled);
+        if (enabled == Py_True) {
+            PyErr_Format(
+                PyExc_ValueError,
+                "%s: %s requires gradients, which this function does not record: call metalloid.torch.%s, pass "
+                "%s.detach(), or call it under torch.no_grad()",
+                op, name, op, name);
+            return false;
+        }
     }
-    opened->detached = PyObject_CallMethod(*object, "detach", NULL);
-    *object = opened->detached;
-    return opened->detached != NULL;
+    PyObject *negated = PyObject_CallMethodNoArgs(object, state->is_neg);
+    if (!negated && !PyErr_ExceptionMatches(PyExc_AttributeError)) return false;
+    if (!negated) PyErr_Clear();
+    Py_XDECREF(negated);
+    if (negated != Py_True) return true;
+    PyErr_Format(PyExc_ValueError, "%s: %s is a view of negated memory: pass %s.resolve_neg()", op, name, name);
+    return false;
 }
 
 bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool writable, const char *op,
@@ -272,10 +279,10 @@ bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool w
     opened->managed = NULL;
     if (PyArray_Check(object)) return open_numpy(opened, (PyArrayObject *)object, writable, op, name);
 
-    PyObject *attribute;
-    if (!optional_attribute(object, state->requires_grad, &attribute)) return refuse_export(op, name);
-    Py_XDECREF(attribute);
-    if (attribute == Py_True && !detach(opened, &object, op, name)) return false;
+    PyObject *attribute, *requires_grad;
+    if (!optional_attribute(object, state->requires_grad, &requires_grad)) return refuse_export(op, name);
+    Py_XDECREF(requires_grad);
+    if (requires_grad && !check_tensor(state, object, requires_grad, op, name)) return false;
 
     if (!optional_attribute((PyObject *)Py_TYPE(object), state->exchange_api, &attribute))
         return refuse_export(op, name);
@@ -286,6 +293,10 @@ bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool w
     }
     Py_XDECREF(attribute);
 
+    if (requires_grad == Py_True) { /* whose __dlpack__ refuses */
+        object = opened->detached = PyObject_CallMethod(object, "detach", NULL);
+        if (!object) return refuse_export(op, name);
+    }
     if (PyType_Check(object) || !optional_attribute(object, state->dlpack, &attribute)) attribute = NULL;
     if (attribute) {
         bool done = open_capsule(opened, state, attribute, writable, op, name);
@@ -481,25 +492,24 @@ static PyObject *allocate_numpy(const mtl_array *like, DLDataType dtype, int ran
     return PyArray_SimpleNew(rank, extents, type);
 }
 
-static PyObject *allocate_torch(PyObject *torch, PyObject *like, DLDataType dtype, int rank, const int64_t *shape) {
-    PyObject *result = NULL, *empty = NULL, *type = NULL, *device = NULL, *names = NULL, *extents = PyTuple_New(rank);
+static PyObject *allocate_torch(module_state *state, PyObject *torch, PyObject *like, DLDataType dtype, int rank,
+                                const int64_t *shape) {
+    PyObject *result = NULL, *empty = NULL, *type = NULL, *device = NULL, *extents = PyTuple_New(rank);
     if (!extents) return NULL;
     for (int axis = 0; axis < rank; axis++) {
         PyObject *extent = PyLong_FromLongLong(shape[axis]);
         if (!extent) goto done;
         PyTuple_SET_ITEM(extents, axis, extent);
     }
-    type = PyObject_GetAttrString(torch, dtype.code == kDLBfloat ? "bfloat16"
-                                         : dtype.bits == 16      ? "float16"
-                                         : dtype.bits == 32      ? "float32"
-                                                                 : "float64");
-    empty = PyObject_GetAttrString(torch, "empty");
-    device = PyObject_GetAttrString(like, "device");
-    names = Py_BuildValue("(ss)", "dtype", "device");
-    if (type && empty && device && names)
-        result = PyObject_Vectorcall(empty, (PyObject *[]){extents, type, device}, 1, names);
+    type = PyObject_GetAttr(torch, dtype.code == kDLBfloat ? state->bfloat16
+                                   : dtype.bits == 16      ? state->float16
+                                   : dtype.bits == 32      ? state->float32
+                                                           : state->float64);
+    empty = PyObject_GetAttr(torch, state->empty);
+    device = PyObject_GetAttr(like, state->device);
+    if (type && empty && device)
+        result = PyObject_Vectorcall(empty, (PyObject *[]){extents, type, device}, 1, state->dtype_and_device);
 done:
-    Py_XDECREF(names);
     Py_XDECREF(device);
     Py_XDECREF(empty);
     Py_XDECREF(type);
@@ -508,10 +518,10 @@ done:
 }
 
 /* 1: a tensor of PyTorch, whose module goes to *torch (borrowed); 0: not; -1: error. */
-static int is_torch(PyObject *object, PyObject **torch) {
-    *torch = PyDict_GetItemString(PyImport_GetModuleDict(), "torch");
-    if (!*torch) return 0;
-    PyObject *tensor = PyObject_GetAttrString(*torch, "Tensor");
+static int is_torch(module_state *state, PyObject *object, PyObject **torch) {
+    *torch = PyDict_GetItemWithError(PyImport_GetModuleDict(), state->torch);
+    if (!*torch) return PyErr_Occurred() ? -1 : 0;
+    PyObject *tensor = PyObject_GetAttr(*torch, state->tensor);
     if (!tensor) {
         PyErr_Clear(); /* another module of that name */
         return 0;
@@ -534,7 +544,7 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
     if (PyArray_Check(like->object)) {
         result = allocate_numpy(like, dtype, rank, shape);
     } else {
-        int is = is_torch(like->object, &torch);
+        int is = is_torch(state, like->object, &torch);
         if (is < 0) return NULL;
         DLDeviceType device = like->tensor.device.device_type;
         if (device != kDLCPU && device != kDLCUDAHost && !(MTL_WITH_CUDA && array_on_cuda(like))) {
@@ -549,7 +559,7 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
             return NULL;
         }
         if (!is) return allocate_memory(opened, state, like, dtype, rank, shape, op);
-        result = allocate_torch(torch, like->object, dtype, rank, shape);
+        result = allocate_torch(state, torch, like->object, dtype, rank, shape);
     }
     if (result && !array_open(opened, state, result, false, op, "out")) {
         array_close(opened);
@@ -569,21 +579,49 @@ PyObject *array_finish(PyObject *allocated, module_state *state) {
 
 bool arrays_init(PyObject *module, module_state *state) {
     if (PyArray_ImportNumPyAPI() < 0) return false;
-    state->dlpack = PyUnicode_InternFromString("__dlpack__");
-    state->exchange_api = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
-    state->requires_grad = PyUnicode_InternFromString("requires_grad");
+    const struct {
+        PyObject **name;
+        const char *text;
+    } names[] = {{&state->dlpack, "__dlpack__"},
+                 {&state->exchange_api, "__dlpack_c_exchange_api__"},
+                 {&state->requires_grad, "requires_grad"},
+                 {&state->is_grad_enabled, "is_grad_enabled"},
+                 {&state->is_neg, "is_neg"},
+                 {&state->torch, "torch"},
+                 {&state->tensor, "Tensor"},
+                 {&state->empty, "empty"},
+                 {&state->device, "device"},
+                 {&state->float64, "float64"},
+                 {&state->float32, "float32"},
+                 {&state->float16, "float16"},
+                 {&state->bfloat16, "bfloat16"}};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        *names[i].name = PyUnicode_InternFromString(names[i].text);
+        if (!*names[i].name) return false;
+    }
     state->max_version_name = Py_BuildValue("(s)", "max_version");
     state->max_version = Py_BuildValue("(ii)", 1, 3);
+    state->dtype_and_device = Py_BuildValue("(ss)", "dtype", "device");
     state->memory_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &memory_spec, NULL);
-    return state->dlpack && state->exchange_api && state->requires_grad && state->max_version_name &&
-           state->max_version && state->memory_type;
+    return state->max_version_name && state->max_version && state->dtype_and_device && state->memory_type;
 }
 
 void arrays_clear(module_state *state) {
     Py_CLEAR(state->dlpack);
     Py_CLEAR(state->exchange_api);
     Py_CLEAR(state->requires_grad);
+    Py_CLEAR(state->is_grad_enabled);
+    Py_CLEAR(state->is_neg);
+    Py_CLEAR(state->torch);
+    Py_CLEAR(state->tensor);
+    Py_CLEAR(state->empty);
+    Py_CLEAR(state->device);
+    Py_CLEAR(state->float64);
+    Py_CLEAR(state->float32);
+    Py_CLEAR(state->float16);
+    Py_CLEAR(state->bfloat16);
     Py_CLEAR(state->max_version_name);
     Py_CLEAR(state->max_version);
+    Py_CLEAR(state->dtype_and_device);
     Py_CLEAR(state->memory_type);
 }

@@ -1,0 +1,192 @@
+"""How an operation becomes an operator of PyTorch.
+
+An operator is a schema with three functions: `compute` calls the library on real tensors, `fake` says what it would
+return (for torch.compile and the like), `backward` gives its gradient. All are registered from Python, with no compiled
+part: an extension in C++ would tie a wheel to a release of PyTorch, or a user to a compiler, and saves little, since
+most of a call's time is PyTorch's dispatcher, which a call goes around where it has nothing to do there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("metalloid", "DEF")
+
+# An operator takes any strides, so that Inductor need not keep those that it saw while tracing.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Operator:
+    """torch.ops.metalloid.<name>, called in the shortest way that PyTorch would not notice."""
+
+    def __init__(self, name: str, compute: Callable[..., Any]) -> None:
+        self.name = name
+        self.compute = compute
+        self.overload = getattr(torch.ops.metalloid, name).default
+        self.recorded: Callable[..., Any] | None = None  # compute, as a torch.autograd.Function
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not torch.compiler.is_compiling() and _nothing_watches():
+            plain, recorded = True, False
+            for argument in arguments:
+                if type(argument) in _PLAIN:
+                    plain = plain and (argument.is_cpu or argument.is_cuda)
+                    recorded = recorded or argument.requires_grad
+                elif isinstance(argument, Tensor):
+                    plain = False
+            if plain and not (recorded and torch.is_grad_enabled()):
+                return self.compute(*arguments)
+            if plain and self.recorded is not None:
+                return self.recorded(*arguments)
+        return self.overload(*arguments)
+
+
+def _nothing_watches() -> bool:
+    """No mode, transform, tracer, profiler or autocast that wants to see a call."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def define(
+    schema: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    *,
+    updates: tuple[str, ...] = (),
+    backends: tuple[str, ...] = ("CPU", "CUDA"),
+) -> Operator:
+    """Registers torch.ops.metalloid.<name>. It writes the tensors `updates`; without `backward` it refuses to be
+    differentiated."""
+    library.define(schema, tags=_TAGS)
+    name = schema.partition("(")[0]
+    operator = Operator(name, compute)
+    for backend in backends:
+        library.impl(name, compute, backend)
+    torch.library.register_fake(f"metalloid::{name}", fake, lib=library)
+    if backward is not None:
+        torch.library.register_autograd(f"metalloid::{name}", backward, setup_context=setup_context, lib=library)
+        operator.recorded = _function(name, compute, setup_context, backward)
+    else:
+        _refuse_gradients(operator)
+    if updates:
+        _count_writes(operator, updates)
+    return operator
+
+
+def _function(
+    name: str, compute: Callable[..., Any], setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    def forward(ctx: Any, *arguments: Any) -> Any:  # with a setup_context of its own it would take twice the time
+        result = compute(*arguments)
+        if setup_context is not None:
+            setup_context(ctx, arguments, result)
+        return result
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+
+
+def _refuse_gradients(operator: Operator) -> None:
+    """Where PyTorch would return results that have no gradient, in silence."""
+
+    def refuse(*arguments: Any, **keywords: Any) -> Any:
+        tensors = [a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise NotImplementedError(f"torch.ops.metalloid.{operator.name} cannot be differentiated")
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.overload(*arguments, **keywords)
+
+    library.impl(operator.name, refuse, "Autograd")
+
+
+def _count_writes(operator: Operator, updates: tuple[str, ...]) -> None:
+    """By which autograd notices that a tensor which it has saved was written."""
+    overload = operator.overload
+    names = [argument.name for argument in overload._schema.arguments]
+    compute = operator.compute
+
+    def computed(*arguments: Any) -> Any:
+        result = compute(*arguments)
+        torch.autograd.graph.increment_version([arguments[names.index(name)] for name in updates])
+        return result
+
+    def count(keys: Any, *arguments: Any, **keywords: Any) -> Any:
+        given = {**dict(zip(names, arguments, strict=False)), **keywords}
+        torch.autograd.graph.increment_version([given[name] for name in updates])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments, **keywords)
+
+    operator.compute = computed
+    library.impl(operator.name, count, "ADInplaceOrView", with_keyset=True)
+
+
+def lower_precision(operator: Operator, *arguments: str, **like: str) -> None:
+    """Under torch.autocast the floating tensors `arguments` come in its dtype, those named in `like` in that of
+    another one."""
+    places = {argument.name: place for place, argument in enumerate(operator.overload._schema.arguments)}
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if eligible else value
+
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(*given: Any, device: str = device, keys: Any = keys, **named: Any) -> Any:
+            dtype, values = torch.get_autocast_dtype(device), list(given)
+            for argument in (*arguments, *like):
+                place = places[argument]
+                holder: Any = values if place < len(values) else named
+                at = place if place < len(values) else argument
+                if holder is named and argument not in named:
+                    continue
+                model = like.get(argument)
+                wanted = (
+                    dtype
+                    if model is None
+                    else (values[places[model]] if places[model] < len(values) else named[model]).dtype
+                )
+                holder[at] = cast(holder[at], wanted)
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return operator.overload(*values, **named)
+
+        library.impl(operator.name, kernel, key)
+
+
+def promote(first: torch.dtype, *others: Tensor | None) -> torch.dtype:
+    for other in others:
+        if other is not None:
+            first = torch.promote_types(first, other.dtype)
+    return first
+
+
+def wide(*tensors: Tensor | None) -> torch.dtype:
+    """What a gradient is computed in."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def widen(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype of what it is the gradient of."""
+    return None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+
+
+def needs_gradient(ctx: Any, place: int) -> bool:
+    """Of an argument; the dispatcher leaves out those that stand at the end and are the default."""
+    return place < len(ctx.needs_input_grad) and ctx.needs_input_grad[place]
