@@ -106,7 +106,8 @@ def calls():
         case("rope offsets", "rope", a, 8, **{**rope, "offset": np.array([3, 40], np.int32)}),
         case("rope freqs", "rope", a, 8, **{**rope, "base": None, "freqs": frequencies}),
         case("rope position_ids", "rope", a, 8, **{**rope, "offset": 0, "position_ids": ids}),
-        case("rope inv_freqs, time_axis", "rope", a, 8, **{**rope, "base": None, "inv_freqs": frequencies, "time_axis": 1}),
+        case("rope inv_freqs, time_axis", "rope", a, 8,
+             **{**rope, "base": None, "inv_freqs": frequencies, "time_axis": 1}),
         case("qk_norm_rope", "qk_norm_rope", a, normal(2, 1, 4, 8), normal(8), normal(8), 1e-5, 8, **rope),
         case("swiglu", "swiglu", x, normal(3, 5, 16)),
         case("geglu", "geglu", x, normal(3, 5, 16)),
@@ -134,7 +135,7 @@ CALLS = calls()
 
 
 def slope(call, directions, cotangents, step=1e-5):
-    """The derivative of the sum of cotangent * result along directions of the floating arrays, by differences in float64."""
+    """The derivative of the sum of cotangent * result along directions of floating arrays, by float64 differences."""
 
     def at(distance):
         arrays = [

@@ -78,7 +78,7 @@ def test_float64_where_jax_has_it():
 def test_mixed_dtypes_promote(op):
     x, y = np.ones(8, np.float16), np.ones(8, ml_dtypes.bfloat16)
     args = (x, y, 1e-5) if op == "rms_norm" else (x, y)
-    result = getattr(mj, op)(*map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, args))
+    result = getattr(mj, op)(*(jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in args))
     assert result.dtype == jnp.float32
     assert_same_bits(np.asarray(result), getattr(metalloid, op)(*args))
 
@@ -339,22 +339,24 @@ rope_keywords = {"traditional": False, "base": 1e4, "scale": 1.0, "offset": 0}
     ],
 )
 def test_bad_input_is_an_exception_while_tracing(op, args, keywords, argument, exception):
-    for convert in (lambda a: a, lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a):
-        given = [convert(a) for a in args], {name: convert(a) for name, a in keywords.items()}
-        for run in (
-            lambda: getattr(mj, op)(*given[0], **given[1]),
-            jax.jit(lambda: getattr(mj, op)(*given[0], **given[1])),
-        ):
+    def call(convert):
+        return getattr(mj, op)(*map(convert, args), **{name: convert(a) for name, a in keywords.items()})
+
+    def to_jax(a):
+        return jnp.asarray(a) if isinstance(a, np.ndarray) else a
+
+    for convert in (lambda a: a, to_jax):
+        for run in (call, jax.jit(call, static_argnums=0)):
             with pytest.raises(exception, match=rf"^{op}: .*\b{argument}\b"):
-                run()
+                run(convert)
 
 
 def test_what_only_values_show_is_an_exception_when_it_runs():
     with pytest.raises(jax.errors.JaxRuntimeError, match="targets must lie in"):
         mj.cross_entropy(jnp.ones((2, 4)), jnp.array([1, 4])).block_until_ready()
+    cache = jnp.ones((1, 4, 2, 8))
+    step = jax.jit(lambda at: mj.kv_cache_sdpa_update(*[cache[:, :1]] * 3, cache, cache, at, None, 1.0))
     with pytest.raises(jax.errors.JaxRuntimeError, match="offset must lie in"):
-        cache = jnp.ones((1, 4, 2, 8))
-        step = jax.jit(lambda at: mj.kv_cache_sdpa_update(*[cache[:, :1]] * 3, cache, cache, at, None, 1.0))
         step(4)[0].block_until_ready()
 
 

@@ -150,13 +150,12 @@ def _run(call: _Call, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     # In a shard_map results vary over the mesh axes that any argument varies over.
     axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
     arrays = tuple(_varying(a, axes) for a in arrays)
-    over = jax.typeof(arrays[0]).manual_axis_type
     results = jax.ffi.ffi_call(
         f"metalloid_{call.operation}",
-        [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), manual_axis_type=over) for shape, dtype in shapes],
+        [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes],
         input_output_aliases={3: 1, 4: 2} if call.operation == "kv_cache_sdpa_update" else None,
     )(*arrays, given=np.int64(call.given), **attributes)
-    return tuple(results)
+    return tuple(_varying(r, axes) for r in results)
 
 
 def _varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
