@@ -2,11 +2,14 @@
 
 import re
 
-ARGUMENT = re.compile(r"^((?:[a-z_]+, )*[a-z_]+): (.*)$")
+NAMES = r"(?:[a-z_]+, )*[a-z_]+: "
+ARGUMENT = re.compile(rf"^({NAMES})(.*)$")
 
 
 def escaped(text):
-    return re.sub(r"([*`_|\\])", r"\\\1", text)
+    """With what stands in backquotes as code."""
+    parts = text.split("`")
+    return "``".join(part if i % 2 else re.sub(r"([*_|\\])", r"\\\1", part) for i, part in enumerate(parts))
 
 
 def rewrite(app, what, name, obj, options, lines):
@@ -25,10 +28,10 @@ def rewrite(app, what, name, obj, options, lines):
             blocks[-1].append(line) if starts_anew else blocks[-1].__setitem__(-1, f"{blocks[-1][-1]} {line}")
     lines[:] = []
     for block in blocks:
-        for paragraph in block:
+        for paragraph in (part for whole in block for part in re.split(rf"(?<=\.) (?={NAMES})", whole)):
             argument = ARGUMENT.match(paragraph)
             if argument:
-                lines.append(f"- **{escaped(argument[1])}**: {escaped(argument[2])}")
+                lines.append(f"- **{escaped(argument[1][:-2])}**: {escaped(argument[2])}")
             else:
                 lines.extend(["", escaped(paragraph), ""])
         lines.append("")

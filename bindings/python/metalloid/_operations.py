@@ -197,7 +197,7 @@ class Operations(ABC, Generic[A]):
             eps: finite, not negative.
 
         Returns:
-            ``(sum, norm)``: x and residual promoted, and with weight.
+            ``(sum, norm)``, the sum of x's and residual's dtypes promoted, the norm with weight's too.
 
         Raises:
             ValueError: a dtype, rank, shape or value that is refused.
@@ -222,7 +222,7 @@ class Operations(ABC, Generic[A]):
             eps: finite, not negative.
 
         Returns:
-            ``(sum, norm)``: x and residual promoted, and as layer_norm does from there.
+            ``(sum, norm)``, the sum of x's and residual's dtypes promoted, the norm as layer_norm does from there.
 
         Raises:
             ValueError: a dtype, rank, shape or value that is refused.
@@ -577,8 +577,8 @@ class Operations(ABC, Generic[A]):
             scale: finite, multiplies the scores.
 
         Returns:
-            ``(out, k_cache, v_cache)``: {B, N_q, T_q, D_v}, q and the caches promoted, and the new caches, which take
-            the memory of the old ones where nobody else holds it.
+            ``(out, k_cache, v_cache)``, out {B, N_q, T_q, D_v}, q and the caches promoted, and the new caches, which
+            take the memory of the old ones where nobody else holds it.
 
         Raises:
             ValueError: a dtype, rank, shape or value that is refused.
@@ -652,8 +652,8 @@ class Operations(ABC, Generic[A]):
             stream: ignored.
 
         Returns:
-            ``[out, state]``: {B, T, H_v, D_v}, q and k promoted, and {B, H_v, D_v, D_k}, float32 (float64 where an
-            array is).
+            ``[out, state]``, out {B, T, H_v, D_v}, q and k promoted, state {B, H_v, D_v, D_k}, float32 (float64 where
+            an array is).
 
         Raises:
             ValueError: a dtype, rank or shape that is refused.
