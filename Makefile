@@ -70,8 +70,16 @@ format:
 	.venv/bin/ruff check --fix
 	@tools/format_elixir
 
+# The site, into build/docs/html; a reference or link within it that leads nowhere is an error.
+docs:
+	@tools/setup docs
+	@tools/install_python
+	@mkdir -p build/docs/doxygen
+	doxygen docs/Doxyfile
+	.venv/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky -q -b html docs build/docs/html
+
 clean:
 	rm -rf build
 
-.PHONY: all install demo test test-cuda bench sanitize fuzz lint format clean
+.PHONY: all install demo test test-cuda bench sanitize fuzz lint format docs clean
 .NOTPARALLEL:

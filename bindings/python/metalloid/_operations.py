@@ -159,8 +159,8 @@ class Operations(ABC, Generic[A]):
             TypeError: an argument that is no array or number.
 
         >>> import numpy as np
-        >>> np.asarray(rms_norm(np.array([[3.0, 4.0]], np.float32), None, 0.0)).round(4).tolist()
-        [[0.8485000133514404, 1.131399989128113]]
+        >>> np.asarray(rms_norm(np.array([[2.0, 2.0]], np.float32), None, 0.0)).tolist()
+        [[1.0, 1.0]]
         """
         return self._call("rms_norm", (x, weight), (real("rms_norm", "eps", eps),))[0]
 
@@ -197,7 +197,7 @@ class Operations(ABC, Generic[A]):
             eps: finite, not negative.
 
         Returns:
-            ``(sum, norm)``: x and residual promoted, and with weight.
+            ``(sum, norm)``, the sum of x's and residual's dtypes promoted, the norm with weight's too.
 
         Raises:
             ValueError: a dtype, rank, shape or value that is refused.
@@ -222,7 +222,7 @@ class Operations(ABC, Generic[A]):
             eps: finite, not negative.
 
         Returns:
-            ``(sum, norm)``: x and residual promoted, and as layer_norm does from there.
+            ``(sum, norm)``, the sum of x's and residual's dtypes promoted, the norm as layer_norm does from there.
 
         Raises:
             ValueError: a dtype, rank, shape or value that is refused.
@@ -577,8 +577,8 @@ class Operations(ABC, Generic[A]):
             scale: finite, multiplies the scores.
 
         Returns:
-            ``(out, k_cache, v_cache)``: {B, N_q, T_q, D_v}, q and the caches promoted, and the new caches, which take
-            the memory of the old ones where nobody else holds it.
+            ``(out, k_cache, v_cache)``, out {B, N_q, T_q, D_v}, q and the caches promoted, and the new caches, which
+            take the memory of the old ones where nobody else holds it.
 
         Raises:
             ValueError: a dtype, rank, shape or value that is refused.
@@ -622,8 +622,8 @@ class Operations(ABC, Generic[A]):
 
         >>> import numpy as np
         >>> loss = cross_entropy(np.zeros((2, 4), np.float32), np.array([3, -100], np.int32), ignore_index=-100)
-        >>> np.asarray(loss).round(4).tolist()
-        [1.3863000869750977, 0.0]
+        >>> [round(float(one), 4) for one in np.asarray(loss)]
+        [1.3863, 0.0]
         """
         ignored = 0 if ignore_index is None else integer("cross_entropy", "ignore_index", ignore_index)
         return self._call("cross_entropy", (logits, targets), integers=(int(ignore_index is not None), ignored))[0]
@@ -652,8 +652,8 @@ class Operations(ABC, Generic[A]):
             stream: ignored.
 
         Returns:
-            ``[out, state]``: {B, T, H_v, D_v}, q and k promoted, and {B, H_v, D_v, D_k}, float32 (float64 where an
-            array is).
+            ``[out, state]``, out {B, T, H_v, D_v}, q and k promoted, state {B, H_v, D_v, D_k}, float32 (float64 where
+            an array is).
 
         Raises:
             ValueError: a dtype, rank or shape that is refused.

@@ -288,10 +288,10 @@ def _own_attention(call: _Call, inputs: list[Any]) -> Any:
     (scale, softcap), (causal, causal_offset, window) = call.reals, call.integers
     lower_right = causal_offset == _operations.CAUSAL_OFFSET_DEFAULT
     extras = key_mask is not None or softcap or window or call.results == 2 or (causal and not lower_right)
-    bare = mask is None or (mask.dtype == mx.bool_ and not causal)
-    if bare and not extras and k.shape[2] >= q.shape[2]:  # else rows may see no key, of which MLX makes something else
+    # A query that a mask leaves without a key, or a causal one before the first, is something else to MLX.
+    if mask is None and not extras and k.shape[2] >= q.shape[2]:
         return _own["scaled_dot_product_attention"](
-            q, k, v, scale=scale, mask="causal" if causal else mask, sinks=sinks
+            q, k, v, scale=scale, mask="causal" if causal else None, sinks=sinks
         )
     offset = k.shape[2] - q.shape[2] if lower_right else causal_offset
     options = formulas.Attention(scale, bool(causal), offset, window or None, softcap or None)
@@ -321,14 +321,15 @@ def _evaluating(call: _Call) -> Callable[..., list[mx.array]]:
 
     @function.vjp
     def vjp(primals: Any, cotangents: Any, _: Any) -> list[mx.array]:
-        return _vjp(formula, list(primals), list(cotangents))
+        return _vjp(formula, _list(primals), _list(cotangents))
 
     @function.jvp
     def jvp(primals: Any, tangents: Any) -> list[mx.array]:
+        primals, tangents = _list(primals), _list(tangents)
         moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
         def some(*arrays: mx.array) -> list[mx.array]:
-            whole = list(primals)
+            whole = [*primals]
             for i, array in zip(moving, arrays, strict=True):
                 whole[i] = array
             return formula(whole)
@@ -337,10 +338,15 @@ def _evaluating(call: _Call) -> Callable[..., list[mx.array]]:
 
     @function.vmap
     def vmap(inputs: Any, axes: Any) -> tuple[list[mx.array], list[int]]:
-        results = mx.vmap(lambda *arrays: formula(list(arrays)), in_axes=tuple(axes))(*inputs)
+        results = mx.vmap(lambda *arrays: formula(list(arrays)), in_axes=tuple(_list(axes)))(*_list(inputs))
         return results, [0] * call.results
 
     return function
+
+
+def _list(given: Any) -> list[Any]:
+    """MLX hands the only one of something over as it is."""
+    return list(given) if isinstance(given, (tuple, list)) else [given]
 
 
 def _vjp(formula: Callable, primals: list[mx.array], cotangents: list[mx.array]) -> list[mx.array]:

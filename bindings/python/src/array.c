@@ -606,7 +606,9 @@ bool arrays_init(PyObject *module, module_state *state) {
     state->max_version = Py_BuildValue("(ii)", 1, 3);
     state->dtype_and_device = Py_BuildValue("(ss)", "dtype", "device");
     state->memory_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &memory_spec, NULL);
-    return state->max_version_name && state->max_version && state->dtype_and_device && state->memory_type;
+    state->routes = PyDict_New();
+    return state->max_version_name && state->max_version && state->dtype_and_device && state->memory_type &&
+           state->routes;
 }
 
 void arrays_clear(module_state *state) {
@@ -627,4 +629,5 @@ void arrays_clear(module_state *state) {
     Py_CLEAR(state->max_version);
     Py_CLEAR(state->dtype_and_device);
     Py_CLEAR(state->memory_type);
+    Py_CLEAR(state->routes);
 }

@@ -15,6 +15,7 @@ typedef struct module_state {
     PyObject *is_grad_enabled, *is_neg, *torch, *tensor, *empty, *device, *float64, *float32, *float16, *bfloat16,
         *dtype_and_device;
     PyTypeObject *memory_type;
+    PyObject *routes; /* {type: what route_of returns} */
 } module_state;
 
 /* One array of a call. `object` is borrowed: the caller of a function holds its arguments until the function returns, so that the

@@ -11,7 +11,10 @@ static int module_exec(PyObject *module) {
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     module_state *state = PyModule_GetState(module);
-    if (state) Py_VISIT(state->memory_type);
+    if (state) {
+        Py_VISIT(state->memory_type);
+        Py_VISIT(state->routes);
+    }
     return 0;
 }
 
