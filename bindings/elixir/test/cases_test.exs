@@ -1,6 +1,6 @@
 defmodule Metalloid.CasesTest do
-  # The calls that the C tests make, with the exact results and bounds that they have: METALLOID_TEST_CASES is the folder
-  # where those tests wrote them (tests/c/record.c tells the format).
+  # The calls that the C tests make, with the exact results and bounds that they have: METALLOID_TEST_CASES is the
+  # folder where those tests wrote them (tests/c/record.c tells the format).
   use ExUnit.Case, async: true
 
   alias Metalloid.NIF

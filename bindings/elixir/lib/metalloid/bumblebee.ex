@@ -52,7 +52,7 @@ if Code.ensure_loaded?(Axon) do
         iex> Nx.to_flat_list(Nx.round(y))
         [-1.0, -1.0, 1.0, 1.0]
     """
-    @spec rewrite(Axon.t()) :: {Axon.t(), report()}
+    @spec rewrite(model) :: {model, report()} when model: Axon.t() | %{:model => Axon.t(), optional(atom()) => term()}
     def rewrite(%Axon{nodes: nodes} = model) do
       {nodes, report} =
         Enum.reduce(reachable(model), {nodes, %{replaced: %{}, kept: []}}, fn id, {new, report} ->
@@ -68,7 +68,6 @@ if Code.ensure_loaded?(Axon) do
       {%{model | nodes: nodes}, %{report | kept: Enum.sort(report.kept)}}
     end
 
-    @spec rewrite(%{model: Axon.t()}) :: {%{model: Axon.t()}, report()}
     def rewrite(%{model: %Axon{} = model} = model_info) do
       {model, report} = rewrite(model)
       {%{model_info | model: model}, report}
