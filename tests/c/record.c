@@ -30,7 +30,7 @@ static _Thread_local struct {
 static FILE *file;
 
 static bool records(void) {
-    static const char *folder = "";
+    static _Thread_local const char *folder = "";
     if (folder && !*folder) folder = getenv("METALLOID_TEST_CASES");
     return folder && *folder;
 }
