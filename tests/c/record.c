@@ -1,10 +1,11 @@
-/* Cases for tests in other languages, which make the same calls and hold their results to the same bounds. SPDX-License-Identifier: MIT
+/* Cases for tests in other languages, which make the same calls and hold their results to the same bounds.
+ * SPDX-License-Identifier: MIT
  *
- * Where the environment's METALLOID_TEST_CASES names a folder, the small calls whose results a test compares are written there, to a file
- * of the program's name. Lines of words:
+ * Where the environment's METALLOID_TEST_CASES names a folder, the small calls whose results a test compares are
+ * written there, to a file of the program's name. Lines of words:
  *   call OPERATION NAME=VALUE...
- *   input NAME DTYPE EXTENTS ELEMENTS       EXTENTS: 2x3, - at rank 0. ELEMENTS: row-major, little-endian bytes in hexadecimal
- *   output NAME DTYPE EXTENTS EXACT BOUND   float64: the exact result, and how far from it the output may be
+ *   input NAME DTYPE EXTENTS ELEMENTS       EXTENTS: 2x3, - at rank 0. ELEMENTS: row-major, little-endian bytes in
+ * hexadecimal output NAME DTYPE EXTENTS EXACT BOUND   float64: the exact result, and how far from it the output may be
  * The linker's --wrap leads every call of a test through here. */
 #include "support.h"
 
@@ -29,7 +30,7 @@ static _Thread_local struct {
 static FILE *file;
 
 static bool records(void) {
-    static const char *folder = "";
+    static _Thread_local const char *folder = "";
     if (folder && !*folder) folder = getenv("METALLOID_TEST_CASES");
     return folder && *folder;
 }
@@ -61,7 +62,7 @@ __attribute__((format(printf, 1, 2))) static void says(const char *format, ...) 
 static void says_number(const char *name, double value) { says(" %s=%.17e", name, value); }
 static void says_integer(const char *name, int64_t value) { says(" %s=%lld", name, (long long)value); }
 
-/* ---- the file ----------------------------------------------------------------------------------------------------------- */
+/* ---- the file -------------------------------------------------------------------------------- */
 
 static void write_bytes(const void *bytes, size_t count) {
     for (size_t i = 0; i < count; i++) fprintf(file, "%02x", ((const unsigned char *)bytes)[i]);
@@ -117,23 +118,23 @@ void record_output(const tensor *out, const double *exact, const double *bound) 
     fflush(file);
 }
 
-/* ---- the calls ------------------------------------------------------------------------------------------------------------ */
+/* ---- the calls ------------------------------------------------------------------------------- */
 
 /* The linker's names of a call as a test writes it and as the library has it. */
-#define CALL(operation, parameters, ...)                                                            \
-    metalloid_status __real_metalloid_##operation parameters;                                       \
-    metalloid_status __wrap_metalloid_##operation parameters;                                       \
-    metalloid_status __wrap_metalloid_##operation parameters {                                      \
-        begin(#operation);                                                                          \
-        record_##operation(__VA_ARGS__);                                                            \
-        return __real_metalloid_##operation(context, __VA_ARGS__);                                  \
+#define CALL(operation, parameters, ...)                           \
+    metalloid_status __real_metalloid_##operation parameters;      \
+    metalloid_status __wrap_metalloid_##operation parameters;      \
+    metalloid_status __wrap_metalloid_##operation parameters {     \
+        begin(#operation);                                         \
+        record_##operation(__VA_ARGS__);                           \
+        return __real_metalloid_##operation(context, __VA_ARGS__); \
     }
 
 static void record_rms_norm(const DLTensor *x, const DLTensor *weight, double eps, DLTensor *out) {
     READS(x), READS(weight), WRITES(out);
     says_number("eps", eps);
 }
-CALL(rms_norm, (metalloid_context *context, const DLTensor *x, const DLTensor *weight, double eps, DLTensor *out), x,
+CALL(rms_norm, (metalloid_context * context, const DLTensor *x, const DLTensor *weight, double eps, DLTensor *out), x,
      weight, eps, out)
 
 static void record_layer_norm(const DLTensor *x, const DLTensor *weight, const DLTensor *bias, double eps,
@@ -142,7 +143,7 @@ static void record_layer_norm(const DLTensor *x, const DLTensor *weight, const D
     says_number("eps", eps);
 }
 CALL(layer_norm,
-     (metalloid_context *context, const DLTensor *x, const DLTensor *weight, const DLTensor *bias, double eps,
+     (metalloid_context * context, const DLTensor *x, const DLTensor *weight, const DLTensor *bias, double eps,
       DLTensor *out),
      x, weight, bias, eps, out)
 
@@ -152,7 +153,7 @@ static void record_add_rms_norm(const DLTensor *x, const DLTensor *residual, con
     says_number("eps", eps);
 }
 CALL(add_rms_norm,
-     (metalloid_context *context, const DLTensor *x, const DLTensor *residual, const DLTensor *weight, double eps,
+     (metalloid_context * context, const DLTensor *x, const DLTensor *residual, const DLTensor *weight, double eps,
       DLTensor *sum, DLTensor *out),
      x, residual, weight, eps, sum, out)
 
@@ -162,21 +163,21 @@ static void record_add_layer_norm(const DLTensor *x, const DLTensor *residual, c
     says_number("eps", eps);
 }
 CALL(add_layer_norm,
-     (metalloid_context *context, const DLTensor *x, const DLTensor *residual, const DLTensor *weight,
+     (metalloid_context * context, const DLTensor *x, const DLTensor *residual, const DLTensor *weight,
       const DLTensor *bias, double eps, DLTensor *sum, DLTensor *out),
      x, residual, weight, bias, eps, sum, out)
 
 static void record_swiglu(const DLTensor *gate, const DLTensor *up, DLTensor *out) {
     READS(gate), READS(up), WRITES(out);
 }
-CALL(swiglu, (metalloid_context *context, const DLTensor *gate, const DLTensor *up, DLTensor *out), gate, up, out)
+CALL(swiglu, (metalloid_context * context, const DLTensor *gate, const DLTensor *up, DLTensor *out), gate, up, out)
 
 static void record_geglu(const DLTensor *gate, const DLTensor *up, metalloid_gelu approximate, DLTensor *out) {
     READS(gate), READS(up), WRITES(out);
     says(" approximate=%s", approximate == METALLOID_GELU_TANH ? "tanh" : "none");
 }
 CALL(geglu,
-     (metalloid_context *context, const DLTensor *gate, const DLTensor *up, metalloid_gelu approximate, DLTensor *out),
+     (metalloid_context * context, const DLTensor *gate, const DLTensor *up, metalloid_gelu approximate, DLTensor *out),
      gate, up, approximate, out)
 
 static void record_rope_options(const metalloid_rope_options *options) {
@@ -198,7 +199,7 @@ static void record_rope(const DLTensor *x, int64_t dims, const metalloid_rope_op
     record_rope_options(options);
 }
 CALL(rope,
-     (metalloid_context *context, const DLTensor *x, int64_t dims, const metalloid_rope_options *options,
+     (metalloid_context * context, const DLTensor *x, int64_t dims, const metalloid_rope_options *options,
       DLTensor *out),
      x, dims, options, out)
 
@@ -211,7 +212,7 @@ static void record_qk_norm_rope(const DLTensor *q, const DLTensor *k, const DLTe
     record_rope_options(options);
 }
 CALL(qk_norm_rope,
-     (metalloid_context *context, const DLTensor *q, const DLTensor *k, const DLTensor *q_weight,
+     (metalloid_context * context, const DLTensor *q, const DLTensor *k, const DLTensor *q_weight,
       const DLTensor *k_weight, double eps, int64_t dims, const metalloid_rope_options *options, DLTensor *q_out,
       DLTensor *k_out),
      q, k, q_weight, k_weight, eps, dims, options, q_out, k_out)
@@ -225,12 +226,13 @@ static void record_scaled_dot_product_attention(const DLTensor *q, const DLTenso
     READS(q), READS(k), READS(v), READS(mask), READS(key_mask), READS(sinks), WRITES(logsumexp), WRITES(out);
     says_number("scale", scale);
     says_integer("causal", options->causal);
-    if (options->causal_offset != METALLOID_CAUSAL_OFFSET_DEFAULT) says_integer("causal_offset", options->causal_offset);
+    if (options->causal_offset != METALLOID_CAUSAL_OFFSET_DEFAULT)
+        says_integer("causal_offset", options->causal_offset);
     if (options->window) says_integer("window", options->window);
     if (options->softcap > 0) says_number("softcap", options->softcap);
 }
 CALL(scaled_dot_product_attention,
-     (metalloid_context *context, const DLTensor *q, const DLTensor *k, const DLTensor *v, double scale,
+     (metalloid_context * context, const DLTensor *q, const DLTensor *k, const DLTensor *v, double scale,
       const metalloid_attention_options *options, DLTensor *out),
      q, k, v, scale, options, out)
 
@@ -242,7 +244,7 @@ static void record_kv_cache_sdpa_update(const DLTensor *q, const DLTensor *new_k
     says_number("scale", scale);
 }
 CALL(kv_cache_sdpa_update,
-     (metalloid_context *context, const DLTensor *q, const DLTensor *new_k, const DLTensor *new_v, DLTensor *k_cache,
+     (metalloid_context * context, const DLTensor *q, const DLTensor *new_k, const DLTensor *new_v, DLTensor *k_cache,
       DLTensor *v_cache, int64_t offset, const DLTensor *key_mask, double scale, DLTensor *out),
      q, new_k, new_v, k_cache, v_cache, offset, key_mask, scale, out)
 
@@ -252,7 +254,7 @@ static void record_cross_entropy(const DLTensor *logits, const DLTensor *targets
     if (options && options->has_ignore_index) says_integer("ignore_index", options->ignore_index);
 }
 CALL(cross_entropy,
-     (metalloid_context *context, const DLTensor *logits, const DLTensor *targets,
+     (metalloid_context * context, const DLTensor *logits, const DLTensor *targets,
       const metalloid_cross_entropy_options *options, DLTensor *loss),
      logits, targets, options, loss)
 
@@ -263,6 +265,6 @@ static void record_gated_delta_update(const DLTensor *q, const DLTensor *k, cons
     WRITES(out), WRITES(state);
 }
 CALL(gated_delta_update,
-     (metalloid_context *context, const DLTensor *q, const DLTensor *k, const DLTensor *v, const DLTensor *gamma,
+     (metalloid_context * context, const DLTensor *q, const DLTensor *k, const DLTensor *v, const DLTensor *gamma,
       const DLTensor *beta, const DLTensor *initial_state, const DLTensor *mask, DLTensor *out, DLTensor *state),
      q, k, v, gamma, beta, initial_state, mask, out, state)

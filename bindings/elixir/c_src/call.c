@@ -93,7 +93,7 @@ ERL_NIF_TERM call_end(call *c, metalloid_status status) {
     return term;
 }
 
-/* ---- types and shapes -------------------------------------------------------------------------------------------------- */
+/* ---- types and shapes ------------------------------------------------------------------------ */
 
 /* Nx's name of a kind and DLPack's. */
 static const struct {
@@ -125,8 +125,8 @@ static bool type_of(call *c, const char *name, ERL_NIF_TERM term, DLDataType *ty
     }
     char shown[64];
     enif_snprintf(shown, sizeof shown, "%T", term);
-    call_refuse(c, "%s must have one of the types {:f, 16 | 32 | 64}, {:bf, 16}, {:s | :u, 8 | 16 | 32 | 64}, got %s", name,
-                shown);
+    call_refuse(c, "%s must have one of the types {:f, 16 | 32 | 64}, {:bf, 16}, {:s | :u, 8 | 16 | 32 | 64}, got %s",
+                name, shown);
     return false;
 }
 
@@ -156,7 +156,7 @@ static DLTensor *set_tensor(tensor *t, void *data, DLDataType type, int rank, co
     return &t->dl;
 }
 
-/* ---- arguments --------------------------------------------------------------------------------------------------------- */
+/* ---- arguments ------------------------------------------------------------------------------- */
 
 DLTensor *input(call *c, const char *name, ERL_NIF_TERM term) {
     if (c->failed) return NULL;
@@ -180,7 +180,8 @@ DLTensor *input(call *c, const char *name, ERL_NIF_TERM term) {
         if (!enif_get_int64(c->env, extents[i], &extent) || extent < 0) {
             char shown[64];
             enif_snprintf(shown, sizeof shown, "%T", extents[i]);
-            call_refuse(c, "%s must have extents that are integers from 0 to 2^63 - 1, got %s for axis %d", name, shown, i);
+            call_refuse(c, "%s must have extents that are integers from 0 to 2^63 - 1, got %s for axis %d", name, shown,
+                        i);
             return NULL;
         }
         t->shape[i] = extent;
@@ -267,7 +268,7 @@ double bytes_of(ErlNifEnv *env, int argc, const ERL_NIF_TERM *argv) {
     return bytes;
 }
 
-/* ---- options ----------------------------------------------------------------------------------------------------------- */
+/* ---- options --------------------------------------------------------------------------------- */
 
 void read_options(call *c, ERL_NIF_TERM list, int count, const char *const *names) {
     ERL_NIF_TERM nil = enif_make_atom(c->env, "nil"), head;
@@ -337,15 +338,11 @@ DLDataType option_type(call *c, int which, const DLTensor *first) {
     return type;
 }
 
-DLTensor *option_input(call *c, int which) {
-    return optional_input(c, c->option[which].name, c->option[which].value);
-}
+DLTensor *option_input(call *c, int which) { return optional_input(c, c->option[which].name, c->option[which].value); }
 
-DLTensor *option_mask(call *c, int which) {
-    return optional_mask(c, c->option[which].name, c->option[which].value);
-}
+DLTensor *option_mask(call *c, int which) { return optional_mask(c, c->option[which].name, c->option[which].value); }
 
-/* ---- results ----------------------------------------------------------------------------------------------------------- */
+/* ---- results --------------------------------------------------------------------------------- */
 
 DLTensor *new_result(call *c, const char *name, DLDataType type, int rank, const int64_t *shape) {
     if (c->failed) return NULL;

@@ -1,11 +1,13 @@
-/* What one call of a NIF holds: the tensors that its terms stand for, its results, and what went wrong. SPDX-License-Identifier: MIT
+/* What one call of a NIF holds: the tensors that its terms stand for, its results, and what went wrong.
+ * SPDX-License-Identifier: MIT
  *
- * A tensor is the term {Type, Shape, Binary}: Nx's type ({:f, 32}, {:bf, 16}, {:s, 64}, ...), a tuple of extents, and the elements in
- * row-major order. Inputs are read where they lie; only a binary that is not aligned to its elements is copied first. A result is a
- * binary over memory that the library wrote, owned by a resource, so it is not copied either.
+ * A tensor is the term {Type, Shape, Binary}: Nx's type ({:f, 32}, {:bf, 16}, {:s, 64}, ...), a tuple of extents, and
+ * the elements in row-major order. Inputs are read where they lie; only a binary that is not aligned to its elements is
+ * copied first. A result is a binary over memory that the library wrote, owned by a resource, so it is not copied
+ * either.
  *
- * The first thing that goes wrong is kept, and what follows does nothing: a NIF reads its arguments one after the other and asks
- * `failed` once, before it calls the library. */
+ * The first thing that goes wrong is kept, and what follows does nothing: a NIF reads its arguments one after the other
+ * and asks `failed` once, before it calls the library. */
 #ifndef METALLOID_ELIXIR_CALL_H
 #define METALLOID_ELIXIR_CALL_H
 
@@ -53,12 +55,13 @@ ERL_NIF_TERM call_end(call *c, metalloid_status status);
 
 __attribute__((format(printf, 2, 3))) void call_refuse(call *c, const char *format, ...);
 
-/* ---- arguments ------------------------------------------------------------------------------------------------------- */
+/* ---- arguments ------------------------------------------------------------------------------- */
 
 /* NULL once the call has failed, and where an optional one is nil. */
 DLTensor *input(call *c, const char *name, ERL_NIF_TERM term);
 DLTensor *optional_input(call *c, const char *name, ERL_NIF_TERM term);
-/* An integer tensor as one of bool: in Elixir an integer mask hides where it is 0. Copied where an element is wider than a byte. */
+/* An integer tensor as one of bool: in Elixir an integer mask hides where it is 0. Copied where an element is wider
+ * than a byte. */
 DLTensor *optional_mask(call *c, const char *name, ERL_NIF_TERM term);
 
 int64_t elements_of(const DLTensor *input);
@@ -69,7 +72,7 @@ int64_t integer(call *c, const char *name, ERL_NIF_TERM term);
 /* Bytes of the tensors among these terms, from which follows whether a call is short. */
 double bytes_of(ErlNifEnv *env, int argc, const ERL_NIF_TERM *argv);
 
-/* ---- options: a keyword list; nil is as good as absent ----------------------------------------------------------------- */
+/* ---- options: a keyword list; nil is as good as absent --------------------------------------- */
 
 void read_options(call *c, ERL_NIF_TERM list, int count, const char *const *names);
 bool option_given(const call *c, int which);
@@ -83,7 +86,7 @@ DLDataType option_type(call *c, int which, const DLTensor *first);
 DLTensor *option_input(call *c, int which);
 DLTensor *option_mask(call *c, int which);
 
-/* ---- results ------------------------------------------------------------------------------------------------------------ */
+/* ---- results --------------------------------------------------------------------------------- */
 
 DLTensor *new_result(call *c, const char *name, DLDataType type, int rank, const int64_t *shape);
 /* A result that begins as a copy of `source`. */

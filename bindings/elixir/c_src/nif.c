@@ -1,23 +1,24 @@
 /* The operations as NIFs of Metalloid.NIF. SPDX-License-Identifier: MIT
  *
- * Each reads its arguments, allocates the results, and calls the C function, which checks everything else. What takes more than a few
- * microseconds runs on a dirty scheduler: attention, the gated delta rule and cross entropy always, the others from SHORT bytes on. */
+ * Each reads its arguments, allocates the results, and calls the C function, which checks everything else. What takes
+ * more than a few microseconds runs on a dirty scheduler: attention, the gated delta rule and cross entropy always, the
+ * others from SHORT bytes on. */
 #include "call.h"
 
 #define COUNT(array) (int)(sizeof(array) / sizeof *(array))
-#define NIF(name) static ERL_NIF_TERM name(ErlNifEnv *env, int argc, const ERL_NIF_TERM *argv)
+#define NIF(name)    static ERL_NIF_TERM name(ErlNifEnv *env, int argc, const ERL_NIF_TERM *argv)
 
 /* Two to three microseconds of the slowest of these, rope, in plain C. */
 enum { SHORT = 4096 };
 
 /* NAME where it is short, else the same on a dirty scheduler. */
-#define SHORT_OR_DIRTY(name)                                                                    \
-    NIF(name##_anywhere) {                                                                      \
-        if (bytes_of(env, argc, argv) <= SHORT) return name(env, argc, argv);                   \
-        return enif_schedule_nif(env, #name, ERL_NIF_DIRTY_JOB_CPU_BOUND, name, argc, argv);    \
+#define SHORT_OR_DIRTY(name)                                                                 \
+    NIF(name##_anywhere) {                                                                   \
+        if (bytes_of(env, argc, argv) <= SHORT) return name(env, argc, argv);                \
+        return enif_schedule_nif(env, #name, ERL_NIF_DIRTY_JOB_CPU_BOUND, name, argc, argv); \
     }
 
-/* ---- norms -------------------------------------------------------------------------------------------------------------- */
+/* ---- norms ----------------------------------------------------------------------------------- */
 
 static const char *const type_alone[] = {"type"};
 
@@ -74,12 +75,12 @@ NIF(add_layer_norm) {
     DLDataType type = option_type(&c, 0, x);
     DLTensor *sum = c.failed ? NULL : new_result(&c, "the sum", type, x->ndim, x->shape);
     DLTensor *out = c.failed ? NULL : new_result(&c, "the norm", type, x->ndim, x->shape);
-    return call_end(
-        &c, c.failed ? METALLOID_OK : metalloid_add_layer_norm(NULL, x, residual, weight, bias, eps, sum, out));
+    return call_end(&c,
+                    c.failed ? METALLOID_OK : metalloid_add_layer_norm(NULL, x, residual, weight, bias, eps, sum, out));
 }
 SHORT_OR_DIRTY(add_layer_norm)
 
-/* ---- gated activations ------------------------------------------------------------------------------------------------- */
+/* ---- gated activations ----------------------------------------------------------------------- */
 
 NIF(swiglu) {
     (void)argc;
@@ -109,7 +110,7 @@ NIF(geglu) {
 }
 SHORT_OR_DIRTY(geglu)
 
-/* ---- rope ---------------------------------------------------------------------------------------------------------------- */
+/* ---- rope ------------------------------------------------------------------------------------ */
 
 enum { TRADITIONAL, TIME_AXIS, SCALE, BASE, FREQS, INV_FREQS, OFFSET, OFFSETS, POSITION_IDS, ROPE_TYPE };
 static const char *const rope_names[] = {"traditional", "time_axis", "scale",   "base",         "freqs",
@@ -163,12 +164,13 @@ NIF(qk_norm_rope) {
     metalloid_rope_options options = rope_options(&c, q);
     DLTensor *q_out = c.failed ? NULL : new_result(&c, "q", option_type(&c, ROPE_TYPE, q), q->ndim, q->shape);
     DLTensor *k_out = c.failed ? NULL : new_result(&c, "k", option_type(&c, ROPE_TYPE, k), k->ndim, k->shape);
-    return call_end(&c, c.failed ? METALLOID_OK
-                                 : metalloid_qk_norm_rope(NULL, q, k, q_weight, k_weight, eps, dims, &options, q_out, k_out));
+    return call_end(
+        &c, c.failed ? METALLOID_OK
+                     : metalloid_qk_norm_rope(NULL, q, k, q_weight, k_weight, eps, dims, &options, q_out, k_out));
 }
 SHORT_OR_DIRTY(qk_norm_rope)
 
-/* ---- attention ------------------------------------------------------------------------------------------------------------ */
+/* ---- attention ------------------------------------------------------------------------------- */
 
 static bool hides_some(const DLTensor *key_mask) { /* of bool: optional_mask made it so */
     for (int64_t i = 0, elements = elements_of(key_mask); i < elements; i++) {
@@ -179,8 +181,8 @@ static bool hides_some(const DLTensor *key_mask) { /* of bool: optional_mask mad
 
 NIF(scaled_dot_product_attention) {
     enum { CAUSAL, CAUSAL_OFFSET, WINDOW, SOFTCAP, MASK, KEY_MASK, SINKS, LOGSUMEXP, TIME, TYPE };
-    static const char *const names[] = {"causal", "causal_offset", "window",    "softcap",   "mask",
-                                        "key_mask", "sinks",       "logsumexp", "time_axis", "type"};
+    static const char *const names[] = {"causal",   "causal_offset", "window",    "softcap",   "mask",
+                                        "key_mask", "sinks",         "logsumexp", "time_axis", "type"};
     static const char *const causal[] = {"false", "true", "key_masked"};
     (void)argc;
     call c;
@@ -218,13 +220,17 @@ NIF(scaled_dot_product_attention) {
         }
         bool in_double = q->dtype.bits == 64 || k->dtype.bits == 64 || v->dtype.bits == 64 || type.bits == 64;
         if (logsumexp)
-            options.logsumexp = new_result(&c, "logsumexp", (DLDataType){kDLFloat, in_double ? 64 : 32, 1}, 3, q->shape);
-        /* EMLX's rule for a prompt: query i sees keys up to i where some key is masked, else the last query the last key. */
-        if (when == 2 && q->shape[2] != 1 && options.key_mask && hides_some(options.key_mask)) options.causal_offset = 0;
+            options.logsumexp =
+                new_result(&c, "logsumexp", (DLDataType){kDLFloat, in_double ? 64 : 32, 1}, 3, q->shape);
+        /* EMLX's rule for a prompt: query i sees keys up to i where some key is masked, else the last query the last
+         * key. */
+        if (when == 2 && q->shape[2] != 1 && options.key_mask && hides_some(options.key_mask))
+            options.causal_offset = 0;
     }
     /* Where a rank is wrong the library says so before it looks at `out`. */
-    return call_end(&c, c.failed ? METALLOID_OK
-                                 : metalloid_scaled_dot_product_attention(NULL, q, k, v, scale, &options, out ? out : q));
+    return call_end(&c, c.failed
+                            ? METALLOID_OK
+                            : metalloid_scaled_dot_product_attention(NULL, q, k, v, scale, &options, out ? out : q));
 }
 
 NIF(kv_cache_sdpa_update) {
@@ -253,7 +259,7 @@ NIF(kv_cache_sdpa_update) {
                                                                   key_mask, scale, out));
 }
 
-/* ---- loss and gated delta rule ----------------------------------------------------------------------------------------------- */
+/* ---- loss and gated delta rule --------------------------------------------------------------- */
 
 NIF(cross_entropy) {
     enum { IGNORE_INDEX, TYPE };
@@ -289,11 +295,12 @@ NIF(gated_delta_update) {
         out = new_result(&c, "the result", type, v->ndim, v->shape);
         state = new_result(&c, "the state", (DLDataType){kDLFloat, type.bits == 64 ? 64 : 32, 1}, 4, shape);
     }
-    return call_end(&c, c.failed ? METALLOID_OK
-                                 : metalloid_gated_delta_update(NULL, q, k, v, gamma, beta, initial_state, mask, out, state));
+    return call_end(
+        &c, c.failed ? METALLOID_OK
+                     : metalloid_gated_delta_update(NULL, q, k, v, gamma, beta, initial_state, mask, out, state));
 }
 
-/* ---- the library ---------------------------------------------------------------------------------------------------------------- */
+/* ---- the library ----------------------------------------------------------------------------- */
 
 NIF(version) {
     (void)argc, (void)argv;
@@ -315,8 +322,10 @@ NIF(set_num_threads) {
     call c;
     call_begin(&c, env, "set_num_threads");
     int64_t threads = integer(&c, "threads", argv[0]);
-    if (threads < 0 || threads > INT32_MAX) call_refuse(&c, "threads must be from 0 to 2^31 - 1, got %lld", (long long)threads);
-    if (c.failed || metalloid_set_num_threads((int)threads) != METALLOID_OK) return call_end(&c, METALLOID_INVALID_ARGUMENT);
+    if (threads < 0 || threads > INT32_MAX)
+        call_refuse(&c, "threads must be from 0 to 2^31 - 1, got %lld", (long long)threads);
+    if (c.failed || metalloid_set_num_threads((int)threads) != METALLOID_OK)
+        return call_end(&c, METALLOID_INVALID_ARGUMENT);
     return enif_make_atom(env, "ok");
 }
 

@@ -6,9 +6,9 @@ defmodule Metalloid do
     * `Metalloid.Bumblebee`: puts them into the graph of a Bumblebee model (where Axon is)
     * `Metalloid.NIF`: every operation of the C library on binaries, which needs nothing beside Elixir
 
-  The C library chooses its kernels by the processor's instruction set and runs them on as many threads as the process may
-  use. The environment variables `METALLOID_NUM_THREADS` and `METALLOID_CPU_ISA` (`plain` turns the fast kernels off), set
-  before the VM starts, override both.
+  The C library chooses its kernels by the processor's instruction set and runs them on as many threads as the process
+  may use. The environment variables `METALLOID_NUM_THREADS` and `METALLOID_CPU_ISA` (`plain` turns the fast kernels
+  off), set before the VM starts, override both.
   """
 
   @doc """
@@ -36,7 +36,8 @@ defmodule Metalloid do
   def num_threads, do: Metalloid.NIF.num_threads()
 
   @doc """
-  Sets how many threads a call may use, for the whole VM; 0 returns to `METALLOID_NUM_THREADS`, or all that the VM may use.
+  Sets how many threads a call may use, for the whole VM; 0 returns to `METALLOID_NUM_THREADS`, or all that the VM may
+  use.
 
       iex> Metalloid.set_num_threads(1)
       :ok

@@ -18,7 +18,8 @@ if Code.ensure_loaded?(Axon) do
         model = Axon.multiply(up, Axon.activation(gate, activation))
         {new, %{replaced: %{gated_ffn: 1}}} = Metalloid.Bumblebee.rewrite(model)
         inputs = %{"gate" => Nx.tensor([[1.0], [2.0]]), "up" => Nx.iota({2, 4}, type: :f32)}
-        assert Axon.predict(new, %{}, inputs) == Axon.predict(model, %{}, inputs)
+        state = Axon.ModelState.empty()
+        assert Axon.predict(new, state, inputs) == Axon.predict(model, state, inputs)
       end
     end
 
@@ -30,7 +31,10 @@ if Code.ensure_loaded?(Axon) do
       x = Nx.tensor([[1.0, 2.0, -1.0, 0.5]])
       params = init.(x, Axon.ModelState.empty())
       assert Map.keys(new_init.(x, Axon.ModelState.empty()).data) == Map.keys(params.data)
-      grad = fn predict -> Nx.Defn.grad(params.data, fn data -> Nx.sum(Nx.pow(predict.(data, x), 2)) end) end
+
+      grad = fn predict ->
+        Nx.Defn.grad(params.data, fn data -> Nx.sum(Nx.pow(predict.(%{params | data: data}, x), 2)) end)
+      end
 
       for {layer, tensors} <- grad.(predict), {name, expected} <- tensors do
         assert Nx.to_number(Nx.all_close(grad.(new_predict)[layer][name], expected, atol: 1.0e-5)) == 1

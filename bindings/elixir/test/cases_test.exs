@@ -1,6 +1,6 @@
 defmodule Metalloid.CasesTest do
-  # The calls that the C tests make, with the exact results and bounds that they have: METALLOID_TEST_CASES is the folder where those
-  # tests wrote them (tests/c/record.c tells the format).
+  # The calls that the C tests make, with the exact results and bounds that they have: METALLOID_TEST_CASES is the
+  # folder where those tests wrote them (tests/c/record.c tells the format).
   use ExUnit.Case, async: true
 
   alias Metalloid.NIF
@@ -21,7 +21,7 @@ defmodule Metalloid.CasesTest do
     test "cases of the C tests", do: :ok
   end
 
-  # ---- reading -------------------------------------------------------------------------------------------------------------
+  # ---- reading -----------------------------------------------------------------------------------
 
   defp cases(lines) do
     Stream.chunk_while(
@@ -66,7 +66,7 @@ defmodule Metalloid.CasesTest do
   defp output(type, extents, []), do: {type(type), shape(extents), "", ""}
   defp output(type, extents, [exact, bound]), do: {type(type), shape(extents), bytes([exact]), bytes([bound])}
 
-  # ---- calling ---------------------------------------------------------------------------------------------------------------
+  # ---- calling -----------------------------------------------------------------------------------
 
   # An integer mask is added in C and hides in Elixir; a result's type is named once for all results.
   defp check(cases) do
@@ -186,7 +186,7 @@ defmodule Metalloid.CasesTest do
     end
   end
 
-  # ---- comparing ---------------------------------------------------------------------------------------------------------------
+  # ---- comparing ---------------------------------------------------------------------------------
 
   defp compare(one, name, {type, shape, got}, {expected_type, expected_shape, exact, bound}) do
     assert {one.operation, name, type, shape} == {one.operation, name, expected_type, expected_shape}

@@ -61,7 +61,7 @@ if Code.ensure_loaded?(Nx) do
       end)
     end
 
-    # ---- every function, out of defn, in it, and its gradient -----------------------------------------------------------------
+    # ---- every function, out of defn, in it, and its gradient ------------------------------------
 
     # Name, tensors in order, and the call on them: `out` is compared with the formula.
     defp functions(type) do
@@ -288,7 +288,7 @@ if Code.ensure_loaded?(Nx) do
       assert grad |> Nx.is_nan() |> Nx.any() |> Nx.to_number() == 0
     end
 
-    # ---- what EMLX's page says and what differs ---------------------------------------------------------------------------------
+    # ---- what EMLX's page says and what differs --------------------------------------------------
 
     test "shape, type and names are those of the first tensor" do
       x = Nx.tensor([[1.0, 2.0]], names: [:batch, :features], type: :bf16)
@@ -403,7 +403,7 @@ if Code.ensure_loaded?(Nx) do
       assert :binary.referenced_byte_size(state) < 100
     end
 
-    # ---- errors --------------------------------------------------------------------------------------------------------------------
+    # ---- errors ----------------------------------------------------------------------------------
 
     test "errors name the operation and the argument, in defn too" do
       x = normal({2, 3, 4}, {:f, 32}, 80)

@@ -8,28 +8,30 @@ if Code.ensure_loaded?(Axon) do
         report.replaced
         #=> %{rms_norm: 113, rotary_embedding: 28, attention: 28, gated_ffn: 28}
 
-    What is replaced, in any model whose graph has these nodes (Llama, Qwen3, Gemma, Mistral, Phi-3, SmolLM3 among them):
+    What is replaced, in any model whose graph has these nodes (Llama, Qwen3, Gemma, Mistral, Phi-3, SmolLM3 among
+    them):
 
-    | key | node | by |
-    | --- | --- | --- |
-    | `:rms_norm` | `Bumblebee.Layers.rms_norm/2`, with any shift and either upcast | `Metalloid.Fast.rms_norm/3` |
-    | `:layer_norm` | `Axon.layer_norm/2` over the last axis | `Metalloid.Fast.layer_norm/4` |
-    | `:rotary_embedding` | `Bumblebee.Layers.rotary_embedding/6`, with any scaling strategy | `Metalloid.Fast.rope_with_positions/6` or `rope_with_freqs/6` |
-    | `:attention` | `Bumblebee.Layers.attention/8`: causal, windowed, with an offset into a cache, key mask, bias | `Metalloid.Fast.scaled_dot_product_attention/5` on `{B, T, N, D}`, so nothing is transposed |
-    | `:gated_ffn` | `up * silu(gate)`, `up * gelu(gate)` with either GELU | `Metalloid.Fast.swiglu/2`, `Metalloid.Fast.geglu/3` |
+      * `:rms_norm` - `Bumblebee.Layers.rms_norm/2`, with any shift and either upcast, by `Metalloid.Fast.rms_norm/3`
+      * `:layer_norm` - `Axon.layer_norm/2` over the last axis, by `Metalloid.Fast.layer_norm/4`
+      * `:rotary_embedding` - `Bumblebee.Layers.rotary_embedding/6`, with any scaling strategy, by
+        `Metalloid.Fast.rope_with_positions/6` or `Metalloid.Fast.rope_with_freqs/6`
+      * `:attention` - `Bumblebee.Layers.attention/8`: causal, windowed, with an offset into a cache, key mask and bias,
+        by `Metalloid.Fast.scaled_dot_product_attention/5` on `{B, T, N, D}`, so that nothing is transposed
+      * `:gated_ffn` - `up * silu(gate)` and `up * gelu(gate)` with either GELU, by `Metalloid.Fast.swiglu/2` and
+        `Metalloid.Fast.geglu/3`
 
-    Nodes keep their names, parameters, policies and hooks, so parameters load and train as before, and everything else of the
-    graph stays as it was. Where a node is asked for what the fused operation does not do, its original runs: attention with a
-    head mask, with dropout while training, or with a bias beside a mask of rank 4; a gate that is broadcast. That
-    is decided when the graph is compiled, since the graph alone does not tell it.
+    Nodes keep their names, parameters, policies and hooks, so parameters load and train as before, and everything else
+    of the graph stays as it was. Where a node is asked for what the fused operation does not do, its original runs:
+    attention with a head mask, with dropout while training, or with a bias beside a mask of rank 4; a gate that is
+    broadcast. That is decided when the graph is compiled, since the graph alone does not tell it.
 
     ## Differences in values
 
-    Results differ by rounding: norms, rotation and attention are rounded once, and angles are formed in float64. A query that sees
-    no key, which is padding, has zeros where Bumblebee has the mean of the values.
+    Results differ by rounding: norms, rotation and attention are rounded once, and angles are formed in float64. A
+    query that sees no key, which is padding, has zeros where Bumblebee has the mean of the values.
 
-    Attention weights are an output of Bumblebee's models; where they are asked for, they are computed as before, beside the fused
-    attention.
+    Attention weights are an output of Bumblebee's models; where they are asked for, they are computed as before, beside
+    the fused attention.
     """
 
     alias Metalloid.Fast
@@ -45,11 +47,12 @@ if Code.ensure_loaded?(Axon) do
         iex> report
         %{replaced: %{layer_norm: 1}, kept: []}
         iex> {_init, predict} = Axon.build(model)
-        iex> y = predict.(%{"layer_norm_0" => %{"gamma" => Nx.tensor([1, 1, 1, 1.0]), "beta" => Nx.tensor([0, 0, 0, 0.0])}}, Nx.tensor([[1.0, 1, 3, 3]]))
+        iex> params = %{"layer_norm_0" => %{"gamma" => Nx.broadcast(1.0, {4}), "beta" => Nx.broadcast(0.0, {4})}}
+        iex> y = predict.(Axon.ModelState.new(params), Nx.tensor([[1.0, 1, 3, 3]]))
         iex> Nx.to_flat_list(Nx.round(y))
         [-1.0, -1.0, 1.0, 1.0]
     """
-    @spec rewrite(Axon.t()) :: {Axon.t(), report()}
+    @spec rewrite(model) :: {model, report()} when model: Axon.t() | %{:model => Axon.t(), optional(atom()) => term()}
     def rewrite(%Axon{nodes: nodes} = model) do
       {nodes, report} =
         Enum.reduce(reachable(model), {nodes, %{replaced: %{}, kept: []}}, fn id, {new, report} ->
@@ -65,7 +68,6 @@ if Code.ensure_loaded?(Axon) do
       {%{model | nodes: nodes}, %{report | kept: Enum.sort(report.kept)}}
     end
 
-    @spec rewrite(%{model: Axon.t()}) :: {%{model: Axon.t()}, report()}
     def rewrite(%{model: %Axon{} = model} = model_info) do
       {model, report} = rewrite(model)
       {%{model_info | model: model}, report}
@@ -75,7 +77,7 @@ if Code.ensure_loaded?(Axon) do
 
     defp reachable(model), do: Axon.reduce_nodes(model, [], fn node, ids -> [node.id | ids] end)
 
-    # ---- nodes -------------------------------------------------------------------------------------------------------------
+    # ---- nodes -----------------------------------------------------------------------------------
 
     # A node keeps all but its function, and has more parents where the function wants to see them.
     defp replace(%{op_name: :rms_norm, op: op} = node, _) do
@@ -124,7 +126,8 @@ if Code.ensure_loaded?(Axon) do
 
     defp replace(_, _), do: :other
 
-    # The scores' node, behind dropout, has what the fused attention reads. The weights stay a parent for the original function.
+    # The scores' node, behind dropout, has what the fused attention reads. The weights stay a parent for the original
+    # function.
     defp replace_attention(%{parent: [weights, value]} = node, nodes) do
       with %{op: :dropout, parent: [scores | _]} <- nodes[weights],
            %{parent: [_query, _key, _key_mask, _head_mask, _bias, _offset] = parents, opts: opts} = scores <-
@@ -173,7 +176,7 @@ if Code.ensure_loaded?(Axon) do
 
     defp name(_), do: nil
 
-    # ---- what runs in their place --------------------------------------------------------------------------------------------
+    # ---- what runs in their place ----------------------------------------------------------------
 
     @doc false
     def rms_norm(x, weight, opts) do

@@ -1,11 +1,12 @@
 if Code.ensure_loaded?(Nx) do
   defmodule Metalloid.Fast do
     @moduledoc """
-    The functions of `EMLX.Fast`, on any machine: fused norms, rotary position embedding, attention and gated activations for Nx.
+    The functions of `EMLX.Fast`, on any machine: fused norms, rotary position embedding, attention and gated
+    activations for Nx.
 
-    `EMLX.Fast.f(...)` becomes `Metalloid.Fast.f(...)` with the same names, arities, argument order and results, of v0.3.0 and
-    v0.4.1 alike (`einsum/2` aside: `Nx.dot` serves). Every function runs outside `defn`, inside it, under `Nx.Defn.jit/2`
-    and in `Axon.rewrite_nodes/2`: it is a `deftransform` over `Nx.runtime_call/4`.
+    `EMLX.Fast.f(...)` becomes `Metalloid.Fast.f(...)` with the same names, arities, argument order and results, of
+    v0.3.0 and v0.4.1 alike (`einsum/2` aside: `Nx.dot` serves). Every function runs outside `defn`, inside it, under
+    `Nx.Defn.jit/2` and in `Axon.rewrite_nodes/2`: it is a `deftransform` over `Nx.runtime_call/4`.
 
         iex> x = Nx.tensor([[3.0, 4.0]])
         iex> y = Metalloid.Fast.rms_norm(x, Nx.tensor([1.0, 1.0]), 0.0)
@@ -17,23 +18,23 @@ if Code.ensure_loaded?(Nx) do
 
     ## Tensors
 
-    Floating tensors are `f32`, `f16`, `bf16` or `f64`, and those of a call may differ. Arithmetic is float32 inside (float64 as soon
-    as one is `f64`) and rounded once to the type of the first tensor. A number, such as `eps` or `scale`, may be a scalar tensor
-    as well.
+    Floating tensors are `f32`, `f16`, `bf16` or `f64`, and those of a call may differ. Arithmetic is float32 inside
+    (float64 as soon as one is `f64`) and rounded once to the type of the first tensor. A number, such as `eps` or
+    `scale`, may be a scalar tensor as well.
 
-    Tensors of `Nx.BinaryBackend` are read where they lie and results are not copied either. Those of another backend are
-    transferred to the CPU's memory, and the result back to the backend of the first tensor.
+    Tensors of `Nx.BinaryBackend` are read where they lie and results are not copied either. Those of another backend
+    are transferred to the CPU's memory, and the result back to the backend of the first tensor.
 
     ## Gradients
 
-    Under `Nx.Defn.grad/2` the forward pass is the fused one. The backward pass of rope is the fused rotation by the opposite
-    angle; the others are plain Nx formulas for now, which store what the fused operation does not (attention: the scores).
-    Positions, frequencies, integer masks and key masks have no gradient.
+    Under `Nx.Defn.grad/2` the forward pass is the fused one. The backward pass of rope is the fused rotation by the
+    opposite angle; the others are plain Nx formulas for now, which store what the fused operation does not (attention:
+    the scores). Positions, frequencies, integer masks and key masks have no gradient.
 
     ## Errors
 
-    `ArgumentError` with one line that names the operation and the argument. What only the values of tensors or their shapes tell
-    is found when the call runs, which for a `defn` is after it was compiled.
+    `ArgumentError` with one line that names the operation and the argument. What only the values of tensors or their
+    shapes tell is found when the call runs, which for a `defn` is after it was compiled.
     """
 
     import Nx.Defn
@@ -44,7 +45,7 @@ if Code.ensure_loaded?(Nx) do
     @type tensor :: Nx.Tensor.t()
     @type scalar :: number() | Nx.Tensor.t()
 
-    # ---- norms -----------------------------------------------------------------------------------------------------------
+    # ---- norms -----------------------------------------------------------------------------------
 
     @doc """
     `x / sqrt(mean(x²) + eps) * weight` over the last axis ([Zhang & Sennrich 2019](https://arxiv.org/abs/1910.07467)).
@@ -88,7 +89,7 @@ if Code.ensure_loaded?(Nx) do
       call(:layer_norm, [x: x, weight: weight, bias: bias, eps: eps], &Formulas.layer_norm/1)
     end
 
-    # ---- gated activations -----------------------------------------------------------------------------------------------
+    # ---- gated activations -----------------------------------------------------------------------
 
     @doc """
     `silu(gate) * up`, with `silu(x) = x / (1 + exp(-x))` ([Shazeer 2020](https://arxiv.org/abs/2002.05202)).
@@ -115,7 +116,7 @@ if Code.ensure_loaded?(Nx) do
       call(:geglu, [gate: gate, up: up, approximate: opts[:approximate]], &Formulas.geglu/1)
     end
 
-    # ---- rotary position embedding -----------------------------------------------------------------------------------------
+    # ---- rotary position embedding ---------------------------------------------------------------
 
     @doc """
     Rotary position embedding, the time axis second to last ([Su et al. 2021](https://arxiv.org/abs/2104.09864)).
@@ -146,8 +147,8 @@ if Code.ensure_loaded?(Nx) do
       * `a` - `{B, T, ..., D}`: heads not yet transposed
       * `position_ids` - `{B, T}` integers in any order, repeated ones and padding included, in the range of int32
 
-    What limits `EMLX.Fast` here (sequential positions for T = 1, `traditional: false` alone, another path for a large `base`)
-    does not exist.
+    What limits `EMLX.Fast` here (sequential positions for T = 1, `traditional: false` alone, another path for a large
+    `base`) does not exist.
     """
     @spec rope_with_positions(tensor(), tensor(), pos_integer(), boolean(), scalar(), scalar()) :: tensor()
     deftransform rope_with_positions(a, position_ids, dims, traditional, base, scale) do
@@ -169,7 +170,8 @@ if Code.ensure_loaded?(Nx) do
 
     > #### Not as EMLX computes it {: .warning}
     >
-    > `EMLX.Fast.rope_with_freqs/6` documents inverse frequencies and hands them to MLX, which divides by them, so that a Llama 3
+    > `EMLX.Fast.rope_with_freqs/6` documents inverse frequencies and hands them to MLX, which divides by them, so that
+    a Llama 3
     > checkpoint turns by wrong angles. Here they are what the documentation says. To have what EMLX computes, pass
     > `Nx.divide(1, inv_freqs)`.
     """
@@ -192,7 +194,7 @@ if Code.ensure_loaded?(Nx) do
       call(:rope, Keyword.put(Keyword.delete(arguments, :a), :x, arguments[:a]), {:x, back})
     end
 
-    # ---- attention ---------------------------------------------------------------------------------------------------------
+    # ---- attention -------------------------------------------------------------------------------
 
     @doc """
     `softmax(scale * q kᵀ) v` without storing the scores.
@@ -212,9 +214,9 @@ if Code.ensure_loaded?(Nx) do
     @doc """
     `scaled_dot_product_attention/4` with a mask, or with a keyword list of options.
 
-    The mask broadcasts to `{B, N_q, T_q, T_kv}` and is not stored so. Integers hide where they are 0 (Nx has no boolean type);
-    floating values are added to the scores, and `-inf` hides. A query that sees no key gives zeros; what a hidden key or value
-    holds, even NaN, never matters.
+    The mask broadcasts to `{B, N_q, T_q, T_kv}` and is not stored so. Integers hide where they are 0 (Nx has no boolean
+    type); floating values are added to the scores, and `-inf` hides. A query that sees no key gives zeros; what a
+    hidden key or value holds, even NaN, never matters.
 
     ## Options
 
@@ -258,8 +260,8 @@ if Code.ensure_loaded?(Nx) do
     end
 
     @doc """
-    `scaled_dot_product_attention/5` where query i sees keys up to `i + T_kv - T_q`: the last query sees the last key. Hidden blocks
-    of scores are not computed.
+    `scaled_dot_product_attention/5` where query i sees keys up to `i + T_kv - T_q`: the last query sees the last key.
+    Hidden blocks of scores are not computed.
 
     `opts` are those of `scaled_dot_product_attention/5`, `:sinks` among them.
     """
@@ -271,9 +273,9 @@ if Code.ensure_loaded?(Nx) do
     @doc """
     Causal attention under a mask of keys, `key_mask` `{B, T_kv}` integers, 0 hides.
 
-    T_q = 1 sees every key that `key_mask` allows. For T_q > 1, query i sees keys up to i where some key is masked (a padded
-    prompt, perhaps before an allocated cache), and up to `i + T_kv - T_q` where none is; for T_q = T_kv the two agree. That is
-    EMLX's eager rule, followed inside `defn` too.
+    T_q = 1 sees every key that `key_mask` allows. For T_q > 1, query i sees keys up to i where some key is masked (a
+    padded prompt, perhaps before an allocated cache), and up to `i + T_kv - T_q` where none is; for T_q = T_kv the two
+    agree. That is EMLX's eager rule, followed inside `defn` too.
 
     `opts` are those of `scaled_dot_product_attention/5`, `:sinks` among them.
     """
@@ -315,8 +317,8 @@ if Code.ensure_loaded?(Nx) do
       * `key_mask` - `{B, T_max}` integers, 0 hides
       * `scale` - usually `1 / :math.sqrt(d)`
 
-    Returns `{out, k_cache, v_cache}`: `out` is `{B, N_q, T_q, D}`, heads transposed, and the caches are new ones. T_q = 1 sees every
-    key that `key_mask` allows; T_q > 1 is causal too, from `offset` on (EMLX ignores the offset there).
+    Returns `{out, k_cache, v_cache}`: `out` is `{B, N_q, T_q, D}`, heads transposed, and the caches are new ones. T_q =
+    1 sees every key that `key_mask` allows; T_q > 1 is causal too, from `offset` on (EMLX ignores the offset there).
     """
     @spec kv_cache_sdpa_update(
             tensor(),
@@ -338,10 +340,11 @@ if Code.ensure_loaded?(Nx) do
       })
     end
 
-    # ---- calls -------------------------------------------------------------------------------------------------------------
+    # ---- calls -----------------------------------------------------------------------------------
 
-    # Tensors among the arguments are operands of the runtime call, the rest are its options. `gradient` is a formula of all
-    # arguments, whose derivative is taken, or {name, the gradient of that argument}; for several results a tuple of formulas.
+    # Tensors among the arguments are operands of the runtime call, the rest are its options. `gradient` is a formula of
+    # all arguments, whose derivative is taken, or {name, the gradient of that argument}; for several results a tuple of
+    # formulas.
     defp call(operation, arguments, gradient) do
       {tensors, others} =
         arguments
@@ -399,11 +402,12 @@ if Code.ensure_loaded?(Nx) do
     defp template(_, %{x: x}, _), do: Nx.to_template(x)
     defp template(_, %{gate: gate}, _), do: Nx.to_template(gate)
 
-    # ---- gradients ---------------------------------------------------------------------------------------------------------
+    # ---- gradients -------------------------------------------------------------------------------
 
     defp traced?(tensor), do: match?(%Nx.Tensor{data: %Nx.Defn.Expr{}}, tensor)
 
-    # Floating operands have a gradient, positions and frequencies none; a tensor that has its values already is a constant.
+    # Floating operands have a gradient, positions and frequencies none; a tensor that has its values already is a
+    # constant.
     defp differentiable(result, tensors, others, formulas) when is_tuple(result) and tuple_size(formulas) == 3 do
       Enum.zip_with(Tuple.to_list(result), Tuple.to_list(formulas), &differentiable(&1, tensors, others, &2))
       |> List.to_tuple()
@@ -442,7 +446,7 @@ if Code.ensure_loaded?(Nx) do
       end)
     end
 
-    # ---- the call itself, on tensors that have values ----------------------------------------------------------------------
+    # ---- the call itself, on tensors that have values --------------------------------------------
 
     @doc false
     def run(tensors, options) do

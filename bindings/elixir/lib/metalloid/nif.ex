@@ -2,8 +2,8 @@ defmodule Metalloid.NIF do
   @moduledoc ~S"""
   Every operation of the C library, on binaries.
 
-  A tensor is `{type, shape, binary}`: a type as Nx writes it, a tuple of extents, and the elements in row-major order and
-  the machine's byte order.
+  A tensor is `{type, shape, binary}`: a type as Nx writes it, a tuple of extents, and the elements in row-major order
+  and the machine's byte order.
 
       iex> x = {{:f, 32}, {1, 2}, <<3.0::float-native-32, 4.0::float-native-32>>}
       iex> {{:f, 32}, {1, 2}, y} = Metalloid.NIF.rms_norm(x, nil, 0.0)
@@ -12,17 +12,17 @@ defmodule Metalloid.NIF do
 
   ## Types
 
-  "Floating" is any of `{:f, 16}`, `{:bf, 16}`, `{:f, 32}` and `{:f, 64}`; "integer" is `{:s, n}` or `{:u, n}` of 8, 16, 32
-  or 64 bits. Operands may differ in type. Arithmetic is float32 inside (float64 as soon as an operand is), rounded once.
-  A result has the type of the first tensor, unless the option `:type` names another floating one.
+  "Floating" is any of `{:f, 16}`, `{:bf, 16}`, `{:f, 32}` and `{:f, 64}`; "integer" is `{:s, n}` or `{:u, n}` of 8, 16,
+  32 or 64 bits. Operands may differ in type. Arithmetic is float32 inside (float64 as soon as an operand is), rounded
+  once. A result has the type of the first tensor, unless the option `:type` names another floating one.
 
   An integer mask is a boolean one: 0 hides, whatever else it holds shows. A floating mask is added to the scores.
 
   ## Memory and schedulers
 
-  Inputs are read where they lie; only a binary that is not aligned to its elements, as a part of another binary may be, is
-  copied first, and so is a mask of integers wider than a byte. Results are binaries over the memory that the library wrote.
-  Calls that take more than a few microseconds run on dirty CPU schedulers.
+  Inputs are read where they lie; only a binary that is not aligned to its elements, as a part of another binary may be,
+  is copied first, and so is a mask of integers wider than a byte. Results are binaries over the memory that the library
+  wrote. Calls that take more than a few microseconds run on dirty CPU schedulers.
 
   ## Errors
 
@@ -50,7 +50,8 @@ defmodule Metalloid.NIF do
     * `:traditional` - turns pairs `(x[2i], x[2i+1])` instead of `(x[i], x[i + dims/2])`; default `false`
     * `:time_axis` - 1 for `{B, T, ..., D}`; default the second to last
     * `:scale` - multiplies positions; default 1.0
-    * one of `:base` (default 10000), `:freqs` (`{dims/2}`, divides the position, as in MLX) and `:inv_freqs` (multiplies it)
+    * one of `:base` (default 10000), `:freqs` (`{dims/2}`, divides the position, as in MLX) and `:inv_freqs`
+      (multiplies it)
     * one of `:offset` (an integer, the position of the first step; default 0), `:offsets` (`{}`, `{1}` or `{B}`) and
       `:position_ids` (`{B, T}`, a position for each token)
   """
@@ -69,8 +70,8 @@ defmodule Metalloid.NIF do
     * `:causal_offset` - default T_kv - T_q: the last query sees the last key
     * `:window` - query i sees only the last `window` keys up to `i + causal_offset`
     * `:softcap` - scores become `c * tanh(scores / c)`
-    * `:mask` - of rank 4 at most, broadcast to `{B, N_q, T_q, T_kv}` without being stored so: integers hide where they are 0,
-      floating values are added
+    * `:mask` - of rank 4 at most, broadcast to `{B, N_q, T_q, T_kv}` without being stored so: integers hide where they
+      are 0, floating values are added
     * `:key_mask` - `{B, T_kv}` integers, 0 hides
     * `:sinks` - `{N_q}`, a logit a head that has no value
     * `:logsumexp` - `true` returns `{out, logsumexp}`, the latter `{B, N_q, T_q}`
@@ -90,7 +91,7 @@ defmodule Metalloid.NIF do
     :erlang.load_nif(path, 0)
   end
 
-  # ---- norms -----------------------------------------------------------------------------------------------------------
+  # ---- norms -------------------------------------------------------------------------------------
 
   @doc """
   `x / sqrt(mean(x²) + eps) * weight` over the last axis.
@@ -125,7 +126,7 @@ defmodule Metalloid.NIF do
   def add_layer_norm(x, residual, weight, bias, eps, options \\ [])
   def add_layer_norm(_x, _residual, _weight, _bias, _eps, _options), do: not_loaded()
 
-  # ---- gated activations -----------------------------------------------------------------------------------------------
+  # ---- gated activations -------------------------------------------------------------------------
 
   @doc """
   `silu(gate) * up`, with `silu(x) = x / (1 + exp(-x))`. Both floating, of the same shape.
@@ -146,13 +147,13 @@ defmodule Metalloid.NIF do
   def geglu(gate, up, options \\ [])
   def geglu(_gate, _up, _options), do: not_loaded()
 
-  # ---- rotary position embedding -----------------------------------------------------------------------------------------
+  # ---- rotary position embedding -----------------------------------------------------------------
 
   @doc """
   Rotates the first `dims` features of the last axis, pair i by `position * scale * inv_freq[i]`.
 
-  `x`: floating, rank 3 or more, batch first. `dims`: even, from 2 to the last extent. The angle is formed in float64, so
-  large positions keep their accuracy. Positions lie in the range of int32.
+  `x`: floating, rank 3 or more, batch first. `dims`: even, from 2 to the last extent. The angle is formed in float64,
+  so large positions keep their accuracy. Positions lie in the range of int32.
   """
   @spec rope(tensor(), pos_integer(), [rope_option()]) :: tensor()
   def rope(x, dims, options \\ [])
@@ -161,20 +162,21 @@ defmodule Metalloid.NIF do
   @doc """
   `rms_norm/4` of each head of `q` and `k` over the last axis, then `rope/3`, in one pass: `{q, k}`.
 
-  `q`: `{B, N_q, T, D}`, `k`: `{B, N_kv, T, D}` (`{B, T, N, D}` with `time_axis: 1`). `q_weight`, `k_weight`: `{D}` or `nil`.
+  `q`: `{B, N_q, T, D}`, `k`: `{B, N_kv, T, D}` (`{B, T, N, D}` with `time_axis: 1`). `q_weight`, `k_weight`: `{D}` or
+  `nil`.
   """
   @spec qk_norm_rope(tensor(), tensor(), tensor() | nil, tensor() | nil, number(), pos_integer(), [rope_option()]) ::
           {tensor(), tensor()}
   def qk_norm_rope(q, k, q_weight, k_weight, eps, dims, options \\ [])
   def qk_norm_rope(_q, _k, _q_weight, _k_weight, _eps, _dims, _options), do: not_loaded()
 
-  # ---- attention ---------------------------------------------------------------------------------------------------------
+  # ---- attention ---------------------------------------------------------------------------------
 
   @doc """
   `softmax(scale * q kᵀ + mask) v`, without storing the scores.
 
-  `q`: `{B, N_q, T_q, D}`, `k`: `{B, N_kv, T_kv, D}`, `v`: `{B, N_kv, T_kv, D_v}`; N_q is a multiple of N_kv. A query that sees
-  no key gives zeros.
+  `q`: `{B, N_q, T_q, D}`, `k`: `{B, N_kv, T_kv, D}`, `v`: `{B, N_kv, T_kv, D_v}`; N_q is a multiple of N_kv. A query
+  that sees no key gives zeros.
   """
   @spec scaled_dot_product_attention(tensor(), tensor(), tensor(), number(), [attention_option()]) ::
           tensor() | {tensor(), tensor()}
@@ -182,12 +184,12 @@ defmodule Metalloid.NIF do
   def scaled_dot_product_attention(_q, _k, _v, _scale, _options), do: not_loaded()
 
   @doc """
-  A decode step: `{out, k_cache, v_cache}`, where the caches are copies with `new_k` and `new_v` written at time `offset`, and
-  `out` is the attention of `q` over them.
+  A decode step: `{out, k_cache, v_cache}`, where the caches are copies with `new_k` and `new_v` written at time
+  `offset`, and `out` is the attention of `q` over them.
 
-  `q`: `{B, T_q, N_q, D}`; `new_k`, `new_v`: `{B, T_q, N_kv, D}`; caches: `{B, T_max, N_kv, D}`; `key_mask`: `{B, T_max}` integers
-  or `nil`; `out`: `{B, N_q, T_q, D}`. T_q = 1 sees every key that `key_mask` allows; T_q > 1 is causal too.
-  `0 <= offset <= T_max - T_q`.
+  `q`: `{B, T_q, N_q, D}`; `new_k`, `new_v`: `{B, T_q, N_kv, D}`; caches: `{B, T_max, N_kv, D}`; `key_mask`:
+  `{B, T_max}` integers or `nil`; `out`: `{B, N_q, T_q, D}`. T_q = 1 sees every key that `key_mask` allows; T_q > 1 is
+  causal too. `0 <= offset <= T_max - T_q`.
   """
   @spec kv_cache_sdpa_update(
           tensor(),
@@ -205,12 +207,13 @@ defmodule Metalloid.NIF do
   def kv_cache_sdpa_update(_q, _new_k, _new_v, _k_cache, _v_cache, _offset, _key_mask, _scale, _options),
     do: not_loaded()
 
-  # ---- loss and gated delta rule -------------------------------------------------------------------------------------------
+  # ---- loss and gated delta rule -----------------------------------------------------------------
 
   @doc """
   `logsumexp(logits) - logits[target]` over the last axis, float32 unless `:type` says otherwise.
 
-  `logits`: floating, `{..., V}`; `targets`: integers in `[0, V)`, `{...}`. The option `:ignore_index` is a target whose loss is 0.
+  `logits`: floating, `{..., V}`; `targets`: integers in `[0, V)`, `{...}`. The option `:ignore_index` is a target whose
+  loss is 0.
   """
   @spec cross_entropy(tensor(), tensor(), [{:ignore_index, integer() | nil} | type_option()]) :: tensor()
   def cross_entropy(logits, targets, options \\ [])
@@ -219,8 +222,9 @@ defmodule Metalloid.NIF do
   @doc """
   The gated delta rule: `{out, state}`. For each step `S <- S gamma; S <- S + beta (v - S k) kᵀ; out = S q`.
 
-  `q`, `k`: `{B, T, H_k, D_k}`; `v`: `{B, T, H_v, D_v}`; `gamma`: `{B, T, H_v}` or `{B, T, H_v, D_k}`; `beta`: `{B, T, H_v}`;
-  `initial_state`: `{B, H_v, D_v, D_k}` or `nil`; `mask`: `{B, T}` integers or `nil`. H_v is a multiple of H_k.
+  `q`, `k`: `{B, T, H_k, D_k}`; `v`: `{B, T, H_v, D_v}`; `gamma`: `{B, T, H_v}` or `{B, T, H_v, D_k}`; `beta`:
+  `{B, T, H_v}`; `initial_state`: `{B, H_v, D_v, D_k}` or `nil`; `mask`: `{B, T}` integers or `nil`. H_v is a multiple
+  of H_k.
   """
   @spec gated_delta_update(
           tensor(),
@@ -235,7 +239,7 @@ defmodule Metalloid.NIF do
   def gated_delta_update(q, k, v, gamma, beta, initial_state, mask, options \\ [])
   def gated_delta_update(_q, _k, _v, _gamma, _beta, _initial_state, _mask, _options), do: not_loaded()
 
-  # ---- the library -----------------------------------------------------------------------------------------------------------
+  # ---- the library -------------------------------------------------------------------------------
 
   @doc false
   @spec version() :: charlist()

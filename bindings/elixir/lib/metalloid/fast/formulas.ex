@@ -1,8 +1,9 @@
 if Code.ensure_loaded?(Nx) do
   defmodule Metalloid.Fast.Formulas do
     @moduledoc false
-    # The operations of Metalloid.Fast in plain Nx, for their derivatives alone: the C library has no backward passes yet. Each
-    # takes all arguments of the call by name, computes in float32 or float64 as the kernels do, and rounds once.
+    # The operations of Metalloid.Fast in plain Nx, for their derivatives alone: the C library has no backward passes
+    # yet. Each takes all arguments of the call by name, computes in float32 or float64 as the kernels do, and rounds
+    # once.
 
     def rms_norm(%{x: x, eps: eps} = all) do
       wide = wide([x, all[:weight]])
@@ -57,8 +58,8 @@ if Code.ensure_loaded?(Nx) do
       g |> Nx.multiply(0.5) |> Nx.multiply(Nx.add(share, 1)) |> Nx.multiply(u) |> Nx.as_type(Nx.type(gate))
     end
 
-    # Hidden scores are 0 before the exponential and their weights 0 after it, so that no -inf meets another; the largest score is
-    # a constant of the derivative, since it cancels.
+    # Hidden scores are 0 before the exponential and their weights 0 after it, so that no -inf meets another; the
+    # largest score is a constant of the derivative, since it cancels.
     def scaled_dot_product_attention(%{q: q, k: k, v: v} = all) do
       wide = wide([q, k, v])
       heads_first = fn t -> if all[:time_axis] == 1, do: Nx.transpose(t, axes: [0, 2, 1, 3]), else: t end
