@@ -7,6 +7,8 @@
  *   open OPERATION KEY=VALUE...   makes the tensors of a case (`copies` sets of them, used in turn, so that none is in the cache when
  *                                 it is needed again) and runs it once
  *   time CALLS                    {"seconds": the mean over so many calls}
+ *   traffic CALLS read|STORES     {"seconds", "bytes"}: the open case's operands read, or copied to its results with such stores, since
+ *                                 what memory allows depends on where tensors lie, by up to a quarter
  *   close                         frees the tensors
  *   info                          what ran
  */
@@ -57,6 +59,7 @@ typedef struct {
     metalloid_attention_options attention;
     arithmetic_ceiling arithmetic;
     int64_t bytes; /* read or copied in a call */
+    DLTensor *from, *to;
     store_kind stores;
     _Atomic uint64_t sink; /* of what ceilings compute, so that it is computed */
     const char *problem;   /* first one; NULL while all is well */
@@ -254,10 +257,10 @@ static metalloid_status call_gated_delta_update(bench_case *c) {
 
 static int thread_count(void) { return metalloid_get_num_threads(); }
 
-static char *part_of(bench_case *c, int i, int part, size_t *bytes) {
+static char *part_of(const bench_case *c, const DLTensor *t, int part, size_t *bytes) {
     int64_t each = c->bytes / thread_count() / 256 * 256, begin = each * part;
     *bytes = (size_t)(part == thread_count() - 1 ? c->bytes - begin : each);
-    return (char *)at(c, i)->data + begin;
+    return (char *)t->data + begin;
 }
 
 static void make_buffers(bench_case *c) {
@@ -271,28 +274,70 @@ static void make_buffers(bench_case *c) {
 static void read_part(void *argument, int part, int worker) {
     bench_case *c = argument;
     size_t bytes;
-    const char *from = part_of(c, 0, part, &bytes);
+    const char *from = part_of(c, c->from, part, &bytes);
     c->sink += stream_read(from, bytes);
     (void)worker;
 }
 static metalloid_status call_read(bench_case *c) {
+    c->from = at(c, 0);
     mtl_parallel_run(thread_count(), thread_count(), read_part, c);
     return METALLOID_OK;
 }
 static void copy_part(void *argument, int part, int worker) {
     bench_case *c = argument;
     size_t bytes;
-    const char *from = part_of(c, 0, part, &bytes);
-    stream_copy(part_of(c, 1, part, &bytes), from, bytes, c->stores);
+    const char *from = part_of(c, c->from, part, &bytes);
+    stream_copy(part_of(c, c->to, part, &bytes), from, bytes, c->stores);
     (void)worker;
 }
 static metalloid_status call_copy(bench_case *c) {
+    c->from = at(c, 0);
+    c->to = at(c, 1);
     mtl_parallel_run(thread_count(), thread_count(), copy_part, c);
     return METALLOID_OK;
 }
 static void make_copy(bench_case *c) {
     make_buffers(c);
     if (!c->problem) ADD(c, OUTPUT, c->bytes / 4);
+}
+
+/* One call's traffic without its arithmetic: the bytes moved. */
+static int64_t read_operands(bench_case *c) {
+    int64_t moved = 0;
+    for (int i = 0; i < c->count; i++) {
+        const tensor *t = &c->sets[c->next].tensors[i];
+        if (t->content != VALUES) continue;
+        c->bytes = size_in_bytes(t) / 256 * 256;
+        c->from = at(c, i);
+        mtl_parallel_run(thread_count(), thread_count(), read_part, c);
+        moved += c->bytes;
+    }
+    return moved;
+}
+
+/* Each result takes a copy of an operand of its size, the first of the first and so on. */
+static int64_t copy_to_results(bench_case *c) {
+    tensor *set = c->sets[c->next].tensors;
+    int64_t moved = 0;
+    for (int result = 0, operand = 0; result < c->count; result++) {
+        if (set[result].content != OUTPUT) continue;
+        while (operand < result &&
+               (set[operand].content != VALUES || size_in_bytes(&set[operand]) != size_in_bytes(&set[result])))
+            operand++;
+        if (operand == result) break;
+        c->bytes = size_in_bytes(&set[result]) / 256 * 256;
+        c->from = at(c, operand++);
+        c->to = at(c, result);
+        mtl_parallel_run(thread_count(), thread_count(), copy_part, c);
+        moved += 2 * c->bytes;
+    }
+    return moved;
+}
+
+static int64_t move_tensors(bench_case *c, bool read) {
+    int64_t moved = read ? read_operands(c) : copy_to_results(c);
+    if (++c->next == c->copies) c->next = 0;
+    return moved;
 }
 
 enum { ARITHMETIC_STEPS = 1 << 18 };
@@ -485,6 +530,24 @@ static void time_case(bench_case *c, const char *calls_in_words) {
     else answer("{\"seconds\": %.9g}", seconds);
 }
 
+static void time_traffic(bench_case *c, const char *calls_in_words, const char *how) {
+    long long calls = calls_in_words ? strtoll(calls_in_words, NULL, 10) : 0;
+    bool read = how && strcmp(how, "read") == 0;
+    long long stores = !how ? -1 : read ? 0 : strtoll(how, NULL, 10);
+    if (!c->operation || calls < 1 || calls > 1 << 30 || stores < 0 || stores >= STORE_KINDS) {
+        answer("{\"error\": \"traffic: an open case, a number of calls and how are needed\"}");
+        return;
+    }
+    c->stores = (store_kind)stores;
+    if (calls > 1) move_tensors(c, read);
+    int64_t moved = 0;
+    double begin = now();
+    for (long long i = 0; i < calls; i++) moved += move_tensors(c, read);
+    double seconds = (now() - begin) / (double)calls;
+    if (moved == 0) answer("{\"error\": \"traffic: no tensor to move\"}");
+    else answer("{\"seconds\": %.9g, \"bytes\": %.17g}", seconds, (double)moved / (double)calls);
+}
+
 static int serve(void) {
     bench_case c = {0};
     char *line = NULL, *request = NULL; /* `request` holds the words of the open case */
@@ -512,6 +575,8 @@ static int serve(void) {
             if (c.problem) close_case(&c);
         } else if (strcmp(words[0], "time") == 0) {
             time_case(&c, count > 1 ? words[1] : NULL);
+        } else if (strcmp(words[0], "traffic") == 0) {
+            time_traffic(&c, count > 1 ? words[1] : NULL, count > 2 ? words[2] : NULL);
         } else if (strcmp(words[0], "close") == 0) {
             close_case(&c);
             answer("{}");

@@ -6,6 +6,7 @@
 #include "ceilings.h"
 #include "cpu/features.h"
 
+#include <stdbool.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -93,39 +94,71 @@ arithmetic_ceiling find_arithmetic_ceiling(const char *dtype) {
 
 #endif
 
-/* Two vectors of 16 bytes are enough here: a core waits for lines, not for the width of its loads. */
-typedef uint64_t line_part __attribute__((vector_size(16), may_alias));
+/* Memory, by the processor's widest vectors: they reach a few percent more than 16 bytes at a time. */
+#define READ_LOOP(name, target, vector_bytes)                                          \
+    target static uint64_t name(const char *from, size_t bytes) {                      \
+        typedef uint64_t vector __attribute__((vector_size(vector_bytes), may_alias)); \
+        const vector *at = (const vector *)(const void *)from;                         \
+        vector sum[4] = {{0}};                                                         \
+        for (size_t i = 0; i < bytes / sizeof *at; i += 4) {                           \
+            UNROLL for (int c = 0; c < 4; c++) sum[c] += at[i + (size_t)c];            \
+        }                                                                              \
+        sum[0] += sum[1] + sum[2] + sum[3];                                            \
+        return sum[0][0] + sum[0][1];                                                  \
+    }
+
+#define COPY_LOOP(name, target, vector_bytes, put)                                                      \
+    target static void name(char *to, const char *from, size_t bytes) {                                 \
+        typedef uint64_t vector __attribute__((vector_size(vector_bytes), may_alias));                  \
+        const vector *at = (const vector *)(const void *)from;                                          \
+        vector *out = (vector *)(void *)to;                                                             \
+        for (size_t i = 0; i < bytes / sizeof *at; i += 4) { /* loads before stores: no memcpy idiom */ \
+            vector a = at[i], b = at[i + 1], c = at[i + 2], d = at[i + 3];                              \
+            put(out + i, a);                                                                            \
+            put(out + i + 1, b);                                                                        \
+            put(out + i + 2, c);                                                                        \
+            put(out + i + 3, d);                                                                        \
+        }                                                                                               \
+    }
+
+#define STORE(to, v) (*(to) = (v))
+READ_LOOP(read_any, , 16)
+COPY_LOOP(copy_any, , 16, STORE)
+#if defined(__x86_64__)
+#define STREAM_16(to, v) _mm_stream_si128((__m128i *)(void *)(to), (__m128i)(v))
+#define STREAM_32(to, v) _mm256_stream_si256((__m256i *)(void *)(to), (__m256i)(v))
+#define STREAM_64(to, v) _mm512_stream_si512((__m512i *)(void *)(to), (__m512i)(v))
+READ_LOOP(read_avx2, __attribute__((target("avx2"))), 32)
+READ_LOOP(read_avx512, __attribute__((target("avx512f"))), 64)
+COPY_LOOP(copy_avx2, __attribute__((target("avx2"))), 32, STORE)
+COPY_LOOP(copy_avx512, __attribute__((target("avx512f"))), 64, STORE)
+COPY_LOOP(stream_any, , 16, STREAM_16)
+COPY_LOOP(stream_avx2, __attribute__((target("avx2"))), 32, STREAM_32)
+COPY_LOOP(stream_avx512, __attribute__((target("avx512f"))), 64, STREAM_64)
+#endif
 
 uint64_t stream_read(const char *from, size_t bytes) {
-    line_part sum[8] = {{0}};
-    const line_part *at = (const line_part *)(const void *)from;
-    for (size_t i = 0; i < bytes / sizeof *at; i += 8) {
-        UNROLL for (int c = 0; c < 8; c++) sum[c] += at[i + (size_t)c];
-    }
-    UNROLL for (int c = 1; c < 8; c++) sum[0] += sum[c];
-    return sum[0][0] + sum[0][1];
+#if defined(__x86_64__)
+    unsigned features = mtl_cpu_features();
+    if (features & MTL_AVX512) return read_avx512(from, bytes);
+    if (features & MTL_AVX2) return read_avx2(from, bytes);
+#endif
+    return read_any(from, bytes);
 }
 
 void stream_copy(char *to, const char *from, size_t bytes, store_kind kind) {
-    const line_part *at = (const line_part *)(const void *)from;
-    line_part *out = (line_part *)(void *)to;
-#if defined(__x86_64__)
-    if (kind == STORES_STREAMED) {
-        for (size_t i = 0; i < bytes / sizeof *at; i++) _mm_stream_si128((__m128i *)(void *)(out + i), (__m128i)at[i]);
-        _mm_sfence();
-        return;
-    }
-#endif
     if (kind == STORES_MEMCPY) {
         memcpy(to, from, bytes);
         return;
     }
-    for (size_t i = 0; i < bytes / sizeof *at; i += 4) {
-        line_part a = at[i], b = at[i + 1], c = at[i + 2],
-                  d = at[i + 3]; /* all loads before a store: no memcpy idiom */
-        out[i] = a;
-        out[i + 1] = b;
-        out[i + 2] = c;
-        out[i + 3] = d;
-    }
+#if defined(__x86_64__)
+    unsigned features = mtl_cpu_features();
+    bool streamed = kind == STORES_STREAMED;
+    if (features & MTL_AVX512) (streamed ? stream_avx512 : copy_avx512)(to, from, bytes);
+    else if (features & MTL_AVX2) (streamed ? stream_avx2 : copy_avx2)(to, from, bytes);
+    else (streamed ? stream_any : copy_any)(to, from, bytes);
+    if (streamed) _mm_sfence();
+#else
+    copy_any(to, from, bytes);
+#endif
 }

@@ -104,8 +104,7 @@ metalloid_status mtl_cpu_swiglu(const metalloid_context *context, const char *op
 metalloid_status mtl_cpu_geglu(const metalloid_context *context, const char *op, mtl_gated_args *args);
 metalloid_status mtl_cpu_rope(const metalloid_context *context, const char *op, mtl_rope_args *args);
 metalloid_status mtl_cpu_attention(const metalloid_context *context, const char *op, const mtl_attention_args *given);
-metalloid_status mtl_cpu_cross_entropy(const metalloid_context *context, const char *op,
-                                       mtl_cross_entropy_args *args);
+metalloid_status mtl_cpu_cross_entropy(const metalloid_context *context, const char *op, mtl_cross_entropy_args *args);
 metalloid_status mtl_cpu_gated_delta(const metalloid_context *context, const char *op, mtl_gated_delta_args *args);
 
 #endif

@@ -1,4 +1,4 @@
-# The worker of `metalloid bench`: every operation opens and is timed, and a request that makes no sense is answered with an error.
+# The worker of `metalloid bench`: every operation opens and is timed, the memory traffic of some is moved, and a request that makes no sense is answered with an error.
 cmake_minimum_required(VERSION 3.25)
 set(shapes
     "rms_norm rows=1 length=64 by=bare" "rms_norm rows=3 length=64 dtype=bfloat16 copies=3" "layer_norm rows=1 length=64 by=bare"
@@ -13,11 +13,19 @@ set(nonsense
     "open" "open no_such_operation" "open rms_norm" "open rms_norm rows=0 length=4" "open rms_norm rows=x length=4"
     "open rms_norm rows=1 length=64 dtype=int8" "open rms_norm rows=1 length=64 copies=0" "open rope heads=1 time=2 dim=7"
     "open geglu rows=1 length=64 by=bare" "open rms_norm rows=2 length=64 by=bare" "open read bytes=1" "open copy bytes=65536 stores=3"
-    "open arithmetic dtype=float16" "time 3" "no-such-request")
+    "open arithmetic dtype=float16" "time 3" "traffic 3 1" "no-such-request")
+
+set(moved "rms_norm rows=3 length=640" "add_rms_norm rows=3 length=640 copies=2" "swiglu rows=3 length=640"
+    "qk_norm_rope heads=4 kv_heads=2 time=5 dim=64" "attention heads=4 kv_heads=2 q_len=1 kv_len=64 dim=16" "cross_entropy rows=3 classes=500")
+set(moved_bytes 15360 30720 15360 15360 16640 5888)
+set(moved_how 1 0 2 1 read read)
 
 set(requests "")
 foreach(shape ${shapes})
     string(APPEND requests "open ${shape}\ntime 2\nclose\n")
+endforeach()
+foreach(shape how IN ZIP_LISTS moved moved_how)
+    string(APPEND requests "open ${shape}\ntraffic 2 ${how}\nclose\n")
 endforeach()
 foreach(request ${nonsense})
     string(APPEND requests "${request}\n")
@@ -35,6 +43,13 @@ foreach(shape ${shapes})
     string(JSON seconds ERROR_VARIABLE problem GET "${timed}" seconds)
     if(problem OR NOT seconds GREATER 0)
         message(FATAL_ERROR "${shape}: ${opened} ${timed}")
+    endif()
+endforeach()
+foreach(shape wanted IN ZIP_LISTS moved moved_bytes)
+    list(POP_FRONT answers opened timed closed)
+    string(JSON bytes ERROR_VARIABLE problem GET "${timed}" bytes)
+    if(problem OR NOT bytes EQUAL wanted)
+        message(FATAL_ERROR "${shape}: ${timed} instead of ${wanted} bytes")
     endif()
 endforeach()
 foreach(request ${nonsense})

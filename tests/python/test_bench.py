@@ -70,6 +70,34 @@ def test_json_has_every_case_with_medians_ratios_and_targets(tiny):
 
 
 @with_command
+def test_slices_merge_into_what_one_run_writes(tiny, tmp_path):
+    _, whole, _ = tiny
+    files = [str(tmp_path / f"{k}.json") for k in (1, 2)]
+    for k, file in enumerate(files, 1):
+        done = run("--tiny", "--no-peers", "--slice", f"{k}/2", "--json", file)
+        assert done.returncode == 0, done.stderr
+    out, picture = tmp_path / "all.json", tmp_path / "all.png"
+    done = run("--tiny", "--merge", *files, "--json", str(out), "--plot", str(picture))
+    assert done.returncode == 0, done.stderr
+    merged = json.loads(out.read_text())
+    assert merged.keys() == whole.keys()
+    assert [row["name"] for row in merged["cases"]] == [row["name"] for row in whole["cases"]]
+    for row, other in zip(merged["cases"], whole["cases"], strict=True):  # targets that look at another case too
+        assert [target["text"].split()[0] for target in row["targets"]] == [
+            target["text"].split()[0] for target in other["targets"]
+        ]
+    assert f"of {len(whole['cases'])} cases" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    wrong = json.loads(Path(files[1]).read_text()) | {"threads": 77}
+    Path(files[1]).write_text(json.dumps(wrong))
+    done = run("--tiny", "--merge", *files)
+    assert done.returncode == 1
+    assert "another threads than in" in done.stderr
+    Path(files[1]).write_text("[]")
+    assert "not what --json wrote" in run("--tiny", "--merge", *files).stderr
+
+
+@with_command
 def test_case_that_misses_its_target_says_so_in_the_table(tiny):
     table, result, _ = tiny
     missed = [row for row in result["cases"] if not all(target["met"] for target in row["targets"])]
@@ -102,6 +130,8 @@ def by_section(found):
         (("--threads", "many"), 2, "--threads"),
         (("--no-such-option",), 2, "--no-such-option"),
         (("--filter", "no such case"), 1, "no such case"),
+        (("--slice", "3/2"), 2, "must be K/N"),
+        (("--merge", "no-such-file"), 1, "no-such-file"),
         (("--tiny", "--plot", "picture.jpg"), 1, "PNG"),
         (("--tiny", "--json", "/no/such/folder/out.json"), 1, "/no/such/folder"),
     ],

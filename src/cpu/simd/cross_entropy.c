@@ -122,7 +122,8 @@ void SIMD(cross_entropy)(const void *arguments, int64_t begin, int64_t end, void
         int64_t count = args->classes - first < args->cut.length ? args->classes - first : args->cut.length;
         mtl_cursor at;
         mtl_cursor_seek(&at, &args->rows, row);
-        const char *logits = args->logits.data + at.offset[MTL_CROSS_ENTROPY_LOGITS], *from = logits + first * args->logits.stride;
+        const char *logits = args->logits.data + at.offset[MTL_CROSS_ENTROPY_LOGITS],
+                   *from = logits + first * args->logits.stride;
         int64_t target =
             mtl_load_integer(args->targets.data + at.offset[MTL_CROSS_ENTROPY_TARGETS], args->targets.dtype);
         bool ignored = args->has_ignore_index && target == args->ignore_index;

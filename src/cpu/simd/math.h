@@ -121,11 +121,10 @@ INLINE vec vec_exp2_narrow(vec x) {
  * |r| <= 1/32, a polynomial (4.3e-7). Relative error 6e-7 + |x| 2^-24; 0 below -87, NaN for NaN. */
 INLINE vec vec_exp_of_logits(vec x) {
 #ifdef VEC_HAS_TABLE
-    const real table[16] = {
-        0x1.00000000p+0f, 0x1.0b558600p+0f, 0x1.172b8400p+0f, 0x1.2387a600p+0f, 0x1.306fe000p+0f,
-        0x1.3dea6400p+0f, 0x1.4bfdae00p+0f, 0x1.5ab07e00p+0f, 0x1.6a09e600p+0f, 0x1.7a114800p+0f,
-        0x1.8ace5400p+0f, 0x1.9c491800p+0f, 0x1.ae89fa00p+0f, 0x1.c199be00p+0f, 0x1.d5818e00p+0f,
-        0x1.ea4afa00p+0f};
+    const real table[16] = {0x1.00000000p+0f, 0x1.0b558600p+0f, 0x1.172b8400p+0f, 0x1.2387a600p+0f,
+                            0x1.306fe000p+0f, 0x1.3dea6400p+0f, 0x1.4bfdae00p+0f, 0x1.5ab07e00p+0f,
+                            0x1.6a09e600p+0f, 0x1.7a114800p+0f, 0x1.8ace5400p+0f, 0x1.9c491800p+0f,
+                            0x1.ae89fa00p+0f, 0x1.c199be00p+0f, 0x1.d5818e00p+0f, 0x1.ea4afa00p+0f};
     vec shifted = vec_fma(x, vec_set(16 * LOG2_E), vec_set(EXP_MAGIC)), n = shifted - vec_set(EXP_MAGIC);
     vec r = vec_fma(x, vec_set(16 * LOG2_E), -n); /* in sixteenths */
     vec y = vec_fma(vec_fma(vec_set(0x1.ebf82ep-11f), r, vec_set(0x1.62e984p-5f)), r, vec_set(1));

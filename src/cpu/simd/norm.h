@@ -206,12 +206,11 @@ static void norm_kernel(const mtl_norm_args *args, int64_t begin, int64_t end, r
     mtl_dtype dtype = args->x.dtype, weight_dtype = args->weight.data ? args->weight.dtype : REAL_DTYPE;
     mtl_dtype bias_dtype = args->bias.data ? args->bias.dtype : REAL_DTYPE;
     real *rows = args->layout == MTL_NORM_SUM_KEPT ? scratch : NULL;
-#define NORM_CASE(x, w, b)                                                                                      \
-    if (dtype == (x) && weight_dtype == (w) && bias_dtype == (b)) {                                             \
-        if (args->residual.data)                                                                                \
-            norm_rows(args, begin, end, weight, bias, rows, true, x, (norm_dtypes){x, w, b});                   \
-        else norm_rows(args, begin, end, weight, bias, rows, false, x, (norm_dtypes){x, w, b});                 \
-        return;                                                                                                 \
+#define NORM_CASE(x, w, b)                                                                                         \
+    if (dtype == (x) && weight_dtype == (w) && bias_dtype == (b)) {                                                \
+        if (args->residual.data) norm_rows(args, begin, end, weight, bias, rows, true, x, (norm_dtypes){x, w, b}); \
+        else norm_rows(args, begin, end, weight, bias, rows, false, x, (norm_dtypes){x, w, b});                    \
+        return;                                                                                                    \
     }
     NORM_CASE(REAL_DTYPE, REAL_DTYPE, REAL_DTYPE)
 #ifndef MTL_IN_DOUBLE

@@ -18,7 +18,7 @@ typedef double angle_real;
 #endif
 
 enum {
-    STEPS_A_RUN = 16, /* whose turns come from each other */
+    STEPS_A_RUN = 16,                             /* whose turns come from each other */
     ENTRIES = sizeof(long double) / sizeof(real), /* reals of scratch for an angle */
 };
 
@@ -61,8 +61,8 @@ INLINE bool sine_and_cosine(angle_vec angle, angle_vec *sine, angle_vec *cosine)
 #endif
 
 /* Of one pair. */
-static void make_turn(real *cosine, real *sine, const mtl_rope_angles *angles, const angle_real *inv_freqs, int64_t pair,
-                      int64_t position) {
+static void make_turn(real *cosine, real *sine, const mtl_rope_angles *angles, const angle_real *inv_freqs,
+                      int64_t pair, int64_t position) {
     angle_real angle = (angle_real)position * (angle_real)angles->scale * inv_freqs[pair];
 #ifdef MTL_IN_DOUBLE
     *cosine = (real)cosl(angle);
@@ -112,7 +112,8 @@ static void make_tables(real *tables, int64_t entry, int64_t to_sines, const mtl
         real *row = tables + step * entry;
         for (int64_t pair = i; pair < pairs; pair++)
             make_turn(row + pair, row + to_sines + pair, angles, inv_freqs, pair, positions[step]);
-        for (int64_t pair = pairs - 1; angles->traditional && pair >= 0; pair--) { /* each twice, as neighbours take them */
+        for (int64_t pair = pairs - 1; angles->traditional && pair >= 0;
+             pair--) { /* each twice, as neighbours take them */
             real *sines = row + to_sines;
             row[2 * pair] = row[2 * pair + 1] = row[pair];
             sines[2 * pair + 1] = sines[pair];
@@ -316,12 +317,12 @@ static void do_rows(const side_work *work, const row_run *run) {
     mtl_dtype dtype = side->x.dtype;
     bool normed = work->args->normed, traditional = work->args->angles.traditional;
     if (in_place_row(side->x, dtype) && in_place_row(side->out, dtype)) {
-#define IN_PLACE_CASE(of, t, n)                                      \
-    if (dtype == (of) && traditional == (t) && normed == (n)) {      \
-        do_rows_in_place(work, run, of, t, n);                       \
-        return;                                                      \
+#define IN_PLACE_CASE(of, t, n)                                 \
+    if (dtype == (of) && traditional == (t) && normed == (n)) { \
+        do_rows_in_place(work, run, of, t, n);                  \
+        return;                                                 \
     }
-#define IN_PLACE_CASES(of)         \
+#define IN_PLACE_CASES(of)          \
     IN_PLACE_CASE(of, false, false) \
     IN_PLACE_CASE(of, false, true)  \
     IN_PLACE_CASE(of, true, false)  \
@@ -393,7 +394,8 @@ void SIMD(rope)(const void *arguments, int64_t begin, int64_t end, void *scratch
     int64_t to_sines = angles->traditional ? angles->dims : pairs, entry = 2 * to_sines;
     angle_real *inv_freq_scratch = scratch;
     const angle_real *inv_freqs = make_inv_freqs(inv_freq_scratch, angles);
-    real *tables = (real *)(inv_freq_scratch + pairs), *head = tables + mtl_rope_most_steps(args) * ENTRIES * angles->dims;
+    real *tables = (real *)(inv_freq_scratch + pairs),
+         *head = tables + mtl_rope_most_steps(args) * ENTRIES * angles->dims;
     real *weights[2] = {head + args->head_dim, head + 2 * args->head_dim};
     for (int i = 0; args->normed && i < args->sides; i++) {
         mtl_row weight = args->side[i].weight;
@@ -402,7 +404,8 @@ void SIMD(rope)(const void *arguments, int64_t begin, int64_t end, void *scratch
             for (int64_t j = 0; j < args->head_dim; j++) weights[i][j] = 1;
     }
     /* Longer runs of memory than a block's, as long as the tables fit. */
-    int64_t most = MTL_ROPE_BLOCK * ENTRIES * angles->dims / entry, made = -1, positions[MTL_ROPE_BLOCK * ENTRIES], items;
+    int64_t most = MTL_ROPE_BLOCK * ENTRIES * angles->dims / entry, made = -1, positions[MTL_ROPE_BLOCK * ENTRIES],
+            items;
     for (int64_t item = begin; item < end; item += items) {
         mtl_rope_block block = mtl_rope_block_at(args, item);
         int64_t batch = block.batch, first = block.first, steps = block.steps;

@@ -259,8 +259,7 @@ INLINE vec_two vec_load_two(const void *from, mtl_dtype dtype) {
         return v;
     }
 #endif
-    return (vec_two){vec_load_as(from, dtype),
-                     vec_load_as((const char *)from + LANES * mtl_dtype_size(dtype), dtype)};
+    return (vec_two){vec_load_as(from, dtype), vec_load_as((const char *)from + LANES * mtl_dtype_size(dtype), dtype)};
 }
 
 INLINE void vec_put_two(bool stream, void *to, mtl_dtype dtype, vec_two v) {

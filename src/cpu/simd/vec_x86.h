@@ -133,7 +133,9 @@ INLINE vec_int vec_nonzero_bytes(const char *from) {
 #else
 INLINE vec vec_scale(vec v, vec n) { return (vec)_mm512_scalef_ps(v, n); } /* v 2^n for an integer n */
 #define VEC_HAS_TABLE
-INLINE vec vec_look_up(vec table, vec_int place) { return (vec)_mm512_permutexvar_ps((__m512i)place, table); } /* mod 16 */
+INLINE vec vec_look_up(vec table, vec_int place) {
+    return (vec)_mm512_permutexvar_ps((__m512i)place, table);
+} /* mod 16 */
 /* Of normal numbers with a normal reciprocal: 14 bits, and a Newton step to within a unit in the last place. */
 INLINE vec vec_reciprocal(vec v) {
     vec guess = (vec)_mm512_rcp14_ps(v);

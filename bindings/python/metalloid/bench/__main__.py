@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 from metalloid.bench import cases, report
 from metalloid.bench.cases import Case
@@ -76,6 +77,13 @@ class Process:
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["seconds"]
+
+    def traffic(self, calls: int, how: str) -> tuple[float, float]:
+        """Seconds and bytes of moving the open case's own tensors."""
+        answer = self.ask(f"traffic {calls} {how}")
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["seconds"], answer["bytes"]
 
     def stop(self) -> None:
         self.process.kill()
@@ -151,6 +159,7 @@ class Ceilings:
         self.requests["copy"] = max(rates, key=rates.get)
         self.rates["copy"] = rates[self.requests["copy"]]
         self.copies = dict(zip(("cached stores", "streamed stores", "memcpy"), rates.values(), strict=True))
+        self.stores = list(rates).index(self.requests["copy"])
 
     @staticmethod
     def rate(process: Process, request: str, work: float, rounds: int) -> float:
@@ -158,6 +167,12 @@ class Ceilings:
         if "error" in answer:
             raise Failure(f"{request}: {answer['error']}")
         return work / statistics.median(process.time(3) for _ in range(rounds))
+
+    def traffic(self, case: Case) -> str | None:
+        """How the case's own tensors are moved where that is its ceiling; not where a state is updated in place."""
+        if case.op == "gated_delta_update":
+            return None
+        return {"copy": str(self.stores), "read": "read"}.get(case.ceiling)
 
     def of(self, case: Case) -> tuple[str, float] | None:
         """The request and its work. float16 is multiplied as float32, as bfloat16 is where it has no instruction."""
@@ -224,8 +239,12 @@ class Bench:
         own = 0.0
         add("C")
         own = times["C"][0] if times["C"] else ROUND / calls["C"]
-        ceiling = self.ceilings.of(case)
-        if ceiling:
+        ceiling, traffic = self.ceilings.of(case), self.ceilings.traffic(case)
+        if traffic:  # in the process that has the tensors
+            seconds, moved = self.processes["C"].traffic(1, traffic)
+            ceiling = traffic, moved
+            times["ceiling"], calls["ceiling"] = [], max(1, math.ceil(min(max(own, ROUND), 10 * ROUND) / seconds))
+        elif ceiling:
             add("ceiling", ceiling[0])
         if case.ceiling == "bare":
             add("bare", f"{request} by=bare")
@@ -247,7 +266,10 @@ class Bench:
                     continue
                 sleep(PAUSE)
                 try:
-                    times[name].append(self.processes[name].time(calls[name]))
+                    if name == "ceiling" and traffic:
+                        times[name].append(self.processes["C"].traffic(calls[name], traffic)[0])
+                    else:
+                        times[name].append(self.processes[name].time(calls[name]))
                 except ValueError as error:  # a library that breaks is noted; Metalloid's own calls must not
                     if name in OWN:
                         raise Failure(f"{case.name}: {error}") from None
@@ -294,6 +316,12 @@ def parser() -> argparse.ArgumentParser:
 
         return parse
 
+    def slice_of(text: str) -> tuple[int, int]:
+        first, _, of = text.partition("/")
+        if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
+            raise argparse.ArgumentTypeError(f"must be K/N with 1 <= K <= N, got {text!r}")
+        return int(first), int(of)
+
     made = argparse.ArgumentParser(
         prog="metalloid bench",
         description="Times every operation on the shapes of models, in turn with the machine's ceilings (memory, "
@@ -316,6 +344,12 @@ def parser() -> argparse.ArgumentParser:
         default=15,
         help="after so many a case starts no more rounds (default: %(default)s)",
     )
+    made.add_argument(
+        "--slice", metavar="K/N", type=slice_of, default=(1, 1), help="only every Nth case from the Kth on; see --merge"
+    )
+    made.add_argument(
+        "--merge", metavar="FILE", nargs="+", help="measure nothing: one table, --json and --plot of what runs wrote"
+    )
     made.add_argument("--no-peers", action="store_true", help="only Metalloid and the ceilings")
     made.add_argument("--list", action="store_true", help="name the cases and do nothing")
     made.add_argument("--json", metavar="FILE", help="write everything measured")
@@ -334,7 +368,8 @@ def chosen(options: argparse.Namespace) -> list[Case]:
 
     found = [case for case in everything if wanted(case)]
     sections = list(dict.fromkeys(case.section for case in found))
-    return sorted(found, key=lambda case: sections.index(case.section))
+    first, of = options.slice
+    return sorted(found, key=lambda case: sections.index(case.section))[first - 1 :: of]
 
 
 def find_command() -> str:
@@ -353,6 +388,46 @@ def processes_of(*arguments) -> Iterator[Processes]:
         yield found
     finally:
         found.stop()
+
+
+def merged(options: argparse.Namespace) -> dict:
+    """What several runs wrote, as if one had measured it: cases in the suite's order, medians of the ceilings."""
+    runs = []
+    for path in options.merge:
+        try:
+            runs.append(json.loads(Path(path).read_text()))
+            _ = [(row["section"], row["model"], row["name"]) for row in runs[-1]["cases"]]
+        except (ValueError, KeyError, TypeError):
+            raise Failure(f"{path}: not what --json wrote") from None
+    for key in ("metalloid", "processor", "threads", "peers"):
+        for path, each in zip(options.merge, runs, strict=True):
+            if each.get(key) != runs[0].get(key):
+                raise Failure(f"{path}: another {key} than in {options.merge[0]}")
+    measured = {(row["section"], row["model"], row["name"]): row for each in runs for row in each["cases"]}
+    everything = {
+        (case.section, case.model, case.name): case for case in (cases.tiny() if options.tiny else cases.suite())
+    }
+    unknown = [path for path in measured if path not in everything]
+    if unknown:
+        raise Failure(f"no such case: {' '.join(filter(None, unknown[0]))}")
+    sections = list(dict.fromkeys(case.section for case in everything.values()))
+    order = sorted(everything, key=lambda key: sections.index(key[0]))
+    result = runs[0] | {"rounds": min(each["rounds"] for each in runs), "load": max(each["load"] for each in runs)}
+    for part in ("ceilings", "blas"):
+        result[part] = {
+            name: median_of([each[part][name] for each in runs if name in each[part]]) for name in runs[0][part]
+        }
+    result["cases"] = []
+    for key in order:
+        if key in measured:
+            result["cases"].append(report.judged(measured[key], everything[key], result["cases"]))
+    return result
+
+
+def median_of(values: list) -> float | dict:
+    if isinstance(values[0], dict):
+        return {name: statistics.median(each[name] for each in values) for name in values[0]}
+    return statistics.median(values)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -384,13 +459,21 @@ def run(options: argparse.Namespace) -> None:
     if options.plot and not options.plot.lower().endswith(".png"):
         raise Failure(f"{options.plot}: the picture is a PNG, so its name must end in .png")
 
+    table, bar = Console(width=None if sys.stdout.isatty() else 180), Console(stderr=True)
+    if options.merge:
+        result = merged(options)
+        report.print_machine(table, result)
+        for section in dict.fromkeys(row["section"] for row in result["cases"]):
+            report.print_section(table, result, section)
+        finish(options, table, result)
+        return
+
     import metalloid
 
     command = find_command()
     threads = options.threads or metalloid.get_num_threads()
     rounds = options.rounds or (1 if options.tiny else 3 if options.quick else 5)
     cache_bytes = 1 << 20 if options.tiny else min(max(4 * cache_size(), 128 << 20), 1 << 30)
-    table, bar = Console(width=None if sys.stdout.isatty() else 180), Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -433,6 +516,10 @@ def run(options: argparse.Namespace) -> None:
                     report.print_machine(table, result)
                 report.print_section(table, result, case.section)
                 progress.start()
+    finish(options, table, result)
+
+
+def finish(options: argparse.Namespace, table: Any, result: dict) -> None:
     report.print_shortfalls(table, result)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
