@@ -20,6 +20,18 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+# What _nothing_watches asks is not public; a release without it gets every call through the dispatcher.
+_KNOWN = hasattr(_functorch, "peek_interpreter_stack") and all(
+    hasattr(torch._C, name)
+    for name in (
+        "_len_torch_dispatch_stack",
+        "_is_torch_function_mode_enabled",
+        "_is_any_autocast_enabled",
+        "_get_tracing_state",
+    )
+)
+
+
 class Operator:
     """torch.ops.metalloid.<name>, called in the shortest way that PyTorch would not notice."""
 
@@ -30,7 +42,7 @@ class Operator:
         self.recorded: Callable[..., Any] | None = None  # compute, as a torch.autograd.Function
 
     def __call__(self, *arguments: Any) -> Any:
-        if not torch.compiler.is_compiling() and _nothing_watches():
+        if not torch.compiler.is_compiling() and _KNOWN and _nothing_watches():
             plain, recorded = True, False
             for argument in arguments:
                 if type(argument) in _PLAIN:
@@ -53,7 +65,7 @@ def _nothing_watches() -> bool:
         or torch._C._is_any_autocast_enabled()
         or _functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
+        or getattr(torch.autograd.profiler, "_is_profiler_enabled", False)
     )
 
 
