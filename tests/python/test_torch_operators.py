@@ -1,6 +1,8 @@
 """metalloid.torch: the operators of torch.ops.metalloid under autograd, torch.compile, autocast and others."""
 
 import doctest
+import subprocess
+import sys
 
 import pytest
 
@@ -454,15 +456,20 @@ def test_second_derivatives():
         first.sum().backward()
 
 
-def test_backward_of_attention_stores_no_score_matrix():
-    """4096 keys and queries: the scores would be 64 MiB a head, of 8 heads; the process' peak rises by far less."""
-    import resource
+PEAK = """
+import resource, torch, metalloid.torch as mt
+q = torch.randn(1, 8, 4096, 16, requires_grad=True)
+out = mt.scaled_dot_product_attention(q, q[:, :2], q[:, :2], scale=0.25, mask="causal")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out.sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
 
-    q = Samples().normal(1, 8, 4096, 16)
-    out = mt.scaled_dot_product_attention(q, q[:, :2], q[:, :2], scale=0.25, mask="causal")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out.sum().backward()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
+
+def test_backward_of_attention_stores_no_score_matrix():
+    """Of 4096 keys and queries, 64 MiB a head, of 8 heads: the peak of a process of its own rises by less than one."""
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 300 * 1024
 
 
 @pytest.mark.parametrize("name", mt.__all__)
