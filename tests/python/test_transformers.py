@@ -5,6 +5,7 @@ import doctest
 import importlib.util
 import logging
 import pathlib
+import pickle
 
 import pytest
 
@@ -245,6 +246,8 @@ def test_state_and_copies_stay():
     names = list(model.state_dict())
     metalloid.transformers.patch(model)
     assert list(model.state_dict()) == names
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(**prompt()).logits, model(**prompt()).logits)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.model.norm.weight.zero_()
