@@ -55,6 +55,7 @@ lint:
 	.venv/bin/clang-format --dry-run --Werror $(C_FILES)
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
+	tools/check_types
 	cmake --preset debug
 	cmake --build --preset debug
 	run-clang-tidy -quiet -p build/debug '/(src|cli)/.*\.c$$' 2>/dev/null

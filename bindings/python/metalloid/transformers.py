@@ -7,12 +7,12 @@ its attention from the registry; `patch` swaps what stands around it in the mode
     print(metalloid.transformers.patch(model))
 """
 
+import functools
 import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -88,27 +88,27 @@ AttentionMaskInterface.register("metalloid", sdpa_mask)
 # ---- forward methods of the modules that patch swaps
 
 
-def _rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-def _gemma_weight(module: nn.Module) -> Tensor:
+def _gemma_weight(module: Any) -> Tensor:
     return 1.0 + module.weight.float()
 
 
-def _gemma_rms_norm(self: nn.Module, x: Tensor) -> Tensor:
+def _gemma_rms_norm(self: Any, x: Tensor) -> Tensor:
     return rms_norm(x, _gemma_weight(self), self.eps, dtype=x.dtype)
 
 
-def _silu_mlp(self: nn.Module, x: Tensor) -> Tensor:
+def _silu_mlp(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-def _gelu_mlp(self: nn.Module, x: Tensor) -> Tensor:
+def _gelu_mlp(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
-def _gelu_tanh_mlp(self: nn.Module, x: Tensor) -> Tensor:
+def _gelu_tanh_mlp(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x), approximate="tanh"))
 
 
@@ -121,7 +121,7 @@ _MLPS = {
 
 
 @dynamic_rope_update  # the frequencies of some kinds depend on the length
-def _rotary_embedding(self: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple:
+def _rotary_embedding(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple:
     """Instead of cosines and sines what they are made from."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     inv_freqs = getattr(self, f"{prefix}inv_freq").to(device=x.device, dtype=torch.float)
@@ -129,7 +129,7 @@ def _rotary_embedding(self: nn.Module, x: Tensor, position_ids: Tensor, layer_ty
 
 
 def _attention_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     position_embeddings: Any = None,
     attention_mask: Tensor | None = None,
@@ -208,7 +208,8 @@ def _part(module: nn.Module) -> str | None:
 
 
 def _swap(module: nn.Module, forward: Callable[..., Any]) -> None:
-    module.forward = MethodType(forward, module)  # the class, hooks, parameters and names stay
+    # Class, hooks, parameters and names stay. No bound method, which pickle would look for in the class.
+    module.forward = functools.partial(forward, module)
 
 
 @dataclass(frozen=True)

@@ -52,15 +52,18 @@ static bool refuse_to_write(const char *op, const char *name) {
     return false;
 }
 
-/* The first line of str(cause), beyond which PyTorch prints a backtrace; a new reference. */
-static PyObject *first_line(PyObject *cause) {
-    PyObject *text = PyObject_Str(cause), *stripped = text ? PyObject_CallMethod(text, "strip", NULL) : NULL;
-    PyObject *lines = stripped ? PyUnicode_Splitlines(stripped, false) : NULL;
-    PyObject *line = lines && PyList_GET_SIZE(lines) > 0 ? Py_NewRef(PyList_GET_ITEM(lines, 0)) : NULL;
-    Py_XDECREF(lines);
-    Py_XDECREF(stripped);
+/* str(cause) on one line, without the backtrace that PyTorch's may end with; a new reference. */
+static PyObject *in_one_line(PyObject *cause) {
+    PyObject *text = PyObject_Str(cause);
+    PyObject *parts = text ? PyObject_CallMethod(text, "partition", "s", "Exception raised from ") : NULL;
+    PyObject *words = parts ? PyUnicode_Split(PyTuple_GET_ITEM(parts, 0), NULL, -1) : NULL;
+    PyObject *space = words ? PyUnicode_FromString(" ") : NULL, *line = space ? PyUnicode_Join(space, words) : NULL;
+    Py_XDECREF(space);
+    Py_XDECREF(words);
+    Py_XDECREF(parts);
     Py_XDECREF(text);
-    if (line) return line;
+    if (line && PyUnicode_GET_LENGTH(line) > 0) return line;
+    Py_XDECREF(line);
     PyErr_Clear(); /* of an exception that cannot be printed */
     return PyUnicode_FromString(Py_TYPE(cause)->tp_name);
 }
@@ -75,7 +78,7 @@ static bool refuse_export(const char *op, const char *name) {
     Py_DECREF(type);
     Py_XDECREF(traceback);
 
-    PyObject *error, *line = first_line(cause);
+    PyObject *error, *line = in_one_line(cause);
     if (line) PyErr_Format(PyExc_ValueError, "%s: the memory of %s cannot be shared: %U", op, name, line);
     Py_XDECREF(line);
     PyErr_Fetch(&type, &error, &traceback);

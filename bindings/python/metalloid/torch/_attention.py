@@ -1,11 +1,10 @@
 """scaled_dot_product_attention and kv_cache_sdpa_update. The gradient is a plain formula of PyTorch, over blocks of
 queries."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import metalloid._native as native
 from metalloid.torch._register import define, lower_precision, needs_gradient, promote, wide
@@ -80,7 +79,6 @@ def _attention_gradient(
     dtype = wide(q, k, v)
     batch, heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1:3]
-    additive = mask is not None and mask.is_floating_point()
     offset = keys - queries if causal_offset is None else causal_offset
 
     def grouped(x: Tensor) -> Tensor:  # heads that share keys are rows of one product
@@ -92,16 +90,24 @@ def _attention_gradient(
     k, v = k.to(dtype), v.to(dtype)
     finite_k = torch.where(k.isfinite(), k, 0)  # what nobody sees may be anything
     dq, dk, dv = torch.empty_like(q, dtype=dtype), torch.zeros_like(k), torch.zeros_like(v)
-    dmask = torch.zeros(mask.shape, dtype=dtype, device=q.device) if additive else q.new_empty(0)
-    dsinks = torch.zeros(heads, dtype=dtype, device=q.device) if sinks is not None else q.new_empty(0)
+    dmask, dsinks = q.new_empty(0), q.new_empty(0)  # of what is not there
+    sink = total_bias = None
+    if sinks is not None:
+        sink = sinks.to(dtype)[:, None, None]
+        dsinks = torch.zeros(heads, dtype=dtype, device=q.device)
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        shape = mask.shape
+        mask = mask.reshape((1,) * (4 - mask.ndim) + shape)
+        if mask.is_floating_point():
+            total_bias = torch.zeros(mask.shape, dtype=dtype, device=q.device)
+            dmask = total_bias.view(shape)
     block = max(1, _BLOCK // max(1, batch * heads * keys))
     for begin in range(0, queries, block):
         rows = slice(begin, min(begin + block, queries))
         mask_rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
         q_rows, g_rows = q[:, :, rows].to(dtype), g[:, :, rows].to(dtype)
         scores = ungrouped(grouped(q_rows) @ k.mT) * scale
+        bent = None
         if softcap is not None:
             bent = torch.tanh(scores / softcap)
             scores = softcap * bent
@@ -112,13 +118,12 @@ def _attention_gradient(
         if visible is not None:
             scores = torch.where(visible, scores, -torch.inf)
         largest = scores.amax(-1, keepdim=True) if keys else scores.new_full((*scores.shape[:3], 1), -torch.inf)
-        if sinks is not None:
-            sink = sinks.to(dtype)[:, None, None]
+        if sink is not None:
             largest = torch.maximum(largest, sink)
         largest = torch.where(largest == -torch.inf, 0, largest)
         p = torch.exp(scores - largest)
         total = p.sum(-1, keepdim=True)
-        if sinks is not None:
+        if sink is not None:
             total = total + torch.exp(sink - largest)
         inverse = torch.where(total > 0, 1 / total, 0)
         p = p * inverse
@@ -130,13 +135,12 @@ def _attention_gradient(
             common = common + g_logsumexp[:, :, rows, None]
         ds = p * (dp + common)
         dv += grouped(p).mT @ grouped(g_rows)
-        if sinks is not None:
+        if sink is not None:
             dsinks += (torch.exp(sink - largest) * inverse * common).sum((0, 2, 3))
-        if additive:
-            shape = (*mask.shape[:2], mask_rows.shape[2], mask.shape[3])
-            target = dmask.view(mask.shape)
-            (target if mask.shape[2] == 1 else target[:, :, rows]).add_(ds.sum_to_size(shape))
-        if softcap is not None:
+        if total_bias is not None:
+            part = total_bias if total_bias.shape[2] == 1 else total_bias[:, :, rows]
+            part += ds.sum_to_size(part.shape)
+        if bent is not None:
             ds = ds * (1 - bent * bent)
             if visible is not None:
                 ds = torch.where(visible, ds, 0)
@@ -146,26 +150,20 @@ def _attention_gradient(
     return dq, dk, dv, dmask, dsinks
 
 
-def _attention_backward_compute(g, g_logsumexp, q, k, v, *options):
-    dq, dk, dv, dmask, dsinks = _attention_gradient(g, g_logsumexp, q, k, v, *options)
-    mask, sinks = options[1], options[2]
-    return (
-        dq.to(q.dtype).contiguous(),
-        dk.to(k.dtype).contiguous(),
-        dv.to(v.dtype).contiguous(),
-        dmask.to(mask.dtype) if dmask.numel() or (mask is not None and mask.is_floating_point()) else dmask,
-        dsinks.to(sinks.dtype) if sinks is not None else dsinks,
-    )
-
-
-def _attention_backward_fake(g, g_logsumexp, q, k, v, *options):
-    mask, sinks = options[1], options[2]
+def _attention_backward_like(q, k, v, mask, sinks) -> list[Any]:
+    """What the five gradients look like."""
     additive = mask is not None and mask.is_floating_point()
-    return (
-        *(x.new_empty(x.shape) for x in (q, k, v)),
-        mask.new_empty(mask.shape) if additive else q.new_empty(0),
-        q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape),
-    )
+    return [q, k, v, mask if additive else q.new_empty(0), q.new_empty(0) if sinks is None else sinks]
+
+
+def _attention_backward_compute(g, g_logsumexp, q, k, v, scale, mask, sinks, *options):
+    gradients = _attention_gradient(g, g_logsumexp, q, k, v, scale, mask, sinks, *options)
+    of = _attention_backward_like(q, k, v, mask, sinks)
+    return tuple(gradient.to(x.dtype).contiguous() for gradient, x in zip(gradients, of, strict=True))
+
+
+def _attention_backward_fake(g, g_logsumexp, q, k, v, scale, mask, sinks, *options):
+    return tuple(x.new_empty(x.shape) for x in _attention_backward_like(q, k, v, mask, sinks))
 
 
 # An operator too, since torch.compile would unroll its loop.
@@ -185,7 +183,6 @@ def _attention_context(ctx, inputs, output):
     ctx.options = scale, causal, window, softcap, causal_offset
 
 
-@once_differentiable
 def _attention_backward(ctx, g, g_logsumexp=None):
     q, k, v, mask, sinks, key_mask = ctx.saved_tensors
     scale, causal, window, softcap, causal_offset = ctx.options

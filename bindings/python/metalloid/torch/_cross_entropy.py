@@ -22,18 +22,15 @@ def _cross_entropy_context(ctx, inputs, output):
 
 def _cross_entropy_backward(ctx, g):
     logits, targets = ctx.saved_tensors
-    targets = targets.long()
-    outside = (targets < 0) | (targets >= logits.shape[-1])  # NaN there, as the loss is on a GPU
-    g = g.to(wide(logits))
+    targets, dtype = targets.long()[..., None], wide(logits)
+    inside = (targets >= 0) & (targets < logits.shape[-1])
+    index = torch.where(inside, targets, 0)
+    probabilities = torch.softmax(logits, -1, dtype=dtype)
+    gradient = probabilities.scatter_add(-1, index, -torch.ones_like(index, dtype=dtype)) * g.to(dtype)[..., None]
+    gradient = torch.where(inside, gradient, torch.nan)  # as the loss is on a GPU
     if ctx.ignore_index is not None:
-        ignored = targets == ctx.ignore_index
-        outside, g = outside & ~ignored, torch.where(ignored, 0, g)
-    index = torch.where((targets < 0) | (targets >= logits.shape[-1]), 0, targets)[..., None]
-    probabilities = torch.softmax(logits, -1, dtype=g.dtype)
-    gradient = probabilities.scatter_add(-1, index, -torch.ones_like(index, dtype=g.dtype)) * g[..., None]
-    if ctx.ignore_index is not None:
-        gradient = torch.where(ignored[..., None], 0, gradient)
-    return like(torch.where(outside[..., None], torch.nan, gradient), logits), None, None
+        gradient = torch.where(targets == ctx.ignore_index, 0, gradient)
+    return like(gradient, logits), None, None
 
 
 _cross_entropy_op = define(

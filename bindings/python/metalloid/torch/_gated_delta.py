@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import metalloid._native as native
 from metalloid.torch._register import define, lower_precision, needs_gradient, promote, wide
@@ -42,8 +41,10 @@ def _gated_delta_gradient(g, g_state, q, k, v, gamma, beta, initial_state, mask)
         x = gamma[:, t].to(dtype)
         return x[:, :, None, None] if gamma.ndim == 3 else x[:, :, None, :]
 
-    def live(t: int) -> Tensor | None:
-        return None if mask is None else (mask[:, t] != 0)[:, None, None, None]
+    def where_live(t: int, value: Tensor, otherwise: Tensor | float) -> Tensor:
+        if mask is None:
+            return value
+        return torch.where((mask[:, t] != 0).view(batch, *(1,) * (value.ndim - 1)), value, otherwise)
 
     def step(state: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
         decayed, key = state * decay(t), rows(k, t)
@@ -52,8 +53,7 @@ def _gated_delta_gradient(g, g_state, q, k, v, gamma, beta, initial_state, mask)
         return decayed, error, after
 
     def advance(state: Tensor, t: int) -> Tensor:
-        after = step(state, t)[2]
-        return after if mask is None else torch.where(live(t), after, state)
+        return where_live(t, step(state, t)[2], state)
 
     state = (
         torch.zeros(g_state.shape, dtype=dtype, device=q.device) if initial_state is None else initial_state.to(dtype)
@@ -85,13 +85,9 @@ def _gated_delta_gradient(g, g_state, q, k, v, gamma, beta, initial_state, mask)
                 dbeta: (error * total_key).sum(-1),
                 dgamma: (ddecayed * before).sum((2, 3) if gamma.ndim == 3 else 2),
             }
-            here = live(t)
             for gradient, value in gradients.items():
-                gradient[:, t] = (
-                    value if here is None else torch.where(here.view(-1, *(1,) * (value.ndim - 1)), value, 0)
-                )
-            passed = ddecayed * decay(t)
-            dstate = passed if here is None else torch.where(here, passed, dstate)
+                gradient[:, t] = where_live(t, value, 0)
+            dstate = where_live(t, ddecayed * decay(t), dstate)
     return dq, dk, dv, dgamma, dbeta, dstate
 
 
@@ -120,7 +116,6 @@ def _gated_delta_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-@once_differentiable
 def _gated_delta_backward(ctx, g, g_state):
     *gradients, dstate = _gated_delta_backward_op(g, g_state, *ctx.saved_tensors)
     return *gradients, dstate if needs_gradient(ctx, 5) else None, None

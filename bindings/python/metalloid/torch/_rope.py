@@ -118,7 +118,7 @@ def _split_dtype(rotation):
 
 def _qk_norm_rope(q, k, q_weight, k_weight, eps, dims, *rotation):
     rotation, dtype = _split_dtype(rotation)
-    out = None
+    out: Any = None
     if dtype is not None:
         out = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k))
     return native.qk_norm_rope(q, k, q_weight, k_weight, eps, dims, **_keywords(*rotation), out=out)
