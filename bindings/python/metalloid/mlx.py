@@ -584,6 +584,8 @@ def install(*, primitive: bool | None = None) -> None:
     """
     from metalloid import fast
 
+    if not _replaced and mx.metal.is_available():
+        return
     if primitive is not False and _primitive is None:
         try:
             build()
@@ -591,7 +593,7 @@ def install(*, primitive: bool | None = None) -> None:
             if primitive:
                 raise
             _log.info("calls evaluate their arguments: %s", error)
-    if _replaced or mx.metal.is_available():
+    if _replaced:
         return
     changes: list[tuple[Any, str, Any]] = [(mx.fast, name, _replacement(name)) for name in _FAST]
     if hasattr(fast, "metal_kernel"):
