@@ -78,8 +78,13 @@ docs:
 	doxygen docs/Doxyfile
 	.venv/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky -q -b html docs build/docs/html
 
+# A manylinux wheel without CUDA kernels, into build/wheel, tried where there is no compiler.
+wheel:
+	@tools/setup wheel
+	@tools/wheel
+
 clean:
 	rm -rf build
 
-.PHONY: all install demo test test-cuda bench sanitize fuzz lint format docs clean
+.PHONY: all install demo test test-cuda bench sanitize fuzz lint format docs wheel clean
 .NOTPARALLEL:

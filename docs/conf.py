@@ -19,6 +19,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "breathe",
+    "c_reference",
     "mathml",
     "plain_docstrings",
 ]

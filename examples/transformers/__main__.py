@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ def generate(model, prompt, tokens: int) -> tuple[list[int], list[float]]:
             cache = result.past_key_values if "past_key_values" in result else result.cache
             chosen.append(int(given))
             times.append(time.perf_counter())
-    return chosen, [after - before for before, after in zip(times, times[1:], strict=False)]
+    return chosen, [after - before for before, after in itertools.pairwise(times)]
 
 
 def main() -> None:

@@ -1,9 +1,5 @@
 """metalloid.jax: the kernels' own bits under jit and vmap, gradients against differences in float64, shard_map."""
 
-import os
-
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-
 import doctest
 import gc
 import subprocess

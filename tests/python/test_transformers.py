@@ -5,6 +5,7 @@ import doctest
 import importlib.util
 import logging
 import pathlib
+import pickle
 
 import pytest
 
@@ -30,6 +31,7 @@ from transformers import (  # noqa: E402
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StaticCache,
 )
 
 SIZES = {
@@ -184,6 +186,28 @@ def test_compiles():
         torch.testing.assert_close(compiled(input_ids=tokens, use_cache=False).logits, want)
 
 
+@pytest.mark.parametrize("name", ["Qwen 3", "Gemma 3"])
+def test_a_compiled_step_with_a_static_cache_gives_the_same_tokens(name):
+    torch._dynamo.reset()
+    model = random_model(name)
+    want = generate(model)[:, 12:]
+    model.set_attn_implementation("metalloid")
+    metalloid.transformers.patch(model)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    tokens, mask = prompt().values()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, cache=cache)
+        for chosen in want.split(1, dim=-1):
+            tokens = out.logits[:, -1:].argmax(-1)
+            assert torch.equal(tokens, chosen)
+            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+            positions = positions[:, -1:] + 1
+            whole = torch.nn.functional.pad(mask, (0, 40 - mask.shape[1]))
+            out = step(input_ids=tokens, attention_mask=whole, position_ids=positions, cache=cache)
+
+
 def test_attention_serves_models_that_patch_does_not_know():
     """Attention sinks and windows of gpt-oss, by the registry alone."""
     config = GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=8)
@@ -222,6 +246,8 @@ def test_state_and_copies_stay():
     names = list(model.state_dict())
     metalloid.transformers.patch(model)
     assert list(model.state_dict()) == names
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(**prompt()).logits, model(**prompt()).logits)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.model.norm.weight.zero_()

@@ -258,8 +258,8 @@ def kv_cache_sdpa_update(
     """(out, k_cache, v_cache)"""
     k_cache, v_cache = ns.update_at(k_cache, new_k, offset), ns.update_at(v_cache, new_v, offset)
     given = Attention(scale, q.shape[1] > 1, offset, None, None)
-    heads_first = [ns.xp.swapaxes(a, 1, 2) for a in (q, k_cache, v_cache)]
-    out, _ = attention(ns, *heads_first, None, None, key_mask, given)
+    q, k, v = (ns.xp.swapaxes(a, 1, 2) for a in (q, k_cache, v_cache))
+    out, _ = attention(ns, q, k, v, None, None, key_mask, given)
     return out, k_cache, v_cache
 
 

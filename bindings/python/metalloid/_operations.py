@@ -385,8 +385,8 @@ class Operations(ABC, Generic[A]):
             "time_axis": time_axis,
         }
         arrays, reals, integers = self._rope("qk_norm_rope", q, dims, given)
-        reals = (*reals, real("qk_norm_rope", "eps", eps))
-        first, second = self._call("qk_norm_rope", (q, k, q_weight, k_weight, *arrays), reals, integers, 2)
+        numbers = (*reals, real("qk_norm_rope", "eps", eps))
+        first, second = self._call("qk_norm_rope", (q, k, q_weight, k_weight, *arrays), numbers, integers, 2)
         return first, second
 
     # ---- gated activations
@@ -541,8 +541,9 @@ class Operations(ABC, Generic[A]):
         if softcap is not None and cap == 0:
             raise ValueError(f"{op}: softcap must be finite and positive, got 0")
         offset = CAUSAL_OFFSET_DEFAULT if causal_offset is None else integer(op, "causal_offset", causal_offset)
-        if is_array(mask) and len(mask.shape) < 4:
-            mask = self._broadcast(mask, (1,) * (4 - len(mask.shape)) + tuple(mask.shape))
+        given: Any = mask
+        if is_array(given) and len(given.shape) < 4:
+            mask = self._broadcast(given, (1,) * (4 - len(given.shape)) + tuple(given.shape))
         results = self._call(
             op,
             (q, k, v, mask, sinks, key_mask),
@@ -592,9 +593,10 @@ class Operations(ABC, Generic[A]):
         [3.0, 5.0, 3.0, 3.0]
         """
         op = "kv_cache_sdpa_update"
-        if not is_array(offset):
-            check_start(op, integer(op, "offset", offset), q, k_cache)
-        elif offset.shape not in ((), (1,)) or "int" not in str(offset.dtype):
+        at: Any = offset
+        if not is_array(at):
+            check_start(op, integer(op, "offset", at), q, k_cache)
+        elif at.shape not in ((), (1,)) or "int" not in str(at.dtype):
             raise ValueError(f"{op}: offset must be an integer or an integer array {{}} or {{1}}")
         inputs = (q, new_k, new_v, k_cache, v_cache, self._int32(offset), key_mask)
         out, k_cache, v_cache = self._call(op, inputs, (real(op, "scale", scale),), results=3)

@@ -42,6 +42,7 @@ __all__ = [
     "swiglu",
 ]
 
+_plain: Any = formulas  # called with lists of arrays, whose length no type tells
 _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = _native.operation_names()
 
 for _name, _platform, _handler in _native.xla_handlers():
@@ -57,7 +58,7 @@ class _Call(NamedTuple):
     integers: tuple[int, ...]
     results: int
 
-    def placed(self, arrays: tuple[jax.Array, ...]) -> list[jax.Array | None]:
+    def placed(self, arrays: tuple[jax.Array, ...]) -> list[Any]:
         """The arrays in the places of the operation's inputs."""
         present = iter(arrays)
         return [next(present) if self.given >> i & 1 else None for i in range(len(_NAMES[self.operation][0]))]
@@ -85,16 +86,16 @@ def _formula(call: _Call, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...
     inputs = call.placed(arrays)
     match call.operation:
         case "rms_norm" | "layer_norm" | "add_rms_norm" | "add_layer_norm":
-            results = getattr(formulas, call.operation)(_ns, *inputs, *call.reals)
+            results = getattr(_plain, call.operation)(_ns, *inputs, *call.reals)
         case "rope":
-            results = formulas.rope(_ns, inputs[0], _rope_arguments(call, inputs[1:]))
+            results = _plain.rope(_ns, inputs[0], _rope_arguments(call, inputs[1:]))
         case "qk_norm_rope":
             arguments = _rope_arguments(call, inputs[4:])
-            results = formulas.qk_norm_rope(_ns, *inputs[:4], call.reals[2], arguments)
+            results = _plain.qk_norm_rope(_ns, *inputs[:4], eps=call.reals[2], arguments=arguments)
         case "swiglu":
-            results = formulas.swiglu(_ns, *inputs)
+            results = _plain.swiglu(_ns, *inputs)
         case "geglu":
-            results = formulas.geglu(_ns, *inputs, bool(call.integers[0]))
+            results = _plain.geglu(_ns, *inputs, tanh=bool(call.integers[0]))
         case "scaled_dot_product_attention":
             causal, causal_offset, window = call.integers
             if causal_offset == _operations.CAUSAL_OFFSET_DEFAULT:
@@ -102,13 +103,13 @@ def _formula(call: _Call, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...
             options = formulas.Attention(
                 call.reals[0], bool(causal), causal_offset, window or None, call.reals[1] or None
             )
-            results = formulas.attention(_ns, *inputs, options)[: call.results]
+            results = _plain.attention(_ns, *inputs, given=options)[: call.results]
         case "kv_cache_sdpa_update":
-            results = formulas.kv_cache_sdpa_update(_ns, *inputs, *call.reals)
+            results = _plain.kv_cache_sdpa_update(_ns, *inputs, scale=call.reals[0])
         case "cross_entropy":
-            results = formulas.cross_entropy(_ns, *inputs, call.integers[1] if call.integers[0] else None)
+            results = _plain.cross_entropy(_ns, *inputs, ignore_index=call.integers[1] if call.integers[0] else None)
         case "gated_delta_update":
-            results = formulas.gated_delta_update(_ns, *inputs)
+            results = _plain.gated_delta_update(_ns, *inputs)
         case _:
             raise AssertionError(call.operation)
     return tuple(results) if isinstance(results, tuple) else (results,)

@@ -63,10 +63,12 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+_plain: Any = formulas  # called with lists of arrays, whose length no type tells
 _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = _native.operation_names()
 _FAST = ("cross_entropy", "gated_delta_update", "layer_norm", "rms_norm", "rope", "scaled_dot_product_attention")
 _own = {name: getattr(mx.fast, name) for name in _FAST}  # MLX's, whatever is installed later
 _default_device = mx.default_device
+_VERSION: str = vars(mx)["__version__"]
 
 _DTYPES = {
     getattr(mx, name + "_" if name == "bool" else name): name
@@ -100,9 +102,9 @@ def _sources() -> tuple[Path, Path]:
 def _primitive_path() -> Path:
     """Where the primitive for this MLX, this Python and this package is, or will be."""
     content = b"".join(path.read_bytes() for path in _sources())
-    content += "\0".join((mx.__version__, str(Path(mx.__file__).parent), sys.version)).encode()
+    content += "\0".join((_VERSION, str(Path(mx.__file__).parent), sys.version)).encode()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    return _cache_folder() / f"mlx-{mx.__version__}-{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return _cache_folder() / f"mlx-{_VERSION}-{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def _load(path: Path) -> ModuleType:
@@ -137,7 +139,7 @@ def build() -> Path:
             _primitive = _load(path)
         except Exception as error:
             path.unlink(missing_ok=True)
-            raise RuntimeError(f"the primitive does not fit MLX {mx.__version__}: {error}") from error
+            raise RuntimeError(f"the primitive does not fit MLX {_VERSION}: {error}") from error
     return path
 
 
@@ -167,10 +169,10 @@ def _compile(path: Path) -> None:
             *(str(source), str(bindings / "src" / "nb_combined.cpp")),
             *(f"-L{mlx / 'lib'}", "-lmlx", f"-Wl,-rpath,{mlx / 'lib'}", "-o", str(result)),
         ]
-        _log.info("compiling the primitive for MLX %s", mx.__version__)
+        _log.info("compiling the primitive for MLX %s", _VERSION)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"the primitive does not compile for MLX {mx.__version__}:\n{done.stderr[:4000]}")
+            raise RuntimeError(f"the primitive does not compile for MLX {_VERSION}:\n{done.stderr[:4000]}")
         os.replace(result, path)
 
 
@@ -236,7 +238,7 @@ def _own_formula(call: _Call, inputs: list[Any]) -> Any:
         case "rms_norm" | "layer_norm":
             return _own[call.operation](*inputs, *call.reals)
         case "add_rms_norm" | "add_layer_norm":
-            return getattr(formulas, call.operation)(_ns, *inputs, *call.reals)
+            return getattr(_plain, call.operation)(_ns, *inputs, *call.reals)
         case "rope":
             given = _rope_arguments(call, inputs[1:])
             if given.position_ids is None and given.inv_freqs is None and given.time_axis == -2:
@@ -249,21 +251,21 @@ def _own_formula(call: _Call, inputs: list[Any]) -> Any:
                     offset=given.offset,
                     freqs=given.freqs,
                 )
-            return formulas.rope(_ns, inputs[0], given)
+            return _plain.rope(_ns, inputs[0], given)
         case "qk_norm_rope":
-            return formulas.qk_norm_rope(_ns, *inputs[:4], call.reals[2], _rope_arguments(call, inputs[4:]))
+            return _plain.qk_norm_rope(_ns, *inputs[:4], eps=call.reals[2], arguments=_rope_arguments(call, inputs[4:]))
         case "swiglu":
-            return formulas.swiglu(_ns, *inputs)
+            return _plain.swiglu(_ns, *inputs)
         case "geglu":
-            return formulas.geglu(_ns, *inputs, bool(call.integers[0]))
+            return _plain.geglu(_ns, *inputs, tanh=bool(call.integers[0]))
         case "scaled_dot_product_attention":
             return _own_attention(call, inputs)
         case "cross_entropy":
             if call.integers[0]:
-                return formulas.cross_entropy(_ns, *inputs, call.integers[1])
+                return _plain.cross_entropy(_ns, *inputs, ignore_index=call.integers[1])
             return _own["cross_entropy"](*inputs)
         case "gated_delta_update":
-            return formulas.gated_delta_update(_ns, *inputs)
+            return _plain.gated_delta_update(_ns, *inputs)
     raise AssertionError(call.operation)
 
 
@@ -295,14 +297,14 @@ def _own_attention(call: _Call, inputs: list[Any]) -> Any:
         )
     offset = k.shape[2] - q.shape[2] if lower_right else causal_offset
     options = formulas.Attention(scale, bool(causal), offset, window or None, softcap or None)
-    return list(formulas.attention(_ns, *inputs, options)[: call.results])
+    return list(_plain.attention(_ns, *inputs, given=options)[: call.results])
 
 
 # ---- without a primitive: evaluate, and call
 
 
 @functools.lru_cache(maxsize=1024)
-def _evaluating(call: _Call) -> Callable[..., list[mx.array]]:
+def _evaluating(call: _Call) -> Callable[..., Any]:
     formula = functools.partial(_formula, call)
 
     def run(*arrays: mx.array) -> list[mx.array]:
@@ -338,7 +340,8 @@ def _evaluating(call: _Call) -> Callable[..., list[mx.array]]:
 
     @function.vmap
     def vmap(inputs: Any, axes: Any) -> tuple[list[mx.array], list[int]]:
-        results = mx.vmap(lambda *arrays: formula(list(arrays)), in_axes=tuple(_list(axes)))(*_list(inputs))
+        every: Any = lambda *arrays: formula(list(arrays))  # noqa: E731
+        results: Any = mx.vmap(every, in_axes=tuple(_list(axes)))(*_list(inputs))
         return results, [0] * call.results
 
     return function
@@ -456,8 +459,12 @@ class _Operations(_operations.Operations[mx.array]):
         try:
             start = self._start(op, offset)
         except RuntimeError:  # MLX is tracing, and the offset has no value
-            return formulas.kv_cache_sdpa_update(
-                _ns, *arrays[:5], offset.reshape(()), arrays[5] if len(arrays) == 6 else None, *call.reals
+            return _plain.kv_cache_sdpa_update(
+                _ns,
+                *arrays[:5],
+                offset=self._int32(offset),
+                key_mask=arrays[5] if len(arrays) == 6 else None,
+                scale=call.reals[0],
             )
         _operations.check_start(op, start, arrays[0], arrays[3])
         # MLX writes into a cache in place where nobody else holds it; attention then reads the caches as they lie.
@@ -473,7 +480,7 @@ class _Operations(_operations.Operations[mx.array]):
         return out, k_cache, v_cache
 
     @staticmethod
-    def _start(op: str, offset: SupportsIndex | mx.array) -> int:
+    def _start(op: str, offset: Any) -> int:
         if not _operations.is_array(offset):
             return _operations.integer(op, "offset", offset)
         if offset.shape not in ((), (1,)) or "int" not in str(offset.dtype):
@@ -530,12 +537,12 @@ def _replacement(name: str) -> Callable[..., Any]:
     return function
 
 
-def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., list[mx.array]]:
+def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
     from metalloid import fast
 
     kernel = fast.metal_kernel(*args, **keywords)  # type: ignore[attr-defined]
 
-    def call(*, inputs: list[Any], **how: Any) -> list[mx.array]:
+    def call(*, inputs: list[Any], **how: Any) -> Any:
         """No gradient comes from a kernel: asked for one, it is an error, where MLX would see a constant."""
 
         @mx.custom_function
@@ -577,6 +584,8 @@ def install(*, primitive: bool | None = None) -> None:
     """
     from metalloid import fast
 
+    if not _replaced and mx.metal.is_available():
+        return
     if primitive is not False and _primitive is None:
         try:
             build()
@@ -584,7 +593,7 @@ def install(*, primitive: bool | None = None) -> None:
             if primitive:
                 raise
             _log.info("calls evaluate their arguments: %s", error)
-    if _replaced or mx.metal.is_available():
+    if _replaced:
         return
     changes: list[tuple[Any, str, Any]] = [(mx.fast, name, _replacement(name)) for name in _FAST]
     if hasattr(fast, "metal_kernel"):

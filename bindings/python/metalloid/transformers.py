@@ -7,12 +7,12 @@ its attention from the registry; `patch` swaps what stands around it in the mode
     print(metalloid.transformers.patch(model))
 """
 
+import functools
 import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -208,7 +208,8 @@ def _part(module: nn.Module) -> str | None:
 
 
 def _swap(module: nn.Module, forward: Callable[..., Any]) -> None:
-    module.forward = MethodType(forward, module)  # the class, hooks, parameters and names stay
+    # Class, hooks, parameters and names stay. No bound method, which pickle would look for in the class.
+    module.forward = functools.partial(forward, module)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functions, _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 library = torch.library.Library("metalloid", "DEF")
 
 # An operator takes any strides, so that Inductor need not keep those that it saw while tracing.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+# What _nothing_watches asks is not public; a release without it gets every call through the dispatcher.
+_KNOWN = hasattr(_functorch, "peek_interpreter_stack") and all(
+    hasattr(torch._C, name)
+    for name in (
+        "_len_torch_dispatch_stack",
+        "_is_torch_function_mode_enabled",
+        "_is_any_autocast_enabled",
+        "_get_tracing_state",
+    )
+)
 
 
 class Operator:
@@ -28,9 +40,12 @@ class Operator:
         self.compute = compute
         self.overload = getattr(torch.ops.metalloid, name).default
         self.recorded: Callable[..., Any] | None = None  # compute, as a torch.autograd.Function
+        self.transformed: Callable[..., Any] | None = None  # the overload, as one that torch.func knows
 
     def __call__(self, *arguments: Any) -> Any:
-        if not torch.compiler.is_compiling() and _nothing_watches():
+        if torch.compiler.is_compiling() or not _KNOWN:
+            return self.overload(*arguments)
+        if _nothing_watches():
             plain, recorded = True, False
             for argument in arguments:
                 if type(argument) in _PLAIN:
@@ -42,7 +57,14 @@ class Operator:
                 return self.compute(*arguments)
             if plain and self.recorded is not None:
                 return self.recorded(*arguments)
+        elif self.transformed is not None and _transforms():
+            return self.transformed(*arguments)
         return self.overload(*arguments)
+
+
+def _transforms() -> bool:
+    """Whether torch.func's vmap, grad or another is at work."""
+    return _functorch.peek_interpreter_stack() is not None
 
 
 def _nothing_watches() -> bool:
@@ -51,9 +73,9 @@ def _nothing_watches() -> bool:
         torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._is_any_autocast_enabled()
-        or _functorch.peek_interpreter_stack() is not None
+        or _transforms()
         or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
+        or getattr(torch.autograd.profiler, "_is_profiler_enabled", False)
     )
 
 
@@ -67,25 +89,36 @@ def define(
     updates: tuple[str, ...] = (),
     backends: tuple[str, ...] = ("CPU", "CUDA"),
 ) -> Operator:
-    """Registers torch.ops.metalloid.<name>. It writes the tensors `updates`; without `backward` it refuses to be
-    differentiated."""
+    """Registers torch.ops.metalloid.<name>. It writes the tensors `updates`. Without `backward` going back through it
+    is an error, and where it writes tensors so is a call that records a gradient."""
     library.define(schema, tags=_TAGS)
     name = schema.partition("(")[0]
     operator = Operator(name, compute)
     for backend in backends:
         library.impl(name, compute, backend)
     torch.library.register_fake(f"metalloid::{name}", fake, lib=library)
-    if backward is not None:
-        torch.library.register_autograd(f"metalloid::{name}", backward, setup_context=setup_context, lib=library)
-        operator.recorded = _function(name, compute, setup_context, backward)
-    else:
-        _refuse_gradients(operator, updates)
     if updates:
+        _refuse_gradients(operator)
         _count_writes(operator, updates)
+        return operator
+    if backward is None:
+        backward = _refusal(operator)
+    torch.library.register_autograd(f"metalloid::{name}", backward, setup_context=setup_context, lib=library)
+    operator.recorded = _recorded(name, compute, setup_context, backward)
+    operator.transformed = _transformed(operator, setup_context, backward)
     return operator
 
 
-def _function(
+def _refusal(operator: Operator) -> Callable[..., Any]:
+    """Where PyTorch would return results that have no gradient, in silence."""
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(f"torch.ops.metalloid.{operator.name} cannot be differentiated")
+
+    return backward
+
+
+def _recorded(
     name: str, compute: Callable[..., Any], setup_context: Callable[..., None] | None, backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     def forward(ctx: Any, *arguments: Any) -> Any:  # with a setup_context of its own it would take twice the time
@@ -94,26 +127,36 @@ def _function(
             setup_context(ctx, arguments, result)
         return result
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+    return _function(name, forward=forward, backward=backward)
 
 
-def _refuse_gradients(operator: Operator, updates: tuple[str, ...]) -> None:
-    """Where PyTorch would return results that have no gradient, in silence: going back through them is an error, and so
-    is the call where it writes tensors, which would lose theirs."""
-    message = f"torch.ops.metalloid.{operator.name} cannot be differentiated"
+def _transformed(
+    operator: Operator, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    def forward(*arguments: Any) -> Any:
+        return operator.overload(*arguments)
+
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    return _function(operator.name, forward=forward, setup_context=keep, backward=backward, generate_vmap_rule=True)
+
+
+def _function(name: str, **members: Any) -> Callable[..., Any]:
+    members = {key: staticmethod(member) if callable(member) else member for key, member in members.items()}
+    return type(name, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+
+
+def _refuse_gradients(operator: Operator) -> None:
+    """The call itself is refused, since what it writes would lose its gradient."""
 
     def kernel(*arguments: Any, **keywords: Any) -> Any:
         tensors = [a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)]
-        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if recorded and updates:
-            raise NotImplementedError(message)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise NotImplementedError(f"torch.ops.metalloid.{operator.name} cannot be differentiated")
         with torch._C._AutoDispatchBelowAutograd():
-            results = operator.overload(*arguments, **keywords)
-        if not recorded:
-            return results
-        refuse = _functions.DelayedError(message.encode(), len(results))
-        return refuse(*(result.detach().requires_grad_() for result in results))
+            return operator.overload(*arguments, **keywords)
 
     library.impl(operator.name, kernel, "Autograd")
 
