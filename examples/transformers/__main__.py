@@ -42,9 +42,8 @@ def generate(model, prompt, tokens: int) -> tuple[list[int], list[float]]:
     chosen, times, cache, given = [], [], None, prompt
     with torch.inference_mode():
         for _ in range(tokens):
-            result = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            given = result.logits[:, -1:].argmax(-1)
-            cache = result.past_key_values if "past_key_values" in result else result.cache
+            result = model(input_ids=given, cache=cache, use_cache=True, logits_to_keep=1)
+            given, cache = result.logits[:, -1:].argmax(-1), result.cache
             chosen.append(int(given))
             times.append(time.perf_counter())
     return chosen, [after - before for before, after in itertools.pairwise(times)]

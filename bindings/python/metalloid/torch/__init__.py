@@ -1,6 +1,6 @@
 """Metalloid for PyTorch: every operation as an operator, torch.ops.metalloid.*, that autograd,
-torch.compile(fullgraph=True), torch.export, torch.func and torch.autocast know, on the CPU and on CUDA devices, there on
-the current stream.
+torch.compile(fullgraph=True), torch.export, torch.func and torch.autocast know, on the CPU and on CUDA devices, there
+on the current stream.
 
 The functions take tensors alone and have no `out`; otherwise their names and arguments are those of `metalloid`. A
 call that has nothing for PyTorch's dispatcher to do (no gradient, mode, transform or autocast) goes around it.
