@@ -263,7 +263,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         copies_end();
     };
     bool typed_v = p.v.dtype == Element<T>::dtype;
-    float staged_v[STEPS * ROWS / CHUNK_THREADS], staged_decay;
+    unsigned staged_v[STEPS * ROWS / CHUNK_THREADS]; // as they came: to widen one would wait for it
+    float staged_decay;
     auto read_v = [&](int64_t chunk) {
         staged_decay = threadIdx.x < 2 * STEPS ? args.decays[(first_item + chunk) * 2 * STEPS + threadIdx.x] : 0;
         const char *from = v_from + chunk * STEPS * p.v.stride[1];
@@ -271,15 +272,23 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
 #pragma unroll
         for (int i = 0; i < STEPS * ROWS / CHUNK_THREADS; i++) {
             staged_v[i] = 0;
-            if (row_there(lane) && (whole || is_live(p, batch, chunk * STEPS + i * WARPS + warp)))
-                staged_v[i] = typed_v ? load_float(from, Element<T>::dtype) : load_float(from, p.v.dtype);
+            if (row_there(lane) && (whole || is_live(p, batch, chunk * STEPS + i * WARPS + warp))) {
+                if (!typed_v) staged_v[i] = __float_as_uint(load_float(from, p.v.dtype));
+                else if constexpr (sizeof(T) == 4) staged_v[i] = *(const unsigned *)from;
+                else staged_v[i] = *(const unsigned short *)from;
+            }
             from += WARPS * p.v.stride[1];
         }
     };
     auto keep_v = [&](int64_t chunk) {
         if (threadIdx.x < 2 * STEPS) decays[chunk % 2][threadIdx.x] = staged_decay;
 #pragma unroll
-        for (int i = 0; i < STEPS * ROWS / CHUNK_THREADS; i++) v_tile[i * WARPS + warp][lane] = staged_v[i];
+        for (int i = 0; i < STEPS * ROWS / CHUNK_THREADS; i++) {
+            float v = __uint_as_float(staged_v[i]);
+            if (typed_v && EXACT<T>) v = __uint_as_float(staged_v[i] << 16);
+            else if (typed_v && sizeof(T) == 2) v = __half2float(__ushort_as_half((unsigned short)staged_v[i]));
+            v_tile[i * WARPS + warp][lane] = v;
+        }
     };
 
     // The state: of the first four warps' lanes, COLUMNS columns a warp.
@@ -343,26 +352,31 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
 
         // S k by four warps, S q by the others.
         float with_state[ROWS / 8][4] = {};
-#pragma unroll 4
+#pragma unroll
         for (int step = 0; step < KEY_DIM / 16; step++) {
             unsigned a[PARTS][4];
 #pragma unroll
             for (int part = 0; part < PARTS; part++)
-                load_matrices(a[part], chunk_at<KEY_DIM>((warp < 4 ? stage : q_tile) + part * TILE,
-                                                         m_tile * 16 + lane % 16, step * 2 + lane / 16));
+                load_matrices(a[part], chunk_of_pair<KEY_DIM>((warp < 4 ? stage : q_tile) + part * TILE,
+                                                              m_tile * 16 + lane % 16, lane / 16, step));
+            unsigned high[ROWS / 16][4], low[ROWS / 16][4];
 #pragma unroll
             for (int pair = 0; pair < ROWS / 16; pair++) {
-                unsigned high[4], low[4];
-                unsigned at = chunk_at<KEY_DIM>(state_tile, pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2);
-                load_matrices(high, at);
-                load_matrices(low, at + STATE);
+                unsigned at =
+                    chunk_of_pair<KEY_DIM>(state_tile, pair * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2, step);
+                load_matrices(high[pair], at);
+                load_matrices(low[pair], at + STATE);
+            }
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float(&c)[4] = with_state[2 * pair + half];
-                    multiply(c, a[0], high[2 * half], high[2 * half + 1]);
-                    multiply(c, a[0], low[2 * half], low[2 * half + 1]);
-                    if constexpr (!EXACT<T>) multiply(c, a[1], high[2 * half], high[2 * half + 1]);
-                }
+            for (int n = 0; n < ROWS / 8; n++)
+                multiply(with_state[n], a[0], high[n / 2][n % 2 * 2], high[n / 2][n % 2 * 2 + 1]);
+#pragma unroll
+            for (int n = 0; n < ROWS / 8; n++)
+                multiply(with_state[n], a[0], low[n / 2][n % 2 * 2], low[n / 2][n % 2 * 2 + 1]);
+            if constexpr (!EXACT<T>) {
+#pragma unroll
+                for (int n = 0; n < ROWS / 8; n++)
+                    multiply(with_state[n], a[1], high[n / 2][n % 2 * 2], high[n / 2][n % 2 * 2 + 1]);
             }
         }
         // Of 16-bit pairs at [step][row], both parts.
@@ -394,8 +408,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
             unsigned a[2][4], b[2][4];
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                load_matrices(a[part], chunk_at<STEPS>(inverse + part * SQUARE, m_tile * 16 + lane % 16,
-                                                       step * 2 + lane / 16));
+                load_matrices(a[part], chunk_of_pair<STEPS>(inverse + part * SQUARE, m_tile * 16 + lane % 16,
+                                                            lane / 16, step));
                 load_transposed(b[part], narrow_at(rest_tile + part * NARROW, step * 16 + lane % 16,
                                                    warp / 4 * 2 + lane / 16));
             }
@@ -470,8 +484,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
                 unsigned a[2][4];
 #pragma unroll
                 for (int part = 0; part < 2; part++)
-                    load_matrices(a[part], chunk_at<STEPS>(with_q + part * SQUARE, m_tile * 16 + lane % 16,
-                                                           step * 2 + lane / 16));
+                    load_matrices(a[part], chunk_of_pair<STEPS>(with_q + part * SQUARE, m_tile * 16 + lane % 16,
+                                                                lane / 16, step));
 #pragma unroll
                 for (int pair = 0; pair < ROWS / 16; pair++) {
                     unsigned high[4], low[4];
