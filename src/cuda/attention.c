@@ -109,7 +109,7 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 /* Few queries on Hopper: a cluster to a key/value head. *done is false where attention.cu has to serve. */
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
-    enum { ROWS = 16, KEYS = 64, THREADS = 160, MOST_BLOCKS = 16, MOST_TILES = 4096, LEAST_TILES = 16 };
+    enum { ROWS = 16, KEYS = 64, THREADS = 160, MOST_BLOCKS = 16, MOST_TILES = 4096, LEAST_TILES = 8 };
     static const struct {
         /* Two blocks have place on a multiprocessor where shared memory allows it: a GPU's clusters of 16 do not cover
          * all multiprocessors one block each. */
@@ -128,7 +128,7 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     int at = hopper_dims_of(args), bf16 = args->q.dtype == MTL_BF16;
     mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_decode, 2 * at + bf16, kernels[at].name[bf16]};
     mtl_cuda_grid grid = {.y = (int)heads, .z = (int)((rows + ROWS - 1) / ROWS), .threads = THREADS, .cluster = 1};
-    int64_t multiprocessors = call->device->multiprocessors, places = 2 * multiprocessors * kernels[at].blocks;
+    int64_t multiprocessors = call->device->multiprocessors, places = multiprocessors * kernels[at].blocks;
     int64_t items = heads * grid.z, tiles = (args->kv_len + KEYS - 1) / KEYS;
     while (grid.cluster < MOST_BLOCKS && items * grid.cluster * 2 <= places && grid.cluster * 2 <= tiles)
         grid.cluster *= 2;

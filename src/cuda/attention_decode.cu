@@ -49,7 +49,12 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     int all = end > begin * KEYS ? (int)((end + KEYS - 1) / KEYS - begin) : 0;
     int tiles = all > rank ? (all - rank + ranks - 1) / ranks : 0; // begin + rank + i ranks
     const char *key_mask = key_mask_of(p, batch);
-    auto first_key = [&](int i) { return (int)(begin + rank + (int64_t)i * ranks) * KEYS; };
+    // Heads begin at different tiles: at a power of two apart, all would ask the same memory at once.
+    int start = tiles ? (int)(blockIdx.y * 5 % tiles) : 0;
+    auto first_key = [&](int i) {
+        i += start;
+        return (int)(begin + rank + (int64_t)(i < tiles ? i : i - tiles) * ranks) * KEYS;
+    };
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < count; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);

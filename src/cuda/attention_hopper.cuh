@@ -39,10 +39,13 @@ template <int ROWS, int KEYS> struct Item {
     }
 };
 
-// Of four bytes, a bit each: whether it is not 0.
-__device__ inline unsigned bits_of_bytes(unsigned x) {
-    unsigned high = (((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x) & 0x80808080u;
-    return __dp4a(high, 0x08040201u, 0u) >> 7;
+// Of 16 bytes, a bit each: whether it is not 0. They are 0 or 1 as a rule, and then a bit costs a multiplication.
+__device__ inline unsigned bits_of_bytes(uint4 x) {
+    if ((x.x | x.y | x.z | x.w) & 0xfefefefeu)
+        x = make_uint4(__vsetgtu4(x.x, 0), __vsetgtu4(x.y, 0), __vsetgtu4(x.z, 0), __vsetgtu4(x.w, 0));
+    unsigned low = __dp4a(x.y, 0x80402010u, __dp4a(x.x, 0x08040201u, 0u));
+    unsigned high = __dp4a(x.w, 0x80402010u, __dp4a(x.z, 0x08040201u, 0u));
+    return low | high << 8;
 }
 
 // What is known of a stage of mask bits: some key shows, some does not.
@@ -61,8 +64,8 @@ __device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<RO
     int64_t first = item.begin + (int64_t)tile * KEYS + part * 16;
     const char *key_mask = key_mask_of(p, item.batch);
     bool whole = first - part * 16 + KEYS <= p.kv_len;
-    unsigned visible = 0;
-    for (int j = 0; j < 16; j++) {
+    unsigned visible = whole && !key_mask ? 0xffff : 0;
+    for (int j = whole && !key_mask ? 16 : 0; j < 16; j++) {
         bool sees = first + j < p.kv_len;
         if (key_mask && sees)
             sees = load_integer(key_mask + (first + j) * p.key_mask.stride[1], p.key_mask.dtype) != 0;
@@ -88,8 +91,7 @@ __device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<RO
             bool inside = row < ROWS && item.first_query + row < p.q_len;
             unsigned own = inside || !by_rows ? visible : 0;
             if (vectors) {
-                own &= bits_of_bytes(keys[i].x) | bits_of_bytes(keys[i].y) << 4 | bits_of_bytes(keys[i].z) << 8 |
-                       bits_of_bytes(keys[i].w) << 12;
+                own &= bits_of_bytes(keys[i]);
             } else if (by_rows && inside) {
                 const char *at = mask + (int64_t)row * p.mask.stride[2];
                 for (int j = 0; j < 16; j++) {

@@ -1,6 +1,5 @@
 /* cross_entropy on CUDA: a block to a row. SPDX-License-Identifier: MIT */
 #include "cuda/driver.h"
-#include <stdlib.h>
 
 metalloid_status mtl_cuda_cross_entropy(const metalloid_context *context, const char *op,
                                         const mtl_cross_entropy_args *args) {
@@ -29,7 +28,7 @@ metalloid_status mtl_cuda_cross_entropy(const metalloid_context *context, const 
         entropy.logits.data = args->logits.data + at.offset[MTL_CROSS_ENTROPY_LOGITS];
         entropy.targets.data = args->targets.data + at.offset[MTL_CROSS_ENTROPY_TARGETS];
         entropy.loss.data = args->loss.data + at.offset[MTL_CROSS_ENTROPY_LOSS];
-        mtl_cuda_grid grid = {.blocks = entropy.rows.count, .threads = args->classes > (getenv("XE") ? atoi(getenv("XE")) : LONG_ROW) ? MANY : FEW};
+        mtl_cuda_grid grid = {.blocks = entropy.rows.count, .threads = args->classes > LONG_ROW ? MANY : FEW};
         status = mtl_cuda_launch(&call, kernel, grid, &entropy);
     }
     return mtl_cuda_end(&call, status);

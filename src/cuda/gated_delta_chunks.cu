@@ -29,8 +29,12 @@ __device__ inline const char *place(const mtl_cuda_strided &operand, int64_t i, 
     return operand.data + i * operand.stride[0] + j * operand.stride[1] + k * operand.stride[2];
 }
 
+// What is rare stays out of line: the loop over chunks has to fit into the cache of instructions.
+__device__ __noinline__ int64_t load_integer_of(const char *at, int dtype) { return load_integer(at, dtype); }
+__device__ __noinline__ float load_float_of(const char *at, int dtype) { return load_float(at, dtype); }
+
 __device__ inline bool is_live(const mtl_cuda_gated_delta_args &p, int64_t batch, int64_t time) {
-    return time < p.time && (!p.mask.data || load_integer(place(p.mask, batch, time, 0), p.mask.dtype) != 0);
+    return time < p.time && (!p.mask.data || load_integer_of(place(p.mask, batch, time, 0), p.mask.dtype) != 0);
 }
 
 __device__ inline bool fits(float x, float most) { return fabsf(x) <= most; } // NaN does not
@@ -95,8 +99,8 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
     if (threadIdx.x < STEPS) {
         bool live = is_live(p, batch, first + threadIdx.x);
         gamma[threadIdx.x] =
-            live ? load_float(place(p.gamma, batch, first + threadIdx.x, head), p.gamma.dtype) : 1;
-        beta[threadIdx.x] = live ? load_float(place(p.beta, batch, first + threadIdx.x, head), p.beta.dtype) : 0;
+            live ? load_float_of(place(p.gamma, batch, first + threadIdx.x, head), p.gamma.dtype) : 1;
+        beta[threadIdx.x] = live ? load_float_of(place(p.beta, batch, first + threadIdx.x, head), p.beta.dtype) : 0;
     }
     copies_wait<0>();
     __syncthreads();
@@ -273,7 +277,7 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         for (int i = 0; i < STEPS * ROWS / CHUNK_THREADS; i++) {
             staged_v[i] = 0;
             if (row_there(lane) && (whole || is_live(p, batch, chunk * STEPS + i * WARPS + warp))) {
-                if (!typed_v) staged_v[i] = __float_as_uint(load_float(from, p.v.dtype));
+                if (!typed_v) staged_v[i] = __float_as_uint(load_float_of(from, p.v.dtype));
                 else if constexpr (sizeof(T) == 4) staged_v[i] = *(const unsigned *)from;
                 else staged_v[i] = *(const unsigned short *)from;
             }
@@ -324,7 +328,7 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     if (p.initial_state.data)
         each_of_state([&](int row, int column, float &x) {
             if (row_there(row))
-                x = load_float(place(p.initial_state, batch, head, first_row + row) +
+                x = load_float_of(place(p.initial_state, batch, head, first_row + row) +
                                    column * p.initial_state.stride[3],
                                p.initial_state.dtype);
         });
@@ -445,22 +449,22 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
                 float out = 0;
                 if (is_live(p, batch, time)) {
                     const char *q = place(p.q, batch, time, k_head), *k = place(p.k, batch, time, k_head);
-                    float decay = load_float(place(p.gamma, batch, time, head), p.gamma.dtype), with_k = 0;
-                    float beta = load_float(place(p.beta, batch, time, head), p.beta.dtype);
-                    float v = row_there(row) ? load_float(place(p.v, batch, time, head) +
+                    float decay = load_float_of(place(p.gamma, batch, time, head), p.gamma.dtype), with_k = 0;
+                    float beta = load_float_of(place(p.beta, batch, time, head), p.beta.dtype);
+                    float v = row_there(row) ? load_float_of(place(p.v, batch, time, head) +
                                                               (first_row + row) * p.v.stride[3],
                                                           p.v.dtype)
                                              : 0;
                     for (int i = part; i < KEY_DIM; i += LANES_OF_ROW) {
                         float s = steps_state[row][i] * decay;
                         steps_state[row][i] = s;
-                        with_k = fmaf(s, load_float(k + i * p.k.stride[3], p.k.dtype), with_k);
+                        with_k = fmaf(s, load_float_of(k + i * p.k.stride[3], p.k.dtype), with_k);
                     }
                     float delta = beta * (v - over_warp<float, add<float>>(with_k, LANES_OF_ROW));
                     for (int i = part; i < KEY_DIM; i += LANES_OF_ROW) {
-                        float s = fmaf(delta, load_float(k + i * p.k.stride[3], p.k.dtype), steps_state[row][i]);
+                        float s = fmaf(delta, load_float_of(k + i * p.k.stride[3], p.k.dtype), steps_state[row][i]);
                         steps_state[row][i] = s;
-                        out = fmaf(s, load_float(q + i * p.q.stride[3], p.q.dtype), out);
+                        out = fmaf(s, load_float_of(q + i * p.q.stride[3], p.q.dtype), out);
                     }
                     out = over_warp<float, add<float>>(out, LANES_OF_ROW);
                 }
