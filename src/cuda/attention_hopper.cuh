@@ -160,7 +160,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
 
     if (group < 0) {
         if constexpr (GROUPS == 3) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        else if constexpr (MASKED) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        else if constexpr (MASKED) asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
         else asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (MASKED && warp > 0) {
             if (!bits) return;
@@ -202,7 +202,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         return;
     }
     if constexpr (GROUPS == 3) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    else if constexpr (MASKED) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    else if constexpr (MASKED) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     else asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 
     // Values in parts of at most 128 columns, as wide as one product.

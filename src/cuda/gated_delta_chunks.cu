@@ -356,31 +356,37 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
 
         // S k by four warps, S q by the others.
         float with_state[ROWS / 8][4] = {};
-#pragma unroll
-        for (int step = 0; step < KEY_DIM / 16; step++) {
-            unsigned a[PARTS][4];
+        struct Operands { // of a product's step; loaded while the step before is multiplied
+            unsigned a[PARTS][4], high[ROWS / 16][4], low[ROWS / 16][4];
+        } operands[2];
+        auto load_step = [&](Operands &to, int step) {
 #pragma unroll
             for (int part = 0; part < PARTS; part++)
-                load_matrices(a[part], chunk_of_pair<KEY_DIM>((warp < 4 ? stage : q_tile) + part * TILE,
-                                                              m_tile * 16 + lane % 16, lane / 16, step));
-            unsigned high[ROWS / 16][4], low[ROWS / 16][4];
+                load_matrices(to.a[part], chunk_of_pair<KEY_DIM>((warp < 4 ? stage : q_tile) + part * TILE,
+                                                                 m_tile * 16 + lane % 16, lane / 16, step));
 #pragma unroll
             for (int pair = 0; pair < ROWS / 16; pair++) {
                 unsigned at =
                     chunk_of_pair<KEY_DIM>(state_tile, pair * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2, step);
-                load_matrices(high[pair], at);
-                load_matrices(low[pair], at + STATE);
+                load_matrices(to.high[pair], at);
+                load_matrices(to.low[pair], at + STATE);
             }
+        };
+        load_step(operands[0], 0);
+#pragma unroll
+        for (int step = 0; step < KEY_DIM / 16; step++) {
+            const Operands &now = operands[step % 2];
+            if (step + 1 < KEY_DIM / 16) load_step(operands[(step + 1) % 2], step + 1);
 #pragma unroll
             for (int n = 0; n < ROWS / 8; n++)
-                multiply(with_state[n], a[0], high[n / 2][n % 2 * 2], high[n / 2][n % 2 * 2 + 1]);
+                multiply(with_state[n], now.a[0], now.high[n / 2][n % 2 * 2], now.high[n / 2][n % 2 * 2 + 1]);
 #pragma unroll
             for (int n = 0; n < ROWS / 8; n++)
-                multiply(with_state[n], a[0], low[n / 2][n % 2 * 2], low[n / 2][n % 2 * 2 + 1]);
+                multiply(with_state[n], now.a[0], now.low[n / 2][n % 2 * 2], now.low[n / 2][n % 2 * 2 + 1]);
             if constexpr (!EXACT<T>) {
 #pragma unroll
                 for (int n = 0; n < ROWS / 8; n++)
-                    multiply(with_state[n], a[1], high[n / 2][n % 2 * 2], high[n / 2][n % 2 * 2 + 1]);
+                    multiply(with_state[n], now.a[1], now.high[n / 2][n % 2 * 2], now.high[n / 2][n % 2 * 2 + 1]);
             }
         }
         // Of 16-bit pairs at [step][row], both parts.

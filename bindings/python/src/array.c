@@ -217,6 +217,35 @@ static bool usable_exchange(PyObject *capsule) {
     return header && header->version.major == 1;
 }
 
+/* 1: an array of the class `type` of `library`, whose module goes to *module (borrowed); 0: not; -1: error. */
+static int is_of(PyObject *object, const char *library, const char *type, PyObject **module) {
+    *module = PyDict_GetItemString(PyImport_GetModuleDict(), library);
+    if (!*module) return 0;
+    PyObject *class = PyObject_GetAttrString(*module, type);
+    if (!class) {
+        PyErr_Clear(); /* another module of that name */
+        return 0;
+    }
+    int is = PyObject_IsInstance(object, class);
+    Py_DECREF(class);
+    return is;
+}
+
+/* CuPy tells its current stream by Python alone. */
+static bool find_stream(mtl_array *opened) {
+    PyObject *cupy;
+    int is = is_of(opened->object, "cupy", "ndarray", &cupy);
+    if (is <= 0) return is == 0;
+    PyObject *cuda = PyObject_GetAttrString(cupy, "cuda");
+    PyObject *stream = cuda ? PyObject_CallMethod(cuda, "get_current_stream", NULL) : NULL;
+    PyObject *address = stream ? PyObject_GetAttrString(stream, "ptr") : NULL;
+    if (address) opened->stream = PyLong_AsVoidPtr(address);
+    Py_XDECREF(address);
+    Py_XDECREF(stream);
+    Py_XDECREF(cuda);
+    return !PyErr_Occurred();
+}
+
 static bool open_capsule(mtl_array *opened, module_state *state, PyObject *method, bool writable, const char *op,
                          const char *name) {
     PyObject *capsule = PyObject_Vectorcall(method, &state->max_version, 0, state->max_version_name);
@@ -241,7 +270,7 @@ static bool open_capsule(mtl_array *opened, module_state *state, PyObject *metho
         PyErr_Format(PyExc_ValueError, "%s: __dlpack__ of %s returned no DLPack capsule", op, name);
     }
     Py_DECREF(capsule);
-    return done;
+    return done && (!array_on_cuda(opened) || find_stream(opened) || refuse_export(op, name));
 }
 
 /* A PyTorch tensor that records gradients: fine where recording is off, an error where the gradient would get lost. */
@@ -507,23 +536,35 @@ done:
     return result;
 }
 
-/* 1: a tensor of PyTorch, whose module goes to *torch (borrowed); 0: not; -1: error. */
-static int is_torch(PyObject *object, PyObject **torch) {
-    *torch = PyDict_GetItemString(PyImport_GetModuleDict(), "torch");
-    if (!*torch) return 0;
-    PyObject *tensor = PyObject_GetAttrString(*torch, "Tensor");
-    if (!tensor) {
-        PyErr_Clear(); /* another module of that name */
-        return 0;
-    }
-    int is = PyObject_IsInstance(object, tensor);
-    Py_DECREF(tensor);
-    return is;
+/* On the device and in the order of the stream that `like` is used on: that of CuPy's allocator. */
+static PyObject *allocate_cupy(PyObject *cupy, PyObject *like, DLDataType dtype, int rank, const int64_t *shape) {
+    PyObject *result = NULL, *extents = PyTuple_New(rank), *type = NULL, *device = NULL, *entered = NULL;
+    for (int axis = 0; extents && axis < rank; axis++)
+        PyTuple_SET_ITEM(extents, axis, PyLong_FromLongLong(shape[axis])); /* NULL of a failure is an error below */
+    if (!extents || PyErr_Occurred()) goto done;
+    if (dtype.code == kDLBfloat) type = PyObject_GetAttrString(like, "dtype"); /* only bfloat16 gives bfloat16 */
+    else type = PyUnicode_FromString(dtype.bits == 16 ? "float16" : dtype.bits == 32 ? "float32" : "float64");
+    device = type ? PyObject_GetAttrString(like, "device") : NULL;
+    entered = device ? PyObject_CallMethod(device, "__enter__", NULL) : NULL;
+    if (!entered) goto done;
+    result = PyObject_CallMethod(cupy, "empty", "OO", extents, type);
+    PyObject *kind, *value, *traceback;
+    PyErr_Fetch(&kind, &value, &traceback);
+    PyObject *left = PyObject_CallMethod(device, "__exit__", "OOO", Py_None, Py_None, Py_None);
+    if (!left) Py_CLEAR(result);
+    Py_XDECREF(left);
+    if (kind) PyErr_Restore(kind, value, traceback);
+done:
+    Py_XDECREF(entered);
+    Py_XDECREF(device);
+    Py_XDECREF(type);
+    Py_XDECREF(extents);
+    return result;
 }
 
 PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype, int rank,
                          const int64_t *shape, const char *op) {
-    PyObject *result, *torch;
+    PyObject *result, *torch, *cupy;
     npy_intp bytes = dtype.bits / 8;
     for (int axis = 0; axis < rank; axis++) {
         if (shape[axis] && __builtin_mul_overflow(bytes, shape[axis], &bytes)) {
@@ -534,8 +575,9 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
     if (PyArray_Check(like->object)) {
         result = allocate_numpy(like, dtype, rank, shape);
     } else {
-        int is = is_torch(like->object, &torch);
-        if (is < 0) return NULL;
+        int is = is_of(like->object, "torch", "Tensor", &torch);
+        int of_cupy = is == 0 ? is_of(like->object, "cupy", "ndarray", &cupy) : 0;
+        if (is < 0 || of_cupy < 0) return NULL;
         DLDeviceType device = like->tensor.device.device_type;
         if (device != kDLCPU && device != kDLCUDAHost && !(MTL_WITH_CUDA && array_on_cuda(like))) {
             PyErr_Format(PyExc_RuntimeError,
@@ -543,13 +585,14 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
                          (int)device);
             return NULL;
         }
-        if (!is && array_on_cuda(like)) {
+        if (!is && !of_cupy && array_on_cuda(like)) {
             PyErr_Format(PyExc_RuntimeError,
-                         "%s: results on a CUDA device are allocated as PyTorch's tensors alone: pass out=", op);
+                         "%s: results on a CUDA device are allocated as PyTorch's and CuPy's arrays alone: pass out=", op);
             return NULL;
         }
-        if (!is) return allocate_memory(opened, state, like, dtype, rank, shape, op);
-        result = allocate_torch(torch, like->object, dtype, rank, shape);
+        if (is) result = allocate_torch(torch, like->object, dtype, rank, shape);
+        else if (of_cupy) result = allocate_cupy(cupy, like->object, dtype, rank, shape);
+        else return allocate_memory(opened, state, like, dtype, rank, shape, op);
     }
     if (result && !array_open(opened, state, result, false, op, "out")) {
         array_close(opened);
