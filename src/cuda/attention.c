@@ -65,7 +65,8 @@ static metalloid_status append(const mtl_cuda_call *call, const mtl_attention_ar
 }
 
 /* Of Hopper's kernels, which are named after the head dimensions that they serve. */
-#define FORMS(op, dims) {op "_f16_" dims, op "_bf16_" dims}
+#define FORMS(op, dims) \
+    { op "_f16_" dims, op "_bf16_" dims }
 enum { HOPPER_DIMS = 5, HOPPER_ALIGNMENT = 1024, ELEMENT = 2 };
 static const struct {
     int key_dim, value_dim;
@@ -156,7 +157,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
                                       const mtl_cuda_attention_args *attention, bool *done) {
     enum { GROUP_ROWS = 64, STAGES = 2, MASK_STAGES = 4 };
     static const struct {
-        int keys, groups; /* of 64 rows, where there is no mask */
+        int keys, groups;       /* of 64 rows, where there is no mask */
         const char *name[2][2]; /* with a mask or not; float16, bfloat16 */
     } kernels[HOPPER_DIMS] = {{128, 3, {FORMS("attention", "64_64"), FORMS("attention_masked", "64_64")}},
                               {128, 2, {FORMS("attention", "96_96"), FORMS("attention_masked", "96_96")}},

@@ -67,8 +67,7 @@ __device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<RO
     unsigned visible = whole && !key_mask ? 0xffff : 0;
     for (int j = whole && !key_mask ? 16 : 0; j < 16; j++) {
         bool sees = first + j < p.kv_len;
-        if (key_mask && sees)
-            sees = load_integer(key_mask + (first + j) * p.key_mask.stride[1], p.key_mask.dtype) != 0;
+        if (key_mask && sees) sees = load_integer(key_mask + (first + j) * p.key_mask.stride[1], p.key_mask.dtype) != 0;
         visible |= (unsigned)sees << j;
     }
     bool by_rows = p.mask.data && p.mask.dtype == BOOL; // else all rows are alike, and one stands for them
@@ -192,13 +191,13 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             barrier_wait(k_empty + 8 * stage, parity);
             barrier_expect(k_full + 8 * stage, K_TILE);
             for (int block = 0; block < K_BLOCKS; block++)
-                copy_box(k_tiles + stage * K_TILE + block * KEYS * ROW, args.k_map, k_full + 8 * stage, block * 64,
-                         key, kv_head, item.batch);
+                copy_box(k_tiles + stage * K_TILE + block * KEYS * ROW, args.k_map, k_full + 8 * stage, block * 64, key,
+                         kv_head, item.batch);
             barrier_wait(v_empty + 8 * stage, parity);
             barrier_expect(v_full + 8 * stage, V_TILE);
             for (int block = 0; block < V_BLOCKS; block++)
-                copy_box(v_tiles + stage * V_TILE + block * KEYS * ROW, args.v_map, v_full + 8 * stage, block * 64,
-                         key, kv_head, item.batch);
+                copy_box(v_tiles + stage * V_TILE + block * KEYS * ROW, args.v_map, v_full + 8 * stage, block * 64, key,
+                         kv_head, item.batch);
         }
         return;
     }
@@ -462,9 +461,9 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         BODY(type, key_dim, value_dim, keys, groups, masked);                  \
     }
 // Masks take registers, of which three groups of 64 rows leave none.
-#define ATTENTION_KERNELS(name, type, masked)                                     \
-    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 128, (masked ? 2 : 3), masked)   \
-    ATTENTION_KERNEL(name##_96_96, type, 96, 96, 128, 2, masked)                  \
-    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 128, 2, masked)              \
-    ATTENTION_KERNEL(name##_192_128, type, 192, 128, 128, 2, masked)              \
+#define ATTENTION_KERNELS(name, type, masked)                                   \
+    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 128, (masked ? 2 : 3), masked) \
+    ATTENTION_KERNEL(name##_96_96, type, 96, 96, 128, 2, masked)                \
+    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 128, 2, masked)            \
+    ATTENTION_KERNEL(name##_192_128, type, 192, 128, 128, 2, masked)            \
     ATTENTION_KERNEL(name##_256_256, type, 256, 256, 64, 2, masked)

@@ -51,7 +51,7 @@ __device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned 
 
 // Bytes of q or k of a chunk: with bfloat16 as they are, else their two parts.
 template <typename T> constexpr bool EXACT = Element<T>::dtype == BF16;
-template <typename T, int KEY_DIM> constexpr int KEYS_TILE = STEPS * KEY_DIM * 2;
+template <typename T, int KEY_DIM> constexpr int KEYS_TILE = STEPS *KEY_DIM * 2;
 
 // ---- what depends on no state
 
@@ -98,8 +98,7 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
     copies_end();
     if (threadIdx.x < STEPS) {
         bool live = is_live(p, batch, first + threadIdx.x);
-        gamma[threadIdx.x] =
-            live ? load_float_of(place(p.gamma, batch, first + threadIdx.x, head), p.gamma.dtype) : 1;
+        gamma[threadIdx.x] = live ? load_float_of(place(p.gamma, batch, first + threadIdx.x, head), p.gamma.dtype) : 1;
         beta[threadIdx.x] = live ? load_float_of(place(p.beta, batch, first + threadIdx.x, head), p.beta.dtype) : 0;
     }
     copies_wait<0>();
@@ -224,7 +223,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     unsigned base = (unsigned)__cvta_generic_to_shared(shared);
     unsigned state_tile = base, rest_tile = state_tile + 2 * STATE, delta_tile = rest_tile + 2 * NARROW;
     unsigned ended_tile = delta_tile + 2 * NARROW, stages = ended_tile + 2 * NARROW;
-    float(*steps_state)[KEY_DIM] = (float(*)[KEY_DIM])shared; // by steps, over state_tile and, for its size, what follows
+    float(*steps_state)[KEY_DIM] =
+        (float(*)[KEY_DIM])shared; // by steps, over state_tile and, for its size, what follows
 
     int64_t head, batch = divide(blockIdx.x, p.v_heads, head), k_head = head / (p.v_heads / p.k_heads);
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, first_row = blockIdx.y * ROWS;
@@ -319,7 +319,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
                 for (int i = 0; i < 2; i++) {
                     unsigned high, low;
                     split(state[m][n][2 * i], state[m][n][2 * i + 1], high, low);
-                    unsigned to = chunk_at<KEY_DIM>(0, m * 16 + lane / 4 + 8 * i, warp * COLUMNS / 8 + n) + lane % 4 * 4;
+                    unsigned to =
+                        chunk_at<KEY_DIM>(0, m * 16 + lane / 4 + 8 * i, warp * COLUMNS / 8 + n) + lane % 4 * 4;
                     *(unsigned *)(shared + to) = high, *(unsigned *)(shared + STATE + to) = low;
                 }
             }
@@ -329,8 +330,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         each_of_state([&](int row, int column, float &x) {
             if (row_there(row))
                 x = load_float_of(place(p.initial_state, batch, head, first_row + row) +
-                                   column * p.initial_state.stride[3],
-                               p.initial_state.dtype);
+                                      column * p.initial_state.stride[3],
+                                  p.initial_state.dtype);
         });
     share_state();
     fetch(0, stages);
@@ -418,10 +419,10 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
             unsigned a[2][4], b[2][4];
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                load_matrices(a[part], chunk_of_pair<STEPS>(inverse + part * SQUARE, m_tile * 16 + lane % 16,
-                                                            lane / 16, step));
-                load_transposed(b[part], narrow_at(rest_tile + part * NARROW, step * 16 + lane % 16,
-                                                   warp / 4 * 2 + lane / 16));
+                load_matrices(a[part],
+                              chunk_of_pair<STEPS>(inverse + part * SQUARE, m_tile * 16 + lane % 16, lane / 16, step));
+                load_transposed(b[part],
+                                narrow_at(rest_tile + part * NARROW, step * 16 + lane % 16, warp / 4 * 2 + lane / 16));
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -457,10 +458,10 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
                     const char *q = place(p.q, batch, time, k_head), *k = place(p.k, batch, time, k_head);
                     float decay = load_float_of(place(p.gamma, batch, time, head), p.gamma.dtype), with_k = 0;
                     float beta = load_float_of(place(p.beta, batch, time, head), p.beta.dtype);
-                    float v = row_there(row) ? load_float_of(place(p.v, batch, time, head) +
-                                                              (first_row + row) * p.v.stride[3],
-                                                          p.v.dtype)
-                                             : 0;
+                    float v = row_there(row)
+                                  ? load_float_of(place(p.v, batch, time, head) + (first_row + row) * p.v.stride[3],
+                                                  p.v.dtype)
+                                  : 0;
                     for (int i = part; i < KEY_DIM; i += LANES_OF_ROW) {
                         float s = steps_state[row][i] * decay;
                         steps_state[row][i] = s;
@@ -577,17 +578,17 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     });
 }
 
-#define GATED_DELTA_KERNELS(dtype, type, dim)                                                   \
-    extern "C" __global__ void __launch_bounds__(128) gated_delta_prepare_##dtype##_##dim(      \
-        const __grid_constant__ mtl_cuda_gated_delta_chunks_args args) {                        \
-        gated_delta_prepare<type, dim>(args);                                                   \
-    }                                                                                           \
-    extern "C" __global__ void __launch_bounds__(CHUNK_THREADS, 1) gated_delta_chunks_##dtype##_##dim( \
-        const __grid_constant__ mtl_cuda_gated_delta_chunks_args args) {                        \
-        gated_delta_chunks<type, dim>(args);                                                    \
+#define GATED_DELTA_KERNELS(dtype, type, dim)                                                                \
+    extern "C" __global__ void __launch_bounds__(128)                                                        \
+        gated_delta_prepare_##dtype##_##dim(const __grid_constant__ mtl_cuda_gated_delta_chunks_args args) { \
+        gated_delta_prepare<type, dim>(args);                                                                \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(CHUNK_THREADS, 1)                                           \
+        gated_delta_chunks_##dtype##_##dim(const __grid_constant__ mtl_cuda_gated_delta_chunks_args args) {  \
+        gated_delta_chunks<type, dim>(args);                                                                 \
     }
-#define GATED_DELTA_DTYPE(dtype, type)    \
-    GATED_DELTA_KERNELS(dtype, type, 64)  \
+#define GATED_DELTA_DTYPE(dtype, type)   \
+    GATED_DELTA_KERNELS(dtype, type, 64) \
     GATED_DELTA_KERNELS(dtype, type, 128)
 GATED_DELTA_DTYPE(f32, float)
 GATED_DELTA_DTYPE(f16, __half)

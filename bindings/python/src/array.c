@@ -586,8 +586,9 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
             return NULL;
         }
         if (!is && !of_cupy && array_on_cuda(like)) {
-            PyErr_Format(PyExc_RuntimeError,
-                         "%s: results on a CUDA device are allocated as PyTorch's and CuPy's arrays alone: pass out=", op);
+            PyErr_Format(
+                PyExc_RuntimeError,
+                "%s: results on a CUDA device are allocated as PyTorch's and CuPy's arrays alone: pass out=", op);
             return NULL;
         }
         if (is) result = allocate_torch(torch, like->object, dtype, rank, shape);
