@@ -65,11 +65,15 @@ static metalloid_status append(const mtl_cuda_call *call, const mtl_attention_ar
 }
 
 /* Of Hopper's kernels, which are named after the head dimensions that they serve. */
-#define FORMS(op, dims) {op "_f16_" dims, op "_bf16_" dims}
-enum { HOPPER_DIMS = 4, HOPPER_ALIGNMENT = 1024, ELEMENT = 2 };
+#define FORMS(op, dims) \
+    { op "_f16_" dims, op "_bf16_" dims }
+enum { HOPPER_DIMS = 5, HOPPER_ALIGNMENT = 1024, ELEMENT = 2 };
 static const struct {
     int key_dim, value_dim;
-} hopper_dims[HOPPER_DIMS] = {{64, 64}, {128, 128}, {192, 128}, {256, 256}};
+} hopper_dims[HOPPER_DIMS] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
+
+/* As a dimension lies in shared memory: in blocks of 64 features. */
+static int in_blocks(int dim) { return (dim + 63) / 64 * 64; }
 
 static int hopper_dims_of(const mtl_attention_args *args) {
     int at = 0;
@@ -113,6 +117,7 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
         int blocks, stages;
         const char *name[2];
     } kernels[HOPPER_DIMS] = {{2, 6, FORMS("attention_decode", "64_64")},
+                              {2, 3, FORMS("attention_decode", "128_128")}, /* 96 lies in two blocks of 64 too */
                               {2, 3, FORMS("attention_decode", "128_128")},
                               {1, 4, FORMS("attention_decode", "192_128")},
                               {1, 3, FORMS("attention_decode", "256_256")}};
@@ -129,10 +134,11 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     while (grid.cluster < MOST_BLOCKS && items * grid.cluster * 2 <= places && grid.cluster * 2 <= tiles)
         grid.cluster *= 2;
     hopper.stages = kernels[at].stages;
-    grid.shared_memory = hopper.stages * KEYS * (hopper_dims[at].key_dim + hopper_dims[at].value_dim) * ELEMENT +
-                         HOPPER_ALIGNMENT;
+    grid.shared_memory =
+        hopper.stages * KEYS * (in_blocks(hopper_dims[at].key_dim) + in_blocks(hopper_dims[at].value_dim)) * ELEMENT +
+        HOPPER_ALIGNMENT;
     MTL_TRY(mtl_cuda_fit_cluster(call, kernel, &grid));
-    int64_t splits = multiprocessors / (items * grid.cluster), most = tiles / (grid.cluster * LEAST_TILES);
+    int64_t splits = places / (items * grid.cluster), most = tiles / (grid.cluster * LEAST_TILES);
     splits = splits < most ? splits : most;
     attention->splits = splits > 1 ? (int)splits : 1;
     grid.blocks = grid.cluster * attention->splits;
@@ -146,36 +152,37 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     return memory ? merge_parts(call, attention, heads * rows, memory, status) : status;
 }
 
-/* Many queries on Hopper: a block is 128 of one head. *done is false where attention.cu has to serve. */
+/* Many queries on Hopper. *done is false where attention.cu has to serve. */
 static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       const mtl_cuda_attention_args *attention, bool *done) {
-    enum { ROWS = 128, STAGES = 2, GROUPS = 3 };
+    enum { GROUP_ROWS = 64, STAGES = 2, MASK_STAGES = 4 };
     static const struct {
-        int keys;
+        int keys, groups;       /* of 64 rows, where there is no mask */
         const char *name[2][2]; /* with a mask or not; float16, bfloat16 */
-    } kernels[HOPPER_DIMS] = {{128, {FORMS("attention", "64_64"), FORMS("attention_masked", "64_64")}},
-                              {128, {FORMS("attention", "128_128"), FORMS("attention_masked", "128_128")}},
-                              {128, {FORMS("attention", "192_128"), FORMS("attention_masked", "192_128")}},
-                              {64, {FORMS("attention", "256_256"), FORMS("attention_masked", "256_256")}}};
-    int64_t blocks = (args->q_len + ROWS - 1) / ROWS, heads = args->batch * args->q_heads;
+    } kernels[HOPPER_DIMS] = {{128, 3, {FORMS("attention", "64_64"), FORMS("attention_masked", "64_64")}},
+                              {128, 2, {FORMS("attention", "96_96"), FORMS("attention_masked", "96_96")}},
+                              {128, 2, {FORMS("attention", "128_128"), FORMS("attention_masked", "128_128")}},
+                              {128, 2, {FORMS("attention", "192_128"), FORMS("attention_masked", "192_128")}},
+                              {64, 2, {FORMS("attention", "256_256"), FORMS("attention_masked", "256_256")}}};
+    bool bf16 = args->q.dtype == MTL_BF16;
+    bool masked = args->mask.data || args->key_mask.data || attention->softcap > 0 || !(attention->scale > 0);
+    int at = hopper_dims_of(args), groups = masked ? 2 : kernels[at].groups;
+    int keys = kernels[at].keys, rows = groups * GROUP_ROWS;
+    int64_t blocks = (args->q_len + rows - 1) / rows, heads = args->batch * args->q_heads;
     *done = false;
-    if (args->q_len < ROWS / 2 || blocks * heads * 2 < call->device->multiprocessors || heads > 65535 ||
-        args->q_len > INT32_MAX - ROWS || args->kv_len > INT32_MAX - ROWS)
+    if (args->q_len < GROUP_ROWS || blocks * heads * 2 < call->device->multiprocessors || heads > 65535 ||
+        args->q_len > INT32_MAX - 2 * rows || args->kv_len > INT32_MAX - 2 * rows)
         return METALLOID_OK;
-    int at = hopper_dims_of(args), keys = kernels[at].keys;
     mtl_cuda_attention_hopper_args hopper = {.attention = *attention};
     if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
-                           ROWS) ||
+                           rows) ||
         !describe_keys(call, args, &hopper, keys))
         return METALLOID_OK;
     *done = true;
-    bool bf16 = args->q.dtype == MTL_BF16;
-    bool masked = args->mask.data || args->key_mask.data || attention->softcap > 0 || !(attention->scale > 0);
-    mtl_cuda_grid grid = {.blocks = blocks, .y = (int)heads, .threads = GROUPS * 4 * WARP};
-    grid.shared_memory = (ROWS * hopper_dims[at].key_dim +
-                          STAGES * keys * (hopper_dims[at].key_dim + hopper_dims[at].value_dim)) *
-                             ELEMENT +
-                         HOPPER_ALIGNMENT;
+    mtl_cuda_grid grid = {.blocks = blocks, .y = (int)heads, .threads = (groups + 1) * 4 * WARP};
+    int key_dim = in_blocks(hopper_dims[at].key_dim), value_dim = in_blocks(hopper_dims[at].value_dim);
+    grid.shared_memory = (rows * key_dim + STAGES * keys * (key_dim + value_dim)) * ELEMENT + HOPPER_ALIGNMENT;
+    if (masked) grid.shared_memory += MASK_STAGES * (rows + 1) * VECTOR;
     mtl_cuda_kernel kernel = {masked ? MTL_CUDA_IMAGE_attention_hopper_masked : MTL_CUDA_IMAGE_attention_hopper,
                               2 * at + bf16, kernels[at].name[masked][bf16]};
     return mtl_cuda_launch(call, kernel, grid, &hopper);

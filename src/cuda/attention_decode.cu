@@ -19,9 +19,7 @@ constexpr int WARPS = 4, THREADS = (WARPS + 1) * WARP;
 constexpr int ROWS = 16, KEYS = 16 * WARPS, MOST_TILES = 4096, MOST_STAGES = 12;
 
 // Of a block's joined rows, by row.
-template <int VALUE_DIM> struct Joined {
-    float values[ROWS][VALUE_DIM], largest[ROWS], sum[ROWS];
-};
+template <int VALUE_DIM> struct Joined { float values[ROWS][VALUE_DIM], largest[ROWS], sum[ROWS]; };
 
 // 16 bytes of a tile of blocks of 64 features, as the copy engine swizzles it.
 __device__ inline unsigned swizzled(unsigned tile, int row, int chunk) {
@@ -49,7 +47,12 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     int all = end > begin * KEYS ? (int)((end + KEYS - 1) / KEYS - begin) : 0;
     int tiles = all > rank ? (all - rank + ranks - 1) / ranks : 0; // begin + rank + i ranks
     const char *key_mask = key_mask_of(p, batch);
-    auto first_key = [&](int i) { return (int)(begin + rank + (int64_t)i * ranks) * KEYS; };
+    // Heads begin at different tiles: at a power of two apart, all would ask the same memory at once.
+    int start = tiles ? (int)(blockIdx.y * 5 % tiles) : 0;
+    auto first_key = [&](int i) {
+        i += start;
+        return (int)(begin + rank + (int64_t)(i < tiles ? i : i - tiles) * ranks) * KEYS;
+    };
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < count; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
@@ -61,8 +64,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
 #pragma unroll
             for (int j = lane; j < KEYS; j += WARP) {
                 int64_t key = first_key(i) + j;
-                seen |= key < p.kv_len &&
-                        load_integer(key_mask + key * p.key_mask.stride[1], p.key_mask.dtype) != 0;
+                seen |= key < p.kv_len && load_integer(key_mask + key * p.key_mask.stride[1], p.key_mask.dtype) != 0;
             }
             seen = __any_sync(ALL_LANES, seen);
             if (lane == 0) live[i] = seen;
@@ -146,8 +148,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
                             float &score = scores[n][2 * i + e];
                             score = capped(p, score);
                             bool sees = row < rows && key < p.kv_len && key >= query[i] + p.first_visible &&
-                                        key <= query[i] + p.last_visible &&
-                                        passes_masks(p, score, key_mask, mask, key);
+                                        key <= query[i] + p.last_visible && passes_masks(p, score, key_mask, mask, key);
                             score = sees ? score * LOG2_E : -INFINITY;
                         }
                     }
@@ -245,9 +246,8 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         unsigned of_sum = of_largest + sizeof joined->largest;
         int64_t head = kv_head * group + (first_row + row) % group, at = (first_row + row) / group;
         bool parted = p.splits > 1;
-        float sink = !parted && p.sinks.data
-                         ? load_float(p.sinks.data + head * p.sinks.stride, p.sinks.dtype) * LOG2_E
-                         : -INFINITY;
+        float sink = !parted && p.sinks.data ? load_float(p.sinks.data + head * p.sinks.stride, p.sinks.dtype) * LOG2_E
+                                             : -INFINITY;
         float tops[MOST_BLOCKS], top = sink, total = 0;
 #pragma unroll
         for (int i = 0; i < MOST_BLOCKS; i++) {

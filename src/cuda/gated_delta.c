@@ -53,7 +53,12 @@ typedef struct chunked {
 } chunked;
 
 static chunked in_chunks(const mtl_cuda_call *call, const mtl_gated_delta_args *args) {
-    enum { SQUARE = MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2, ROWS_OF_BLOCK = 32, NARROW = MTL_CUDA_CHUNK * 80, OWN = 10240 };
+    enum {
+        SQUARE = MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2,
+        ROWS_OF_BLOCK = 32,
+        NARROW = MTL_CUDA_CHUNK * 80,
+        OWN = 10240
+    };
     int64_t dim = args->key_dim;
     chunked c = {.tile = MTL_CUDA_CHUNK * dim * 2, .parts = args->q.dtype == MTL_BF16 ? 1 : 2};
     if (!is_fast(args) || args->time < MTL_CUDA_CHUNK || dim > 128 || args->gamma.stride[3] != 0) return c;
@@ -76,9 +81,9 @@ static metalloid_status update_in_chunks(const mtl_cuda_call *call, chunked c, m
     enum { ROWS_OF_BLOCK = 32, PREPARE_THREADS = 128, CHUNK_THREADS = 256 };
     static const int64_t most_memory = (int64_t)512 << 20;
     static const char *const kernels[] = {
-        "gated_delta_prepare_f32_64",  "gated_delta_chunks_f32_64",  "gated_delta_prepare_f32_128",
-        "gated_delta_chunks_f32_128",  "gated_delta_prepare_f16_64", "gated_delta_chunks_f16_64",
-        "gated_delta_prepare_f16_128", "gated_delta_chunks_f16_128", "gated_delta_prepare_bf16_64",
+        "gated_delta_prepare_f32_64",  "gated_delta_chunks_f32_64",    "gated_delta_prepare_f32_128",
+        "gated_delta_chunks_f32_128",  "gated_delta_prepare_f16_64",   "gated_delta_chunks_f16_64",
+        "gated_delta_prepare_f16_128", "gated_delta_chunks_f16_128",   "gated_delta_prepare_bf16_64",
         "gated_delta_chunks_bf16_64",  "gated_delta_prepare_bf16_128", "gated_delta_chunks_bf16_128"};
     mtl_cuda_gated_delta_chunks_args args = {.stages = c.stages};
     int64_t heads = delta->batch * delta->v_heads, chunks = (delta->time + MTL_CUDA_CHUNK - 1) / MTL_CUDA_CHUNK;

@@ -29,8 +29,12 @@ __device__ inline const char *place(const mtl_cuda_strided &operand, int64_t i, 
     return operand.data + i * operand.stride[0] + j * operand.stride[1] + k * operand.stride[2];
 }
 
+// What is rare stays out of line: the loop over chunks has to fit into the cache of instructions.
+__device__ __noinline__ int64_t load_integer_of(const char *at, int dtype) { return load_integer(at, dtype); }
+__device__ __noinline__ float load_float_of(const char *at, int dtype) { return load_float(at, dtype); }
+
 __device__ inline bool is_live(const mtl_cuda_gated_delta_args &p, int64_t batch, int64_t time) {
-    return time < p.time && (!p.mask.data || load_integer(place(p.mask, batch, time, 0), p.mask.dtype) != 0);
+    return time < p.time && (!p.mask.data || load_integer_of(place(p.mask, batch, time, 0), p.mask.dtype) != 0);
 }
 
 __device__ inline bool fits(float x, float most) { return fabsf(x) <= most; } // NaN does not
@@ -47,7 +51,7 @@ __device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned 
 
 // Bytes of q or k of a chunk: with bfloat16 as they are, else their two parts.
 template <typename T> constexpr bool EXACT = Element<T>::dtype == BF16;
-template <typename T, int KEY_DIM> constexpr int KEYS_TILE = STEPS * KEY_DIM * 2;
+template <typename T, int KEY_DIM> constexpr int KEYS_TILE = STEPS *KEY_DIM * 2;
 
 // ---- what depends on no state
 
@@ -94,9 +98,8 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
     copies_end();
     if (threadIdx.x < STEPS) {
         bool live = is_live(p, batch, first + threadIdx.x);
-        gamma[threadIdx.x] =
-            live ? load_float(place(p.gamma, batch, first + threadIdx.x, head), p.gamma.dtype) : 1;
-        beta[threadIdx.x] = live ? load_float(place(p.beta, batch, first + threadIdx.x, head), p.beta.dtype) : 0;
+        gamma[threadIdx.x] = live ? load_float_of(place(p.gamma, batch, first + threadIdx.x, head), p.gamma.dtype) : 1;
+        beta[threadIdx.x] = live ? load_float_of(place(p.beta, batch, first + threadIdx.x, head), p.beta.dtype) : 0;
     }
     copies_wait<0>();
     __syncthreads();
@@ -220,7 +223,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     unsigned base = (unsigned)__cvta_generic_to_shared(shared);
     unsigned state_tile = base, rest_tile = state_tile + 2 * STATE, delta_tile = rest_tile + 2 * NARROW;
     unsigned ended_tile = delta_tile + 2 * NARROW, stages = ended_tile + 2 * NARROW;
-    float(*steps_state)[KEY_DIM] = (float(*)[KEY_DIM])shared; // by steps, over state_tile and, for its size, what follows
+    float(*steps_state)[KEY_DIM] =
+        (float(*)[KEY_DIM])shared; // by steps, over state_tile and, for its size, what follows
 
     int64_t head, batch = divide(blockIdx.x, p.v_heads, head), k_head = head / (p.v_heads / p.k_heads);
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, first_row = blockIdx.y * ROWS;
@@ -263,7 +267,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         copies_end();
     };
     bool typed_v = p.v.dtype == Element<T>::dtype;
-    float staged_v[STEPS * ROWS / CHUNK_THREADS], staged_decay;
+    unsigned staged_v[STEPS * ROWS / CHUNK_THREADS]; // as they came: to widen one would wait for it
+    float staged_decay;
     auto read_v = [&](int64_t chunk) {
         staged_decay = threadIdx.x < 2 * STEPS ? args.decays[(first_item + chunk) * 2 * STEPS + threadIdx.x] : 0;
         const char *from = v_from + chunk * STEPS * p.v.stride[1];
@@ -271,15 +276,23 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
 #pragma unroll
         for (int i = 0; i < STEPS * ROWS / CHUNK_THREADS; i++) {
             staged_v[i] = 0;
-            if (row_there(lane) && (whole || is_live(p, batch, chunk * STEPS + i * WARPS + warp)))
-                staged_v[i] = typed_v ? load_float(from, Element<T>::dtype) : load_float(from, p.v.dtype);
+            if (row_there(lane) && (whole || is_live(p, batch, chunk * STEPS + i * WARPS + warp))) {
+                if (!typed_v) staged_v[i] = __float_as_uint(load_float_of(from, p.v.dtype));
+                else if constexpr (sizeof(T) == 4) staged_v[i] = *(const unsigned *)from;
+                else staged_v[i] = *(const unsigned short *)from;
+            }
             from += WARPS * p.v.stride[1];
         }
     };
     auto keep_v = [&](int64_t chunk) {
         if (threadIdx.x < 2 * STEPS) decays[chunk % 2][threadIdx.x] = staged_decay;
 #pragma unroll
-        for (int i = 0; i < STEPS * ROWS / CHUNK_THREADS; i++) v_tile[i * WARPS + warp][lane] = staged_v[i];
+        for (int i = 0; i < STEPS * ROWS / CHUNK_THREADS; i++) {
+            float v = __uint_as_float(staged_v[i]);
+            if (typed_v && EXACT<T>) v = __uint_as_float(staged_v[i] << 16);
+            else if (typed_v && sizeof(T) == 2) v = __half2float(__ushort_as_half((unsigned short)staged_v[i]));
+            v_tile[i * WARPS + warp][lane] = v;
+        }
     };
 
     // The state: of the first four warps' lanes, COLUMNS columns a warp.
@@ -306,7 +319,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
                 for (int i = 0; i < 2; i++) {
                     unsigned high, low;
                     split(state[m][n][2 * i], state[m][n][2 * i + 1], high, low);
-                    unsigned to = chunk_at<KEY_DIM>(0, m * 16 + lane / 4 + 8 * i, warp * COLUMNS / 8 + n) + lane % 4 * 4;
+                    unsigned to =
+                        chunk_at<KEY_DIM>(0, m * 16 + lane / 4 + 8 * i, warp * COLUMNS / 8 + n) + lane % 4 * 4;
                     *(unsigned *)(shared + to) = high, *(unsigned *)(shared + STATE + to) = low;
                 }
             }
@@ -315,9 +329,9 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     if (p.initial_state.data)
         each_of_state([&](int row, int column, float &x) {
             if (row_there(row))
-                x = load_float(place(p.initial_state, batch, head, first_row + row) +
-                                   column * p.initial_state.stride[3],
-                               p.initial_state.dtype);
+                x = load_float_of(place(p.initial_state, batch, head, first_row + row) +
+                                      column * p.initial_state.stride[3],
+                                  p.initial_state.dtype);
         });
     share_state();
     fetch(0, stages);
@@ -343,26 +357,37 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
 
         // S k by four warps, S q by the others.
         float with_state[ROWS / 8][4] = {};
-#pragma unroll 4
-        for (int step = 0; step < KEY_DIM / 16; step++) {
-            unsigned a[PARTS][4];
+        struct Operands { // of a product's step; loaded while the step before is multiplied
+            unsigned a[PARTS][4], high[ROWS / 16][4], low[ROWS / 16][4];
+        } operands[2];
+        auto load_step = [&](Operands &to, int step) {
 #pragma unroll
             for (int part = 0; part < PARTS; part++)
-                load_matrices(a[part], chunk_at<KEY_DIM>((warp < 4 ? stage : q_tile) + part * TILE,
-                                                         m_tile * 16 + lane % 16, step * 2 + lane / 16));
+                load_matrices(to.a[part], chunk_of_pair<KEY_DIM>((warp < 4 ? stage : q_tile) + part * TILE,
+                                                                 m_tile * 16 + lane % 16, lane / 16, step));
 #pragma unroll
             for (int pair = 0; pair < ROWS / 16; pair++) {
-                unsigned high[4], low[4];
-                unsigned at = chunk_at<KEY_DIM>(state_tile, pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2);
-                load_matrices(high, at);
-                load_matrices(low, at + STATE);
+                unsigned at =
+                    chunk_of_pair<KEY_DIM>(state_tile, pair * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2, step);
+                load_matrices(to.high[pair], at);
+                load_matrices(to.low[pair], at + STATE);
+            }
+        };
+        load_step(operands[0], 0);
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float(&c)[4] = with_state[2 * pair + half];
-                    multiply(c, a[0], high[2 * half], high[2 * half + 1]);
-                    multiply(c, a[0], low[2 * half], low[2 * half + 1]);
-                    if constexpr (!EXACT<T>) multiply(c, a[1], high[2 * half], high[2 * half + 1]);
-                }
+        for (int step = 0; step < KEY_DIM / 16; step++) {
+            const Operands &now = operands[step % 2];
+            if (step + 1 < KEY_DIM / 16) load_step(operands[(step + 1) % 2], step + 1);
+#pragma unroll
+            for (int n = 0; n < ROWS / 8; n++)
+                multiply(with_state[n], now.a[0], now.high[n / 2][n % 2 * 2], now.high[n / 2][n % 2 * 2 + 1]);
+#pragma unroll
+            for (int n = 0; n < ROWS / 8; n++)
+                multiply(with_state[n], now.a[0], now.low[n / 2][n % 2 * 2], now.low[n / 2][n % 2 * 2 + 1]);
+            if constexpr (!EXACT<T>) {
+#pragma unroll
+                for (int n = 0; n < ROWS / 8; n++)
+                    multiply(with_state[n], now.a[1], now.high[n / 2][n % 2 * 2], now.high[n / 2][n % 2 * 2 + 1]);
             }
         }
         // Of 16-bit pairs at [step][row], both parts.
@@ -394,10 +419,10 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
             unsigned a[2][4], b[2][4];
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                load_matrices(a[part], chunk_at<STEPS>(inverse + part * SQUARE, m_tile * 16 + lane % 16,
-                                                       step * 2 + lane / 16));
-                load_transposed(b[part], narrow_at(rest_tile + part * NARROW, step * 16 + lane % 16,
-                                                   warp / 4 * 2 + lane / 16));
+                load_matrices(a[part],
+                              chunk_of_pair<STEPS>(inverse + part * SQUARE, m_tile * 16 + lane % 16, lane / 16, step));
+                load_transposed(b[part],
+                                narrow_at(rest_tile + part * NARROW, step * 16 + lane % 16, warp / 4 * 2 + lane / 16));
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -431,22 +456,22 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
                 float out = 0;
                 if (is_live(p, batch, time)) {
                     const char *q = place(p.q, batch, time, k_head), *k = place(p.k, batch, time, k_head);
-                    float decay = load_float(place(p.gamma, batch, time, head), p.gamma.dtype), with_k = 0;
-                    float beta = load_float(place(p.beta, batch, time, head), p.beta.dtype);
-                    float v = row_there(row) ? load_float(place(p.v, batch, time, head) +
-                                                              (first_row + row) * p.v.stride[3],
-                                                          p.v.dtype)
-                                             : 0;
+                    float decay = load_float_of(place(p.gamma, batch, time, head), p.gamma.dtype), with_k = 0;
+                    float beta = load_float_of(place(p.beta, batch, time, head), p.beta.dtype);
+                    float v = row_there(row)
+                                  ? load_float_of(place(p.v, batch, time, head) + (first_row + row) * p.v.stride[3],
+                                                  p.v.dtype)
+                                  : 0;
                     for (int i = part; i < KEY_DIM; i += LANES_OF_ROW) {
                         float s = steps_state[row][i] * decay;
                         steps_state[row][i] = s;
-                        with_k = fmaf(s, load_float(k + i * p.k.stride[3], p.k.dtype), with_k);
+                        with_k = fmaf(s, load_float_of(k + i * p.k.stride[3], p.k.dtype), with_k);
                     }
                     float delta = beta * (v - over_warp<float, add<float>>(with_k, LANES_OF_ROW));
                     for (int i = part; i < KEY_DIM; i += LANES_OF_ROW) {
-                        float s = fmaf(delta, load_float(k + i * p.k.stride[3], p.k.dtype), steps_state[row][i]);
+                        float s = fmaf(delta, load_float_of(k + i * p.k.stride[3], p.k.dtype), steps_state[row][i]);
                         steps_state[row][i] = s;
-                        out = fmaf(s, load_float(q + i * p.q.stride[3], p.q.dtype), out);
+                        out = fmaf(s, load_float_of(q + i * p.q.stride[3], p.q.dtype), out);
                     }
                     out = over_warp<float, add<float>>(out, LANES_OF_ROW);
                 }
@@ -470,8 +495,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
                 unsigned a[2][4];
 #pragma unroll
                 for (int part = 0; part < 2; part++)
-                    load_matrices(a[part], chunk_at<STEPS>(with_q + part * SQUARE, m_tile * 16 + lane % 16,
-                                                           step * 2 + lane / 16));
+                    load_matrices(a[part], chunk_of_pair<STEPS>(with_q + part * SQUARE, m_tile * 16 + lane % 16,
+                                                                lane / 16, step));
 #pragma unroll
                 for (int pair = 0; pair < ROWS / 16; pair++) {
                     unsigned high[4], low[4];
@@ -553,17 +578,17 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     });
 }
 
-#define GATED_DELTA_KERNELS(dtype, type, dim)                                                   \
-    extern "C" __global__ void __launch_bounds__(128) gated_delta_prepare_##dtype##_##dim(      \
-        const __grid_constant__ mtl_cuda_gated_delta_chunks_args args) {                        \
-        gated_delta_prepare<type, dim>(args);                                                   \
-    }                                                                                           \
-    extern "C" __global__ void __launch_bounds__(CHUNK_THREADS, 1) gated_delta_chunks_##dtype##_##dim( \
-        const __grid_constant__ mtl_cuda_gated_delta_chunks_args args) {                        \
-        gated_delta_chunks<type, dim>(args);                                                    \
+#define GATED_DELTA_KERNELS(dtype, type, dim)                                                                \
+    extern "C" __global__ void __launch_bounds__(128)                                                        \
+        gated_delta_prepare_##dtype##_##dim(const __grid_constant__ mtl_cuda_gated_delta_chunks_args args) { \
+        gated_delta_prepare<type, dim>(args);                                                                \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(CHUNK_THREADS, 1)                                           \
+        gated_delta_chunks_##dtype##_##dim(const __grid_constant__ mtl_cuda_gated_delta_chunks_args args) {  \
+        gated_delta_chunks<type, dim>(args);                                                                 \
     }
-#define GATED_DELTA_DTYPE(dtype, type)    \
-    GATED_DELTA_KERNELS(dtype, type, 64)  \
+#define GATED_DELTA_DTYPE(dtype, type)   \
+    GATED_DELTA_KERNELS(dtype, type, 64) \
     GATED_DELTA_KERNELS(dtype, type, 128)
 GATED_DELTA_DTYPE(f32, float)
 GATED_DELTA_DTYPE(f16, __half)

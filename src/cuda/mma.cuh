@@ -41,3 +41,9 @@ __device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned 
 template <int DIM> __device__ inline unsigned chunk_at(unsigned tile, int row, int chunk) {
     return tile + row * DIM * 2 + (((chunk & ~7) | ((chunk ^ row) & 7)) << 4);
 }
+// The same of chunk 2 `pair` + `odd`, which is 0 or 1, where `tile` is a multiple of 128: a warp's loads of all pairs
+// differ by one exclusive or with a constant.
+template <int DIM> __device__ inline unsigned chunk_of_pair(unsigned tile, int row, int odd, int pair) {
+    unsigned first = tile + row * DIM * 2 + ((odd ^ (row & 7)) << 4);
+    return (first ^ (pair * 2 & 7) << 4) + (pair * 2 & ~7) * 16;
+}

@@ -220,6 +220,35 @@ static bool usable_exchange(PyObject *capsule) {
     return header && header->version.major == 1;
 }
 
+/* 1: an array of the class `type` of `library`, whose module goes to *module (borrowed); 0: not; -1: error. */
+static int is_of(PyObject *object, PyObject *library, PyObject *type, PyObject **module) {
+    *module = PyDict_GetItemWithError(PyImport_GetModuleDict(), library);
+    if (!*module) return PyErr_Occurred() ? -1 : 0;
+    PyObject *class = PyObject_GetAttr(*module, type);
+    if (!class) {
+        PyErr_Clear(); /* another module of that name */
+        return 0;
+    }
+    int is = PyObject_IsInstance(object, class);
+    Py_DECREF(class);
+    return is;
+}
+
+/* CuPy tells its current stream by Python alone. */
+static bool find_stream(mtl_array *opened, module_state *state) {
+    PyObject *cupy;
+    int is = is_of(opened->object, state->cupy, state->ndarray, &cupy);
+    if (is <= 0) return is == 0;
+    PyObject *cuda = PyObject_GetAttrString(cupy, "cuda");
+    PyObject *stream = cuda ? PyObject_CallMethod(cuda, "get_current_stream", NULL) : NULL;
+    PyObject *address = stream ? PyObject_GetAttrString(stream, "ptr") : NULL;
+    if (address) opened->stream = PyLong_AsVoidPtr(address);
+    Py_XDECREF(address);
+    Py_XDECREF(stream);
+    Py_XDECREF(cuda);
+    return !PyErr_Occurred();
+}
+
 static bool open_capsule(mtl_array *opened, module_state *state, PyObject *method, bool writable, const char *op,
                          const char *name) {
     PyObject *capsule = PyObject_Vectorcall(method, &state->max_version, 0, state->max_version_name);
@@ -244,7 +273,7 @@ static bool open_capsule(mtl_array *opened, module_state *state, PyObject *metho
         PyErr_Format(PyExc_ValueError, "%s: __dlpack__ of %s returned no DLPack capsule", op, name);
     }
     Py_DECREF(capsule);
-    return done;
+    return done && (!array_on_cuda(opened) || find_stream(opened, state) || refuse_export(op, name));
 }
 
 /* What a PyTorch tensor says beside its memory: false for one that records gradients, where they would get lost, and for one whose
@@ -520,23 +549,35 @@ done:
     return result;
 }
 
-/* 1: a tensor of PyTorch, whose module goes to *torch (borrowed); 0: not; -1: error. */
-static int is_torch(module_state *state, PyObject *object, PyObject **torch) {
-    *torch = PyDict_GetItemWithError(PyImport_GetModuleDict(), state->torch);
-    if (!*torch) return PyErr_Occurred() ? -1 : 0;
-    PyObject *tensor = PyObject_GetAttr(*torch, state->tensor);
-    if (!tensor) {
-        PyErr_Clear(); /* another module of that name */
-        return 0;
-    }
-    int is = PyObject_IsInstance(object, tensor);
-    Py_DECREF(tensor);
-    return is;
+/* On the device and in the order of the stream that `like` is used on: that of CuPy's allocator. */
+static PyObject *allocate_cupy(PyObject *cupy, PyObject *like, DLDataType dtype, int rank, const int64_t *shape) {
+    PyObject *result = NULL, *extents = PyTuple_New(rank), *type = NULL, *device = NULL, *entered = NULL;
+    for (int axis = 0; extents && axis < rank; axis++)
+        PyTuple_SET_ITEM(extents, axis, PyLong_FromLongLong(shape[axis])); /* NULL of a failure is an error below */
+    if (!extents || PyErr_Occurred()) goto done;
+    if (dtype.code == kDLBfloat) type = PyObject_GetAttrString(like, "dtype"); /* only bfloat16 gives bfloat16 */
+    else type = PyUnicode_FromString(dtype.bits == 16 ? "float16" : dtype.bits == 32 ? "float32" : "float64");
+    device = type ? PyObject_GetAttrString(like, "device") : NULL;
+    entered = device ? PyObject_CallMethod(device, "__enter__", NULL) : NULL;
+    if (!entered) goto done;
+    result = PyObject_CallMethod(cupy, "empty", "OO", extents, type);
+    PyObject *kind, *value, *traceback;
+    PyErr_Fetch(&kind, &value, &traceback);
+    PyObject *left = PyObject_CallMethod(device, "__exit__", "OOO", Py_None, Py_None, Py_None);
+    if (!left) Py_CLEAR(result);
+    Py_XDECREF(left);
+    if (kind) PyErr_Restore(kind, value, traceback);
+done:
+    Py_XDECREF(entered);
+    Py_XDECREF(device);
+    Py_XDECREF(type);
+    Py_XDECREF(extents);
+    return result;
 }
 
 PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype, int rank,
                          const int64_t *shape, const char *op) {
-    PyObject *result, *torch;
+    PyObject *result, *torch, *cupy = NULL;
     npy_intp bytes = dtype.bits / 8;
     for (int axis = 0; axis < rank; axis++) {
         if (shape[axis] && __builtin_mul_overflow(bytes, shape[axis], &bytes)) {
@@ -547,8 +588,9 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
     if (PyArray_Check(like->object)) {
         result = allocate_numpy(like, dtype, rank, shape);
     } else {
-        int is = is_torch(state, like->object, &torch);
-        if (is < 0) return NULL;
+        int is = is_of(like->object, state->torch, state->tensor, &torch);
+        int of_cupy = is == 0 ? is_of(like->object, state->cupy, state->ndarray, &cupy) : 0;
+        if (is < 0 || of_cupy < 0) return NULL;
         DLDeviceType device = like->tensor.device.device_type;
         if (device != kDLCPU && device != kDLCUDAHost && !(MTL_WITH_CUDA && array_on_cuda(like))) {
             PyErr_Format(PyExc_RuntimeError,
@@ -556,13 +598,15 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
                          (int)device);
             return NULL;
         }
-        if (!is && array_on_cuda(like)) {
-            PyErr_Format(PyExc_RuntimeError,
-                         "%s: results on a CUDA device are allocated as PyTorch's tensors alone: pass out=", op);
+        if (!is && !of_cupy && array_on_cuda(like)) {
+            PyErr_Format(
+                PyExc_RuntimeError,
+                "%s: results on a CUDA device are allocated as PyTorch's and CuPy's arrays alone: pass out=", op);
             return NULL;
         }
-        if (!is) return allocate_memory(opened, state, like, dtype, rank, shape, op);
-        result = allocate_torch(state, torch, like->object, dtype, rank, shape);
+        if (is) result = allocate_torch(state, torch, like->object, dtype, rank, shape);
+        else if (of_cupy) result = allocate_cupy(cupy, like->object, dtype, rank, shape);
+        else return allocate_memory(opened, state, like, dtype, rank, shape, op);
     }
     if (result && !array_open(opened, state, result, false, op, "out")) {
         array_close(opened);
@@ -592,6 +636,8 @@ bool arrays_init(PyObject *module, module_state *state) {
                  {&state->is_neg, "is_neg"},
                  {&state->torch, "torch"},
                  {&state->tensor, "Tensor"},
+                 {&state->cupy, "cupy"},
+                 {&state->ndarray, "ndarray"},
                  {&state->empty, "empty"},
                  {&state->device, "device"},
                  {&state->float64, "float64"},
@@ -619,6 +665,8 @@ void arrays_clear(module_state *state) {
     Py_CLEAR(state->is_neg);
     Py_CLEAR(state->torch);
     Py_CLEAR(state->tensor);
+    Py_CLEAR(state->cupy);
+    Py_CLEAR(state->ndarray);
     Py_CLEAR(state->empty);
     Py_CLEAR(state->device);
     Py_CLEAR(state->float64);
