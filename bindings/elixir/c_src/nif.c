@@ -2,19 +2,20 @@
  *
  * Each reads its arguments, allocates the results, and calls the C function, which checks everything else. What takes
  * more than a few microseconds runs on a dirty scheduler: attention, the gated delta rule and cross entropy always, the
- * others from SHORT bytes on. */
+ * others where they are not short. */
 #include "call.h"
 
 #define COUNT(array) (int)(sizeof(array) / sizeof *(array))
 #define NIF(name)    static ERL_NIF_TERM name(ErlNifEnv *env, int argc, const ERL_NIF_TERM *argv)
 
-/* Two to three microseconds of the slowest of these, rope, in plain C. */
-enum { SHORT = 4096 };
+/* Bytes of tensors up to which a call takes a few microseconds; the change of schedulers takes more. A sine and
+ * a cosine take rope as long as many elements take a norm. */
+enum { SHORT = 16384, SHORT_ROPE = 4096 };
 
 /* NAME where it is short, else the same on a dirty scheduler. */
-#define SHORT_OR_DIRTY(name)                                                                 \
+#define SHORT_OR_DIRTY(name, most)                                                           \
     NIF(name##_anywhere) {                                                                   \
-        if (bytes_of(env, argc, argv) <= SHORT) return name(env, argc, argv);                \
+        if (bytes_of(env, argc, argv) <= most) return name(env, argc, argv);                 \
         return enif_schedule_nif(env, #name, ERL_NIF_DIRTY_JOB_CPU_BOUND, name, argc, argv); \
     }
 
@@ -33,7 +34,7 @@ NIF(rms_norm) {
     DLTensor *out = c.failed ? NULL : new_result(&c, "the result", type, x->ndim, x->shape);
     return call_end(&c, c.failed ? METALLOID_OK : metalloid_rms_norm(NULL, x, weight, eps, out));
 }
-SHORT_OR_DIRTY(rms_norm)
+SHORT_OR_DIRTY(rms_norm, SHORT)
 
 NIF(layer_norm) {
     (void)argc;
@@ -47,7 +48,7 @@ NIF(layer_norm) {
     DLTensor *out = c.failed ? NULL : new_result(&c, "the result", type, x->ndim, x->shape);
     return call_end(&c, c.failed ? METALLOID_OK : metalloid_layer_norm(NULL, x, weight, bias, eps, out));
 }
-SHORT_OR_DIRTY(layer_norm)
+SHORT_OR_DIRTY(layer_norm, SHORT)
 
 NIF(add_rms_norm) {
     (void)argc;
@@ -62,7 +63,7 @@ NIF(add_rms_norm) {
     DLTensor *out = c.failed ? NULL : new_result(&c, "the norm", type, x->ndim, x->shape);
     return call_end(&c, c.failed ? METALLOID_OK : metalloid_add_rms_norm(NULL, x, residual, weight, eps, sum, out));
 }
-SHORT_OR_DIRTY(add_rms_norm)
+SHORT_OR_DIRTY(add_rms_norm, SHORT)
 
 NIF(add_layer_norm) {
     (void)argc;
@@ -78,7 +79,7 @@ NIF(add_layer_norm) {
     return call_end(&c,
                     c.failed ? METALLOID_OK : metalloid_add_layer_norm(NULL, x, residual, weight, bias, eps, sum, out));
 }
-SHORT_OR_DIRTY(add_layer_norm)
+SHORT_OR_DIRTY(add_layer_norm, SHORT)
 
 /* ---- gated activations ----------------------------------------------------------------------- */
 
@@ -92,7 +93,7 @@ NIF(swiglu) {
     DLTensor *out = c.failed ? NULL : new_result(&c, "the result", type, gate->ndim, gate->shape);
     return call_end(&c, c.failed ? METALLOID_OK : metalloid_swiglu(NULL, gate, up, out));
 }
-SHORT_OR_DIRTY(swiglu)
+SHORT_OR_DIRTY(swiglu, SHORT)
 
 NIF(geglu) {
     enum { APPROXIMATE, TYPE };
@@ -108,7 +109,7 @@ NIF(geglu) {
     DLTensor *out = c.failed ? NULL : new_result(&c, "the result", type, gate->ndim, gate->shape);
     return call_end(&c, c.failed ? METALLOID_OK : metalloid_geglu(NULL, gate, up, gelu, out));
 }
-SHORT_OR_DIRTY(geglu)
+SHORT_OR_DIRTY(geglu, SHORT)
 
 /* ---- rope ------------------------------------------------------------------------------------ */
 
@@ -150,7 +151,7 @@ NIF(rope) {
     DLTensor *out = c.failed ? NULL : new_result(&c, "the result", type, x->ndim, x->shape);
     return call_end(&c, c.failed ? METALLOID_OK : metalloid_rope(NULL, x, dims, &options, out));
 }
-SHORT_OR_DIRTY(rope)
+SHORT_OR_DIRTY(rope, SHORT_ROPE)
 
 NIF(qk_norm_rope) {
     (void)argc;
@@ -168,7 +169,7 @@ NIF(qk_norm_rope) {
         &c, c.failed ? METALLOID_OK
                      : metalloid_qk_norm_rope(NULL, q, k, q_weight, k_weight, eps, dims, &options, q_out, k_out));
 }
-SHORT_OR_DIRTY(qk_norm_rope)
+SHORT_OR_DIRTY(qk_norm_rope, SHORT_ROPE)
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
