@@ -84,6 +84,21 @@ static void exp_of_softmax_keeps_its_bound(void **state) {
     (void)state;
     worst_is_below("exp of softmax", call_exp_of_softmax, expl, false, true, 3);
 }
+#ifndef MTL_IN_DOUBLE
+static vec call_exp2_narrow(vec x) { return vec_exp2_narrow(vec_min(vec_set(126), x)); }
+static long double exact_exp2(long double x) { return exp2l(x > 126 ? 126 : x); }
+static vec call_exp_of_logits(vec x) { /* a NaN is one of 16 bits */
+    return vec_exp_of_logits(vec_select(x == x, x, (vec)(((vec_bits)x & 0xffffe000) | 0x400000)));
+}
+static void exp2_of_16_bits_keeps_its_bound(void **state) {
+    (void)state;
+    worst_is_below("2^x of 16 bits", call_exp2_narrow, exact_exp2, false, false, 3e-6L * 0x1p24L);
+}
+static void exp_of_logits_keeps_its_bound(void **state) {
+    (void)state;
+    worst_is_below("exp of logits", call_exp_of_logits, expl, false, true, 6e-7L * 0x1p24L);
+}
+#endif
 static void tanh_keeps_its_bound(void **state) {
     (void)state;
     worst_is_below("tanh", call_tanh, tanhl, false, false, bound_tanh);
@@ -126,7 +141,13 @@ INLINE void stores_round_as_the_scalar_ones(mtl_dtype dtype) {
         for (size_t lane = 0; lane < LANES; lane++)
             in[lane] = mtl_bits_float((uint32_t)((i + lane) % 0x10000 << 16 | lower[i / 0x10000]));
         vec_store_as(out, dtype, vec_load(in));
+        uint16_t two[2 * LANES];
+        vec_put_two(false, two, dtype, (vec_two){vec_load(in), vec_set(-in[0])});
         for (int lane = 0; lane < LANES; lane++) {
+            uint16_t second;
+            mtl_store_float(&second, dtype, -in[0]);
+            if (!same_16_bits(dtype, two[lane], out[lane]) || !same_16_bits(dtype, two[LANES + lane], second))
+                fail_msg("%s of %a differs where two vectors are stored", mtl_dtype_name(dtype), (double)in[lane]);
             mtl_store_float(&wanted, dtype, in[lane]);
             if (!same_16_bits(dtype, out[lane], wanted))
                 fail_msg("%s of %a is 0x%04x instead of 0x%04x", mtl_dtype_name(dtype), (double)in[lane], out[lane],
@@ -141,6 +162,12 @@ INLINE void loads_are_exact(mtl_dtype dtype) {
         float out[LANES];
         for (uint32_t lane = 0; lane < LANES; lane++) in[lane] = (uint16_t)(bits + lane);
         vec_store(out, vec_load_as(in, dtype));
+        uint16_t twice[2 * LANES];
+        memcpy(twice, in, sizeof in);
+        memcpy(twice + LANES, in, sizeof in);
+        vec_two both = vec_load_two(twice, dtype);
+        assert_memory_equal(&both.low, out, sizeof out);
+        assert_memory_equal(&both.high, out, sizeof out);
         for (int lane = 0; lane < LANES; lane++) {
             float wanted = mtl_load_float(&in[lane], dtype);
             if (isnan(wanted) ? !isnan(out[lane]) : mtl_float_bits(out[lane]) != mtl_float_bits(wanted))
@@ -167,6 +194,10 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(exp_keeps_its_bound),
         cmocka_unit_test(exp_of_softmax_keeps_its_bound),
+#ifndef MTL_IN_DOUBLE
+        cmocka_unit_test(exp2_of_16_bits_keeps_its_bound),
+        cmocka_unit_test(exp_of_logits_keeps_its_bound),
+#endif
         cmocka_unit_test(tanh_keeps_its_bound),
         cmocka_unit_test(erfc_keeps_its_bound),
         cmocka_unit_test(largest_and_smallest_give_the_second_beside_nan),

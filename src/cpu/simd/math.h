@@ -118,7 +118,8 @@ INLINE vec vec_exp2_narrow(vec x) {
 }
 
 /* exp(x) for sums over logits of 16 bits, x up to 80: 2^(n/16) = 2^(n div 16) 2^((n mod 16)/16), the latter from a table, times 2^r for
- * |r| <= 1/32, a polynomial (4.3e-7). Relative error 6e-7 + |x| 2^-24; 0 below -87, NaN for NaN. */
+ * |r| <= 1/32, a polynomial (4.3e-7). Relative error 6e-7 + |x| 2^-24; 0 below -87; NaN for one that came
+ * from 16 bits: bits 12 and lower of another would reach the exponent. */
 INLINE vec vec_exp_of_logits(vec x) {
 #ifdef VEC_HAS_TABLE
     const real table[16] = {0x1.00000000p+0f, 0x1.0b558600p+0f, 0x1.172b8400p+0f, 0x1.2387a600p+0f,
