@@ -1,4 +1,5 @@
-/* Attention on the CPU: the cut of its work, the key/value cache, and the end of every row. SPDX-License-Identifier: MIT
+/* Attention on the CPU: the cut of its work, the key/value cache, and the end of every row. SPDX-License-Identifier:
+ * MIT
  *
  * All workspace is reserved before the first byte is written, the cache's included. */
 #include "cpu/attention.h"
@@ -7,7 +8,7 @@
 
 enum {
     BLOCK_BYTES = 384 << 10, /* of a block's rows of q, scores and sums: the second-level cache has room for more */
-    ITEMS_A_THREAD = 8,      /* where blocks of rows would be fewer, they are made smaller */
+    ITEMS_A_THREAD = 4,      /* where blocks of rows would be fewer, they are made smaller */
     LEAST_ROWS = 48,         /* but not smaller than this */
     ITEMS_WANTED = 64,       /* where blocks of LEAST_ROWS would be fewer, keys are split too */
     KEYS_A_RANGE = 256,      /* at least: then combining the ranges costs next to nothing */
@@ -19,7 +20,7 @@ enum {
 static const int64_t longest_row = (int64_t)1
                                    << 40; /* keeps sizes of workspace within int64_t: none so long is to be had */
 
-/* ---- the cut ------------------------------------------------------------------------------------------------------ */
+/* ---- the cut ----------------------------------------------------------------------------------------------------- */
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
@@ -37,8 +38,8 @@ static int64_t most_keys(const mtl_attention_args *args, int64_t rows) {
     return clamp(args->last_visible - args->first_visible + queries, 0, args->kv_len);
 }
 
-/* Blocks of rows are made with an eye on the number of threads, as results do not depend on them. They may depend on the ranges of
- * keys, which follow from shapes and options alone. */
+/* Blocks of rows are made with an eye on the number of threads, as results do not depend on them. They may depend on
+ * the ranges of keys, which follow from shapes and options alone. */
 static void cut_work(mtl_attention_args *args, int threads) {
     args->cut.group = args->q_heads / args->kv_heads;
     int64_t rows = args->cut.group * args->q_len, heads = args->batch * args->kv_heads;
@@ -80,7 +81,7 @@ mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t
     return item;
 }
 
-/* ---- the key/value cache ------------------------------------------------------------------------------------------ */
+/* ---- the key/value cache ----------------------------------------------------------------------------------------- */
 
 static void append_row(const mtl_attention_operand *from, const mtl_attention_operand *cache, int64_t batch,
                        int64_t head, int64_t time, int64_t offset, int64_t length) {
@@ -109,7 +110,7 @@ static void append_to_cache(const void *arguments, int64_t begin, int64_t end, v
     }
 }
 
-/* ---- the call ----------------------------------------------------------------------------------------------------- */
+/* ---- the call ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     mtl_kernel kernel;
@@ -144,8 +145,8 @@ static int threads_worth(const metalloid_context *context, const mtl_attention_a
     return worth < (double)threads ? (worth < 1 ? 1 : (int)worth) : (int)threads;
 }
 
-/* The plain kernels keep scale and softcap in double: they serve where those leave float32's range. And they count the keys of calls
- * without features, of which there can be any number. */
+/* The plain kernels keep scale and softcap in double: they serve where those leave float32's range. And they count
+ * the keys of calls without features, of which there can be any number. */
 static const mtl_cpu_kernels *kernels_for(const metalloid_context *context, const mtl_attention_args *args) {
     double scale = fabs(args->scale);
     bool fits =

@@ -14,7 +14,7 @@
 
 /* ---- states ------------------------------------------------------------------------------------------------------- */
 
-/* x exp(difference), where a factor of 0 drops what it multiplies, infinities too: the weight of such a key has underflowed. */
+/* x exp(difference), where a factor of 0 drops what it multiplies, infinities too: such a key's weight has underflowed. */
 static double rescale(double x, double factor) { return factor == 0 && !isnan(x) ? 0 : x * factor; }
 
 /* The state's sums, in terms of a larger `largest`. */

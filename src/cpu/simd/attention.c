@@ -1,21 +1,21 @@
 /* O = softmax(scale Q K^T + mask) V, a block of rows against a block of keys at a time. SPDX-License-Identifier: MIT
  *
- * Rows are the queries of all heads that share a key/value head (cpu/attention.h), so that a key is loaded once for them. Both products
- * run in one register-tiled micro-kernel (products.h), TILE_ROWS x 2 vectors of sums, that multiplies rows in scratch by a panel: TILE
- * columns of K transposed, or of V, one after the other, so that a panel stays in the first-level cache whatever the strides of K and V.
- * Causal and window give each TILE_ROWS rows a span of a block's keys; nothing is computed outside it. A handful of rows (decoding)
- * does not pay for panels: their scores are dot products with K as it lies, V is added up as it lies, and the cost is one read of the
- * cache.
+ * Rows are the queries of all heads that share a key/value head (cpu/attention.h), so that a key is loaded once for
+ * them. Both products run in one register-tiled micro-kernel (products.h), TILE_ROWS x 2 vectors of sums, that
+ * multiplies rows in scratch by a panel: TILE columns of K transposed, or of V, one after the other, so that a panel
+ * stays in the first-level cache whatever the strides of K and V. Causal and window give each TILE_ROWS rows a span of
+ * a block's keys; nothing is computed outside it. A handful of rows (decoding) does not pay for panels: their scores
+ * are dot products with K as it lies, V is added up as it lies, and the cost is one read of the cache.
  *
- * Where the processor multiplies pairs of bfloat16, bfloat16 tensors stay as they are: a row of Q and a transposed K hold pairs of
- * features, weights and V pairs of keys, and the same micro-kernel runs over half as many words.
+ * Where the processor multiplies pairs of bfloat16, bfloat16 tensors stay as they are: a row of Q and a transposed K
+ * hold pairs of features, weights and V pairs of keys, and the same micro-kernel runs over half as many words.
  *
- * Numerics: online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867), scores and sums in reals. A block's sums are formed by
- * themselves and then added to the rescaled ones, so that rounding grows with the number of blocks, not of keys. As pairs, weights are
- * rounded to bfloat16 (FlashAttention does the same); their sum is not. A hidden key's score is -infinity, its weight exactly 0. Where
- * 0 meets an infinite or NaN value, or a product of pairs overflows, a row comes out not finite, and the item is done again in reals,
- * leaving hidden keys out one by one, and if need be (sums beyond float32) by the plain kernel, in double: the common case pays one
- * look at its result. */
+ * Numerics: online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867), scores and sums in reals. A block's sums
+ * are formed by themselves and then added to the rescaled ones, so that rounding grows with the number of blocks,
+ * not of keys. As pairs, weights are rounded to bfloat16 (FlashAttention does the same); their sum is not. A hidden
+ * key's score is -infinity, its weight exactly 0. Where 0 meets an infinite or NaN value, or a product of pairs
+ * overflows, a row comes out not finite, and the item is done again in reals, leaving hidden keys out one by one,
+ * and if need be (sums beyond float32) by the plain kernel, in double: the common case pays one look at its result. */
 #include "cpu/attention.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/products.h"
@@ -29,14 +29,16 @@ enum {
         8 << 10, /* of K and V are asked for, each while it is read itself: then its next block has begun to come */
 };
 
-/* The keys of a block that some row of a tile sees by causal and window: from `begin` (whole tiles) to `end`, `padded` to granules. */
+/* The keys of a block that some row of a tile sees by causal and window: from `begin` (whole tiles) to `end`,
+ * `padded` to granules. */
 typedef struct {
     int64_t begin, end, padded;
     bool whole; /* every row sees all of begin to padded, and there is no mask */
 } key_span;
 
-/* One item's working set, in reals or, where `paired`, words of two bfloat16. Rows of `q` are `words` long, of `sums` value_padded, of
- * `scores` KEYS; `packed` holds panels of TILE columns, first of keys with a row a word, then of values with one a key or pair. */
+/* One item's working set, in reals or, where `paired`, words of two bfloat16. Rows of `q` are `words` long, of
+ * `sums` value_padded, of `scores` KEYS; `packed` holds panels of TILE columns, first of keys with a row a word,
+ * then of values with one a key or pair. */
 typedef struct {
     const mtl_attention_args *args;
     mtl_attention_item item;
@@ -48,7 +50,7 @@ typedef struct {
     key_span spans[(ROWS + TILE_ROWS - 1) / TILE_ROWS];
 } block_state;
 
-/* ---- products ----------------------------------------------------------------------------------------------------------- */
+/* ---- products ---------------------------------------------------------------------------------------------------- */
 
 /* multiply_tile for one row of weights, where a weight (or factor) of 0 drops what it would multiply. */
 static void multiply_visible(const real *weights, const real *b, int64_t b_stride, int64_t depth, real *c,
@@ -64,7 +66,7 @@ static void multiply_visible(const real *weights, const real *b, int64_t b_strid
     }
 }
 
-/* ---- products of few rows with K and V as they lie --------------------------------------------------------------------------- */
+/* ---- products of few rows with K and V as they lie --------------------------------------------------------------- */
 
 /* Keys are read one after the other, as the processor's own prefetchers like it. */
 
@@ -182,7 +184,7 @@ INLINE bool take_few(const block_state *s, bool values, int64_t first, int64_t c
     return true;
 }
 
-/* ---- bringing queries, keys and values in ----------------------------------------------------------------------------------- */
+/* ---- bringing queries, keys and values in ------------------------------------------------------------------------ */
 
 /* Whether pairs do: an even number of features, none of the three to be gathered, and a result that is as coarse. */
 static bool can_be_paired(const mtl_attention_args *args) {
@@ -316,7 +318,7 @@ static void bring_values(const block_state *s, int64_t first, int64_t begin, int
     }
 }
 
-/* ---- masks -------------------------------------------------------------------------------------------------------------- */
+/* ---- masks ------------------------------------------------------------------------------------------------------- */
 
 /* 0 or -1 a key: key_mask, the same for all rows. */
 static void read_key_mask(const block_state *s, int64_t first, int64_t count, real_int *visible) {
@@ -405,7 +407,7 @@ static void cap_scores(block_state *s) {
     }
 }
 
-/* ---- softmax -------------------------------------------------------------------------------------------------------------- */
+/* ---- softmax ----------------------------------------------------------------------------------------------------- */
 
 /* The weights exp(score - shift) of a row, in pairs or not, in place of its scores; lane by lane their sum. */
 INLINE vec weigh(real *scores, const key_span *span, vec shift, bool paired) {
@@ -426,8 +428,8 @@ INLINE vec weigh(real *scores, const key_span *span, vec shift, bool paired) {
     return sum[0] + sum[1];
 }
 
-/* Scores to weights, LANES rows at a time, so that what is done once a row is done in vectors; factor is what the sums so far are to
- * be multiplied by. */
+/* Scores to weights, LANES rows at a time, so that what is done once a row is done in vectors; factor is what the
+ * sums so far are to be multiplied by. */
 static void weigh_rows(block_state *s) {
     for (int64_t row = 0; row < s->item.rows; row += LANES) {
         int count = s->item.rows - row < LANES ? (int)(s->item.rows - row) : LANES;
@@ -459,7 +461,7 @@ static void weigh_rows(block_state *s) {
     }
 }
 
-/* ---- an item -------------------------------------------------------------------------------------------------------------- */
+/* ---- an item ----------------------------------------------------------------------------------------------------- */
 
 /* Scores of all tiles of rows with the keys of a panel, and then another: a panel stays in the first-level cache. */
 INLINE void score_tiles(const block_state *s, bool paired, int64_t begin, int64_t end) {
@@ -627,7 +629,7 @@ void SIMD(attention)(const void *arguments, int64_t begin, int64_t end, void *sc
     }
 }
 
-/* ---- merging ranges of keys ------------------------------------------------------------------------------------------------ */
+/* ---- merging ranges of keys -------------------------------------------------------------------------------------- */
 
 enum { MERGED_AT_ONCE = 64 };
 

@@ -17,8 +17,8 @@ INLINE vec multiply_add(bool paired, vec a, vec b, vec sum) {
     return paired ? vec_dot_pairs(a, b, sum) : vec_fma(a, b, sum);
 }
 
-/* c[r][0..vectors LANES) = scale times the sum over i of a[r][i] b[i][..], or, where `factor` is given, the sum added to
- * factor[r] c[r]. */
+/* c[r][0..vectors LANES) = scale times the sum over i of a[r][i] b[i][..], or, where `factor` is given, the sum
+ * added to factor[r] c[r]. */
 INLINE void multiply_tile(bool paired, int rows, int vectors, const real *a, int64_t a_stride, const real *b,
                           int64_t b_stride, int64_t depth, real *c, int64_t c_stride, const real *factor, real scale) {
     vec sum[TILE_ROWS][2];

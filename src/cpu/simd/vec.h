@@ -100,7 +100,7 @@ INLINE vec_int vec_nonzero_bytes(const char *from) {
 /* Asks for a line that is needed soon, into the second-level cache: the first has too few lines under way to keep memory busy. It may lie
  * past the end of what is read. */
 INLINE void prefetch(const void *address) { __builtin_prefetch(address, 0, 2); }
-/* The same into the first-level cache, for rows that are read one after the other, faster than the processor asks for them. */
+/* The same into the first-level cache, for rows read one after the other, faster than the processor asks for them. */
 INLINE void prefetch_near(const void *address) { __builtin_prefetch(address, 0, 3); }
 enum { AHEAD = 4096 }; /* so many bytes, where rows are read one after the other */
 

@@ -1,4 +1,4 @@
-/* What vec.h needs by name on 64-bit Arm: Advanced SIMD, for `neon_bf16` with BFCVTN and BFDOT. SPDX-License-Identifier: MIT */
+/* What vec.h needs by name on 64-bit Arm: Advanced SIMD; BFCVTN, BFDOT for `neon_bf16`. SPDX-License-Identifier: MIT */
 #include <arm_neon.h>
 
 #ifdef MTL_IN_DOUBLE
