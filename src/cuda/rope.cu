@@ -237,10 +237,9 @@ extern "C" __global__ void __launch_bounds__(256) rope_any(const __grid_constant
     }
 }
 
-#define ROPE_KERNEL(name, type, traditional, normed)                  \
-    extern "C" __global__ void __launch_bounds__(256, 2) \
-        name(const __grid_constant__ mtl_cuda_rope_args p) {          \
-        rope_rows<type, traditional, normed>(p);                      \
+#define ROPE_KERNEL(name, type, traditional, normed)                                                          \
+    extern "C" __global__ void __launch_bounds__(256, 2) name(const __grid_constant__ mtl_cuda_rope_args p) { \
+        rope_rows<type, traditional, normed>(p);                                                              \
     }
 #define ROPE_KERNELS(dtype, type)                              \
     ROPE_KERNEL(rope_##dtype, type, false, false)              \
