@@ -28,6 +28,7 @@ test:
 	ctest --preset aarch64
 	ctest --preset aarch64-no-bf16
 	METALLOID_COMMAND=build/test/metalloid .venv/bin/python -m pytest tests/python
+	@tools/test_elixir
 	@tools/test_cuda
 
 # The tests of a GPU machine alone: builds the CUDA kernels where nvcc is, and needs no set-up beyond PyTorch.
@@ -55,6 +56,8 @@ lint:
 	.venv/bin/clang-format --dry-run --Werror $(C_FILES)
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
+	@tools/format_elixir --check-formatted
+	tools/check_types
 	cmake --preset debug
 	cmake --build --preset debug
 	run-clang-tidy -quiet -p build/debug '/(src|cli)/.*\.c$$' 2>/dev/null
@@ -65,9 +68,23 @@ format:
 	.venv/bin/clang-format -i $(C_FILES)
 	.venv/bin/ruff format
 	.venv/bin/ruff check --fix
+	@tools/format_elixir
+
+# The site, into build/docs/html; a reference or link within it that leads nowhere is an error.
+docs:
+	@tools/setup docs
+	@tools/install_python
+	@mkdir -p build/docs/doxygen
+	doxygen docs/Doxyfile
+	.venv/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky -q -b html docs build/docs/html
+
+# A manylinux wheel without CUDA kernels, into build/wheel, tried where there is no compiler.
+wheel:
+	@tools/setup wheel
+	@tools/wheel
 
 clean:
 	rm -rf build
 
-.PHONY: all install demo test test-cuda bench sanitize fuzz lint format clean
+.PHONY: all install demo test test-cuda bench sanitize fuzz lint format docs wheel clean
 .NOTPARALLEL:

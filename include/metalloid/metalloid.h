@@ -29,8 +29,9 @@
 #define METALLOID_VERSION_MINOR 1
 #define METALLOID_VERSION_PATCH 0
 
-/* DLPack's type code for bool, which headers older than DLPack 0.8 cannot name. */
-#define METALLOID_DL_BOOL 6
+/* DLPack's type codes for complex numbers and bool, which older headers cannot name. */
+#define METALLOID_DL_COMPLEX 5
+#define METALLOID_DL_BOOL    6
 
 #if defined(METALLOID_STATIC)
 #define METALLOID_API
@@ -53,13 +54,16 @@ typedef enum metalloid_status {
     METALLOID_OUT_OF_MEMORY = 2,  /* the workspace could not be allocated; nothing was written */
     METALLOID_UNSUPPORTED = 3,    /* no backend of this build serves the tensors' device, or the device is too old */
     METALLOID_DEVICE_FAILURE = 4, /* the device or its driver refused the work; the message has its words */
+    METALLOID_COMPILE_FAILED = 5, /* a custom kernel's source does not compile, or there is nothing to compile it with */
+    METALLOID_KERNEL_FAILED = 6,  /* a custom kernel was stopped: a barrier that only a part of the threads reach, a loop
+                                   * that goes on; its outputs hold whatever it wrote */
 } metalloid_status;
 
 /* The status in words; never NULL. */
 METALLOID_API const char *metalloid_status_string(metalloid_status status);
 
-/* One line about the last failed call of this thread ("rope: dims must be even, got 7"); "" before the first failure.
- * Valid until the next failing call of the same thread. */
+/* One line about the last failed call of this thread ("rope: dims must be even, got 7"); "" before the first failure. Behind
+ * METALLOID_COMPILE_FAILED's first line stands what the compiler said. Valid until the next failing call of the same thread. */
 METALLOID_API const char *metalloid_last_error(void);
 
 /* "major.minor.patch" of the library that is loaded, which may be newer than the header. */
@@ -260,6 +264,102 @@ METALLOID_API metalloid_status metalloid_gated_delta_update(metalloid_context *c
                                                             const DLTensor *k, const DLTensor *v, const DLTensor *gamma,
                                                             const DLTensor *beta, const DLTensor *initial_state,
                                                             const DLTensor *mask, DLTensor *out, DLTensor *state);
+
+/* ---- custom kernels ----------------------------------------------------------------------------------------------- */
+
+/* A kernel of the caller's own, written in the Metal Shading Language as for mlx.core.fast.metal_kernel: the body of a function
+ * whose signature follows from the arguments of a call. It is compiled for the types of each first call, on the CPU by clang
+ * (METALLOID_CXX, else clang++ or clang of PATH), and kept in a private directory of the user's: METALLOID_CACHE, else
+ * metalloid in XDG_CACHE_HOME or ~/.cache. A kernel serves any number of threads at once. */
+typedef struct metalloid_kernel metalloid_kernel;
+
+typedef enum metalloid_kernel_language {
+    METALLOID_KERNEL_METAL = 0,
+    METALLOID_KERNEL_CUDA = 1, /* CUDA C++ as for mlx.core.fast.cuda_kernel, on NVIDIA GPUs alone */
+} metalloid_kernel_language;
+
+typedef enum metalloid_math_mode {
+    METALLOID_MATH_SAFE = 0,    /* IEEE: exp(-inf) = 0, NaN stays NaN */
+    METALLOID_MATH_RELAXED = 1, /* may reassociate; infinities and NaN still count */
+    METALLOID_MATH_FAST = 2,    /* may assume that there are none */
+} metalloid_math_mode;
+
+typedef struct metalloid_kernel_options {
+    size_t size; /* sizeof(metalloid_kernel_options) of the caller; the initializer sets it */
+    metalloid_kernel_language language;
+    const char *header;         /* stands before the function; NULL: nothing */
+    bool ensure_row_contiguous; /* inputs that are not are copied; else the kernel sees their strides */
+    bool atomic_outputs;        /* outputs are `device atomic<T> *` */
+    metalloid_math_mode math_mode;
+
+    /* On the CPU: */
+    const char *fallback_compiler; /* a C++ compiler where neither METALLOID_CXX nor PATH names one; NULL: none */
+    bool debug; /* -g, little optimization, the generated source kept beside the object: for a debugger */
+    bool address_sanitizer;   /* reports accesses out of bounds; its run-time has to be in the process (LD_PRELOAD) */
+    int64_t most_iterations;  /* all loops of a thread together; a kernel with one more is stopped. 0: no limit */
+
+    int shared_memory; /* METALLOID_KERNEL_CUDA: bytes of dynamic shared memory of a block */
+} metalloid_kernel_options;
+
+#define METALLOID_KERNEL_OPTIONS_INIT                                                                             \
+    {                                                                                                             \
+        sizeof(metalloid_kernel_options), METALLOID_KERNEL_METAL, NULL, true, false, METALLOID_MATH_SAFE, NULL,    \
+            false, false, 0, 0                                                                                     \
+    }
+
+/* Names are identifiers of C, none of them twice; at least one output. Nothing is compiled yet. The strings are copied. */
+METALLOID_API metalloid_status metalloid_kernel_create(const char *name, const char *const *input_names,
+                                                       int input_count, const char *const *output_names,
+                                                       int output_count, const char *source,
+                                                       const metalloid_kernel_options *options,
+                                                       metalloid_kernel **kernel);
+METALLOID_API void metalloid_kernel_destroy(metalloid_kernel *kernel); /* NULL is fine; no launch may be under way */
+
+typedef enum metalloid_template_kind {
+    METALLOID_TEMPLATE_INT = 0,
+    METALLOID_TEMPLATE_BOOL = 1,
+    METALLOID_TEMPLATE_DTYPE = 2,
+} metalloid_template_kind;
+
+typedef struct metalloid_template_argument {
+    const char *name; /* an identifier */
+    metalloid_template_kind kind;
+    int64_t value;    /* of an int (in its range) or a bool */
+    DLDataType dtype;
+} metalloid_template_argument;
+
+typedef struct metalloid_kernel_call {
+    size_t size; /* sizeof(metalloid_kernel_call) of the caller; the initializer sets it */
+    int input_count, output_count; /* as many as the kernel has names */
+
+    /* bool, integer, floating or complex64, any rank; one of rank 0 is a reference in the kernel. Outputs are row-contiguous and
+     * overlap nothing; any shape. */
+    const DLTensor *const *inputs;
+    DLTensor *const *outputs;
+
+    /* Threads in all and in a threadgroup, along x, y, z: at least 1. A threadgroup is cut to the grid, then has at most 1024
+     * threads; those at the edges are smaller where the grid is no multiple. */
+    int64_t grid[3], threadgroup[3];
+
+    int template_count;
+    const metalloid_template_argument *template_arguments; /* in the order of the template's parameters */
+    bool has_init_value;
+    double init_value; /* outputs are filled with it first */
+} metalloid_kernel_call;
+
+#define METALLOID_KERNEL_CALL_INIT \
+    { sizeof(metalloid_kernel_call), 0, 0, NULL, NULL, {1, 1, 1}, {1, 1, 1}, 0, NULL, false, 0.0 }
+
+/* Compiles where this is the first call with such types, and runs. Nothing is written by a call that fails before the kernel
+ * runs: every status but METALLOID_KERNEL_FAILED. */
+METALLOID_API metalloid_status metalloid_kernel_launch(metalloid_context *context, metalloid_kernel *kernel,
+                                                       const metalloid_kernel_call *call);
+
+/* The Metal source of such a call with its generated signature, as MLX makes it; or, `translated`, the C++ that is compiled. Writes
+ * at most `capacity` bytes, the last one NUL, to `text` (which may be NULL for a capacity of 0) and the length without NUL to
+ * `length`. Outputs and inputs are looked at for their types alone. */
+METALLOID_API metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metalloid_kernel_call *call,
+                                                       bool translated, char *text, size_t capacity, size_t *length);
 
 #ifdef __cplusplus
 }

@@ -25,6 +25,7 @@ typedef enum mtl_dtype {
     MTL_U16,
     MTL_U32,
     MTL_U64,
+    MTL_C64, /* complex64: custom kernels alone have it */
     MTL_DTYPES
 } mtl_dtype;
 
@@ -38,7 +39,7 @@ enum {
 };
 
 static inline int64_t mtl_dtype_size(mtl_dtype dtype) {
-    static const uint8_t size[MTL_DTYPES] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 1, 2, 4, 8};
+    static const uint8_t size[MTL_DTYPES] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 1, 2, 4, 8, 8};
     return size[dtype];
 }
 

@@ -26,6 +26,8 @@ const char *metalloid_status_string(metalloid_status status) {
     case METALLOID_OUT_OF_MEMORY: return "out of memory";
     case METALLOID_UNSUPPORTED: return "unsupported device";
     case METALLOID_DEVICE_FAILURE: return "device failure";
+    case METALLOID_COMPILE_FAILED: return "compilation failed";
+    case METALLOID_KERNEL_FAILED: return "kernel stopped";
     }
     return "unknown status";
 }

@@ -6,7 +6,7 @@
 
 /* ---- one tensor --------------------------------------------------------------------------------------------------- */
 
-static bool dtype_from_dlpack(DLDataType type, mtl_dtype *dtype) {
+bool mtl_dtype_from_dlpack(DLDataType type, mtl_dtype *dtype) {
     if (type.lanes != 1) return false;
     int log2_bytes = type.bits == 8 ? 0 : type.bits == 16 ? 1 : type.bits == 32 ? 2 : type.bits == 64 ? 3 : -1;
     if (log2_bytes < 0) return false;
@@ -16,6 +16,7 @@ static bool dtype_from_dlpack(DLDataType type, mtl_dtype *dtype) {
     case kDLFloat: *dtype = type.bits == 16 ? MTL_F16 : type.bits == 32 ? MTL_F32 : MTL_F64; return type.bits != 8;
     case kDLBfloat: *dtype = MTL_BF16; return type.bits == 16;
     case METALLOID_DL_BOOL: *dtype = MTL_BOOL; return type.bits == 8;
+    case METALLOID_DL_COMPLEX: *dtype = MTL_C64; return type.bits == 64;
     default: return false;
     }
 }
@@ -26,6 +27,7 @@ static const char *dtypes_in_words(unsigned dtypes) {
     case MTL_INTEGER: return "an integer of 8 to 64 bits";
     case MTL_INTEGER | MTL_BOOLEAN: return "bool or an integer of 8 to 64 bits";
     case MTL_REAL: return "floating or an integer of 8 to 64 bits";
+    case MTL_REAL | MTL_BOOLEAN | 1 << MTL_C64: return "bool, floating, complex64 or an integer of 8 to 64 bits";
     case MTL_REAL | MTL_BOOLEAN: return "bool, floating or an integer of 8 to 64 bits";
     case 1 << MTL_F32 | 1 << MTL_F64: return "float32 or float64";
     case 1 << MTL_F32: return "float32";
@@ -72,7 +74,7 @@ metalloid_status mtl_view_required(mtl_view *view, const DLTensor *tensor, const
     if (view->device.device_type == kDLCUDAManaged) view->device.device_type = kDLCUDA;
 
     mtl_dtype dtype = MTL_F32;
-    bool known = dtype_from_dlpack(tensor->dtype, &dtype);
+    bool known = mtl_dtype_from_dlpack(tensor->dtype, &dtype);
     if (!known || !(dtypes >> dtype & 1)) return refuse_dtype(tensor->dtype, known, dtype, op, name, dtypes);
     view->dtype = dtype;
 
@@ -167,6 +169,7 @@ metalloid_status mtl_check_device(const mtl_view *const *views, int count, const
     }
     *device = first->device;
     if (device->device_type == kDLCPU || (MTL_WITH_CUDA && device->device_type == kDLCUDA)) return METALLOID_OK;
+    if ((int)device->device_type == MTL_NO_DEVICE) return METALLOID_OK;
     return mtl_fail(METALLOID_UNSUPPORTED,
                     "%s: %s is on a device of DLPack type %d, which no backend of this build serves", op, first->name,
                     (int)device->device_type);

@@ -8,6 +8,9 @@
 enum {
     MTL_MAX_RANK = 64,    /* NumPy's limit */
     MTL_MAX_OPERANDS = 4, /* of one loop */
+    /* A device type of which a call is checked and nothing done, for callers that know shapes and dtypes alone (a graph being traced).
+     * Data pointers are then told apart, never followed. */
+    MTL_NO_DEVICE = 0x4d544c,
 };
 
 /* A DLTensor after its checks: byte_offset applied, strides always there and in bytes (0 along axes of extent 1 or 0, so that
@@ -26,6 +29,8 @@ typedef struct mtl_view {
 
 static inline bool mtl_present(const mtl_view *view) { return view->rank >= 0; }
 static inline mtl_view mtl_absent(void) { return (mtl_view){.rank = -1}; }
+
+bool mtl_dtype_from_dlpack(DLDataType type, mtl_dtype *dtype); /* false: none of ours */
 
 /* Checks one tensor by itself: pointers, dtype in `dtypes`, extents, strides, alignment, sizes that fit. Device types that alias
  * CPU memory become kDLCPU, managed CUDA memory becomes kDLCUDA. */

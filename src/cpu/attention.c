@@ -1,4 +1,5 @@
-/* Attention on the CPU: the cut of its work, the key/value cache, and the end of every row. SPDX-License-Identifier: MIT
+/* Attention on the CPU: the cut of its work, the key/value cache, and the end of every row. SPDX-License-Identifier:
+ * MIT
  *
  * All workspace is reserved before the first byte is written, the cache's included. */
 #include "cpu/attention.h"
@@ -6,9 +7,12 @@
 #include "core/threads.h"
 
 enum {
-    ITEMS_WANTED = 128,            /* where rows alone give fewer, keys are split too */
-    KEYS_A_RANGE = 256,            /* at least: then combining the ranges costs next to nothing */
-    PARTS_A_THREAD = 64,           /* small parts, since the keys that a row sees differ */
+    BLOCK_BYTES = 384 << 10, /* of a block's rows of q, scores and sums: the second-level cache has room for more */
+    ITEMS_A_THREAD = 4,      /* where blocks of rows would be fewer, they are made smaller */
+    LEAST_ROWS = 48,         /* but not smaller than this */
+    ITEMS_WANTED = 64,       /* where blocks of LEAST_ROWS would be fewer, keys are split too */
+    KEYS_A_RANGE = 256,      /* at least: then combining the ranges costs next to nothing */
+    PARTS_A_THREAD = 64,     /* small parts, since the keys that a row sees differ */
     PRODUCTS_A_THREAD = 256 << 10, /* multiply-adds that are worth waking a thread for */
     CACHE_LINE = 64,
 };
@@ -16,7 +20,7 @@ enum {
 static const int64_t longest_row = (int64_t)1
                                    << 40; /* keeps sizes of workspace within int64_t: none so long is to be had */
 
-/* ---- the cut ------------------------------------------------------------------------------------------------------ */
+/* ---- the cut ----------------------------------------------------------------------------------------------------- */
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
@@ -28,28 +32,32 @@ static void visible_keys(const mtl_attention_args *args, int64_t first, int64_t 
     *end = clamp(last + args->last_visible + 1, *begin, args->kv_len);
 }
 
-/* The most keys that a block of rows sees. */
-static int64_t most_keys(const mtl_attention_args *args) {
-    int64_t queries = least(args->q_len, (args->cut.rows - 1) / args->cut.group + 2);
+/* The most keys that `rows` rows see. */
+static int64_t most_keys(const mtl_attention_args *args, int64_t rows) {
+    int64_t queries = least(args->q_len, (rows - 1) / args->cut.group + 2);
     return clamp(args->last_visible - args->first_visible + queries, 0, args->kv_len);
 }
 
-static void cut_work(mtl_attention_args *args) {
+/* Blocks of rows are made with an eye on the number of threads, as results do not depend on them. They may depend on
+ * the ranges of keys, which follow from shapes and options alone. */
+static void cut_work(mtl_attention_args *args, int threads) {
     args->cut.group = args->q_heads / args->kv_heads;
-    int64_t rows = args->cut.group * args->q_len;
-    args->cut.rows = least(rows, MTL_ATTENTION_ROWS);
+    int64_t rows = args->cut.group * args->q_len, heads = args->batch * args->kv_heads;
+    int64_t row_bytes = least(args->head_dim, longest_row) + least(args->value_dim, longest_row) + MTL_ATTENTION_KEYS;
+    row_bytes *= args->in_double ? (int64_t)sizeof(double) : (int64_t)sizeof(float);
+    int64_t most = clamp(BLOCK_BYTES / row_bytes, LEAST_ROWS, MTL_ATTENTION_ROWS);
+    int64_t each = (int64_t)((double)rows * (double)heads / (threads * ITEMS_A_THREAD));
+    int64_t smallest = least(rows, LEAST_ROWS), items = heads * quotient_up(rows, smallest);
+    args->cut.key_ranges = clamp(most_keys(args, smallest) / KEYS_A_RANGE, 1, quotient_up(ITEMS_WANTED, items));
+    int64_t wanted = args->cut.key_ranges > 1 ? LEAST_ROWS : clamp(each, LEAST_ROWS, most);
+    int64_t block = quotient_up(rows, quotient_up(rows, wanted));
+    block = quotient_up(block, MTL_ATTENTION_TILE) * MTL_ATTENTION_TILE;
+    args->cut.rows = least(rows, block);
     args->cut.row_blocks = quotient_up(rows, args->cut.rows);
-    int64_t blocks = args->batch * args->kv_heads * args->cut.row_blocks;
-    args->cut.key_ranges = clamp(most_keys(args) / KEYS_A_RANGE, 1, quotient_up(ITEMS_WANTED, blocks));
 }
 
 static int64_t row_block_count(const mtl_attention_args *args) {
     return args->batch * args->kv_heads * args->cut.row_blocks;
-}
-
-static double *states_of(const mtl_attention_args *args, int64_t row_block, int64_t range) {
-    return args->cut.states +
-           (row_block * args->cut.key_ranges + range) * args->cut.rows * mtl_attention_state_length(args);
 }
 
 mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t index) {
@@ -64,72 +72,16 @@ mtl_attention_item mtl_attention_item_at(const mtl_attention_args *args, int64_t
     int64_t begin, end;
     visible_keys(args, mtl_attention_query(args, item.first_row),
                  mtl_attention_query(args, item.first_row + item.rows - 1), &begin, &end);
+    if (!mtl_attention_is_few(args))
+        begin -= begin % MTL_ATTENTION_KEYS; /* the same blocks of keys however rows are cut */
     int64_t each = quotient_up(end - begin, args->cut.key_ranges * MTL_ATTENTION_KEYS) * MTL_ATTENTION_KEYS;
     item.first_key = least(begin + range * each, end);
     item.end_key = least(item.first_key + each, end);
-    item.states = args->cut.key_ranges > 1 ? states_of(args, row_block, range) : NULL;
+    item.states = args->cut.key_ranges > 1 ? mtl_attention_states(args, row_block, range) : NULL;
     return item;
 }
 
-/* ---- states ------------------------------------------------------------------------------------------------------- */
-
-void mtl_attention_raise(double *state, int64_t length, double largest) {
-    if (!(largest > state[MTL_STATE_LARGEST])) return;
-    double factor = exp(state[MTL_STATE_LARGEST] - largest);
-    state[MTL_STATE_LARGEST] = largest;
-    for (int64_t i = MTL_STATE_SUM; i < length; i++) state[i] = mtl_attention_rescale(state[i], factor);
-}
-
-static void combine(double *state, double *other, int64_t length) {
-    mtl_attention_raise(state, length, other[MTL_STATE_LARGEST]);
-    mtl_attention_raise(other, length, state[MTL_STATE_LARGEST]);
-    for (int64_t i = MTL_STATE_SUM; i < length; i++) state[i] += other[i];
-}
-
-void mtl_attention_finish(const mtl_attention_args *args, int64_t batch, int64_t kv_head, int64_t row, double *state) {
-    int64_t query = mtl_attention_query(args, row), head = mtl_attention_head(args, kv_head, row);
-    if (args->sinks.data) {
-        double sink = mtl_load_double(args->sinks.data + head * args->sinks.stride, args->sinks.dtype);
-        mtl_attention_raise(state, mtl_attention_state_length(args), sink);
-        /* exp(infinity - infinity) is NaN, but next to an infinite sink every finite score has the weight 0. A sink of -infinity
-         * is none. */
-        if (sink != -INFINITY)
-            state[MTL_STATE_SUM] += sink == INFINITY ? INFINITY : exp(sink - state[MTL_STATE_LARGEST]);
-    }
-    double largest = state[MTL_STATE_LARGEST], sum = state[MTL_STATE_SUM];
-    bool nothing_seen = largest == -INFINITY && sum == 0;
-    double inverse = nothing_seen ? 0 : 1 / sum;
-
-    const mtl_attention_operand *out = &args->out;
-    char *to = out->data + batch * out->stride[0] + head * out->stride[1] + query * out->stride[2];
-    for (int64_t d = 0; d < args->value_dim; d++) {
-        mtl_store_double(to + d * out->stride[3], out->dtype, state[MTL_STATE_VALUES + d] * inverse);
-    }
-    if (args->logsumexp.data) {
-        const int64_t *stride = args->logsumexp.stride;
-        mtl_store_double(args->logsumexp.data + batch * stride[0] + head * stride[1] + query * stride[2],
-                         args->logsumexp.dtype, largest + log(sum));
-    }
-}
-
-/* An item is a block of rows: the states of its key ranges, in order, become one. */
-static void combine_ranges(const void *arguments, int64_t begin, int64_t end, void *scratch) {
-    const mtl_attention_args *args = arguments;
-    int64_t length = mtl_attention_state_length(args);
-    (void)scratch;
-    for (int64_t row_block = begin; row_block < end; row_block++) {
-        mtl_attention_item item = mtl_attention_item_at(args, row_block * args->cut.key_ranges);
-        for (int64_t r = 0; r < item.rows; r++) {
-            double *state = states_of(args, row_block, 0) + r * length;
-            for (int64_t range = 1; range < args->cut.key_ranges; range++) {
-                combine(state, states_of(args, row_block, range) + r * length, length);
-            }
-            mtl_attention_finish(args, item.batch, item.kv_head, item.first_row + r, state);
-        }
-    }
-}
-
-/* ---- the key/value cache ------------------------------------------------------------------------------------------ */
+/* ---- the key/value cache ----------------------------------------------------------------------------------------- */
 
 static void append_row(const mtl_attention_operand *from, const mtl_attention_operand *cache, int64_t batch,
                        int64_t head, int64_t time, int64_t offset, int64_t length) {
@@ -158,7 +110,7 @@ static void append_to_cache(const void *arguments, int64_t begin, int64_t end, v
     }
 }
 
-/* ---- the call ----------------------------------------------------------------------------------------------------- */
+/* ---- the call ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     mtl_kernel kernel;
@@ -186,22 +138,24 @@ static size_t scratch_of_thread(const mtl_attention_args *args) {
 }
 
 static int threads_worth(const metalloid_context *context, const mtl_attention_args *args, int64_t items) {
-    double products = (double)args->batch * (double)args->q_heads * (double)args->q_len * (double)most_keys(args) *
-                      (double)(args->head_dim + args->value_dim);
+    double products = (double)args->batch * (double)args->q_heads * (double)args->q_len *
+                      (double)most_keys(args, args->cut.rows) * (double)(args->head_dim + args->value_dim);
     double worth = products / PRODUCTS_A_THREAD;
     int64_t threads = least(mtl_threads(context), items);
     return worth < (double)threads ? (worth < 1 ? 1 : (int)worth) : (int)threads;
 }
 
-/* The plain kernel keeps scale and softcap in double: it serves where they leave float32's range. */
-static mtl_kernel kernel_for(const metalloid_context *context, const mtl_attention_args *args) {
+/* The plain kernels keep scale and softcap in double: they serve where those leave float32's range. And they count
+ * the keys of calls without features, of which there can be any number. */
+static const mtl_cpu_kernels *kernels_for(const metalloid_context *context, const mtl_attention_args *args) {
     double scale = fabs(args->scale);
     bool fits =
         (scale == 0 || scale >= (double)FLT_MIN) && scale <= (double)FLT_MAX && args->softcap <= (double)FLT_MAX;
-    if (args->in_double || fits) return mtl_cpu_kernels_for(context, args->in_double)->attention;
+    if ((args->in_double || fits) && !mtl_attention_is_counting(args))
+        return mtl_cpu_kernels_for(context, args->in_double);
     const mtl_cpu_isa *const *isas;
     mtl_cpu_isas(&isas);
-    return isas[0]->in_float.attention;
+    return args->in_double ? &isas[0]->in_double : &isas[0]->in_float;
 }
 
 metalloid_status mtl_cpu_attention(const metalloid_context *context, const char *op, const mtl_attention_args *given) {
@@ -212,7 +166,7 @@ metalloid_status mtl_cpu_attention(const metalloid_context *context, const char 
     if (!attends)
         return mtl_cpu_run(context, op, append_to_cache, &args, new_rows, item_bytes, 0); /* no scratch: cannot fail */
 
-    cut_work(&args);
+    cut_work(&args, mtl_threads(context));
     int64_t row_blocks = row_block_count(&args), items = row_blocks * args.cut.key_ranges;
     int threads = threads_worth(context, &args, items);
     bool too_long = args.head_dim > longest_row || args.value_dim > longest_row;
@@ -230,13 +184,14 @@ metalloid_status mtl_cpu_attention(const metalloid_context *context, const char 
 
     /* Without scratch mtl_cpu_run allocates nothing and cannot fail. */
     mtl_cpu_run(context, op, append_to_cache, &args, new_rows, item_bytes, 0);
-    job j = {kernel_for(context, &args), &args, items, 0, workspace + states, scratch};
+    const mtl_cpu_kernels *kernels = kernels_for(context, &args);
+    job j = {kernels->attention, &args, items, 0, workspace + states, scratch};
     j.parts = (int)least(items, (int64_t)threads * PARTS_A_THREAD);
     mtl_parallel_run(threads, j.parts, run_part, &j);
     if (args.cut.key_ranges > 1) {
         int64_t cost =
             args.cut.key_ranges * args.cut.rows * mtl_attention_state_length(&args) * (int64_t)sizeof(double);
-        mtl_cpu_run(context, op, combine_ranges, &args, row_blocks, cost, 0);
+        mtl_cpu_run(context, op, kernels->attention_merge, &args, row_blocks, cost, 0);
     }
     mtl_release(context, workspace);
     return METALLOID_OK;

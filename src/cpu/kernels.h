@@ -18,6 +18,7 @@ typedef void (*mtl_kernel)(const void *args, int64_t begin, int64_t end, void *s
     X(isa, geglu)           \
     X(isa, rope)            \
     X(isa, attention)       \
+    X(isa, attention_merge) \
     X(isa, cross_entropy)   \
     X(isa, gated_delta)
 

@@ -90,6 +90,7 @@ typedef struct mtl_cuda_attention_args {
 typedef struct mtl_cuda_attention_hopper_args {
     __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128];
     mtl_cuda_attention_args attention;
+    int stages; /* of tiles on their way, in decoding */
 } mtl_cuda_attention_hopper_args;
 
 /* kv_cache_sdpa_update: what is written into the cache first. */
@@ -103,5 +104,18 @@ typedef struct mtl_cuda_gated_delta_args {
     int64_t batch, time, k_heads, v_heads, key_dim, value_dim;
     mtl_cuda_strided q, k, v, gamma, beta, out, initial_state, state, mask;
 } mtl_cuda_gated_delta_args;
+
+/* The same in chunks of MTL_CUDA_CHUNK steps. An item is a chunk of a value head: what of it depends on no state. */
+enum { MTL_CUDA_CHUNK = 64 };
+
+typedef struct mtl_cuda_gated_delta_chunks_args {
+    mtl_cuda_gated_delta_args delta;
+    int64_t chunks;
+    char *matrices; /* of an item: four squares of 16-bit numbers */
+    char *keys;     /* of a chunk of a key head, where q and k are not bfloat16: both as sums of two that are */
+    float *decays;  /* of an item: MTL_CUDA_CHUNK from the beginning, as many to the end */
+    int *by_steps;  /* of an item: 1 where only steps give what the rule says */
+    int stages;
+} mtl_cuda_gated_delta_chunks_args;
 
 #endif

@@ -64,45 +64,125 @@ static metalloid_status append(const mtl_cuda_call *call, const mtl_attention_ar
     return mtl_cuda_launch(call, kernel_of(APPEND), grid, &arguments);
 }
 
-/* Many queries on Hopper: a block is 128 of one head. *done is false where attention.cu has to serve. */
+/* Of Hopper's kernels, which are named after the head dimensions that they serve. */
+#define FORMS(op, dims) \
+    { op "_f16_" dims, op "_bf16_" dims }
+enum { HOPPER_DIMS = 5, HOPPER_ALIGNMENT = 1024, ELEMENT = 2 };
+static const struct {
+    int key_dim, value_dim;
+} hopper_dims[HOPPER_DIMS] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
+
+/* As a dimension lies in shared memory: in blocks of 64 features. */
+static int in_blocks(int dim) { return (dim + 63) / 64 * 64; }
+
+static int hopper_dims_of(const mtl_attention_args *args) {
+    int at = 0;
+    while (hopper_dims[at].key_dim < args->head_dim || hopper_dims[at].value_dim < args->value_dim) at++;
+    return at;
+}
+
+static bool describe_keys(const mtl_cuda_call *call, const mtl_attention_args *args,
+                          mtl_cuda_attention_hopper_args *hopper, int keys) {
+    return mtl_cuda_describe(call, hopper->k_map, &args->k, args->head_dim, args->kv_len, args->kv_heads, args->batch,
+                             keys) &&
+           mtl_cuda_describe(call, hopper->v_map, &args->v, args->value_dim, args->kv_len, args->kv_heads, args->batch,
+                             keys);
+}
+
+/* Memory for the parts of split keys, `rows` of each split. */
+static metalloid_status allocate_parts(const mtl_cuda_call *call, mtl_cuda_attention_args *attention, int64_t rows,
+                                       CUdeviceptr *memory) {
+    int64_t all = attention->splits * rows;
+    MTL_TRY(mtl_cuda_allocate(call, (size_t)(all * (attention->value_dim + 1)) * sizeof(float), memory));
+    attention->parts = (float *)*memory;
+    attention->part_logs = attention->parts + all * attention->value_dim;
+    return METALLOID_OK;
+}
+
+static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_attention_args *attention, int64_t rows,
+                                    CUdeviceptr memory, metalloid_status status) {
+    mtl_cuda_grid merge = {.blocks = rows, .threads = MERGE_COLUMNS, .rows = MERGE_GROUPS};
+    if (status == METALLOID_OK) status = mtl_cuda_launch(call, kernel_of(MERGE), merge, attention);
+    mtl_cuda_release(call, memory);
+    return status;
+}
+
+/* Few queries on Hopper: a cluster to a key/value head. *done is false where attention.cu has to serve. */
+static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
+                                      mtl_cuda_attention_args *attention, bool *done) {
+    enum { ROWS = 16, KEYS = 64, THREADS = 160, MOST_BLOCKS = 16, MOST_TILES = 4096, LEAST_TILES = 8 };
+    static const struct {
+        /* Two blocks have place on a multiprocessor where shared memory allows it: a GPU's clusters of 16 do not cover
+         * all multiprocessors one block each. */
+        int blocks, stages;
+        const char *name[2];
+    } kernels[HOPPER_DIMS] = {{2, 6, FORMS("attention_decode", "64_64")},
+                              {2, 3, FORMS("attention_decode", "128_128")}, /* 96 lies in two blocks of 64 too */
+                              {2, 3, FORMS("attention_decode", "128_128")},
+                              {1, 4, FORMS("attention_decode", "192_128")},
+                              {1, 3, FORMS("attention_decode", "256_256")}};
+    int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
+    mtl_cuda_attention_hopper_args hopper;
+    *done = false;
+    if (rows > FEW_ROWS || args->kv_len > INT32_MAX - 2 * KEYS || !describe_keys(call, args, &hopper, KEYS))
+        return METALLOID_OK;
+    int at = hopper_dims_of(args), bf16 = args->q.dtype == MTL_BF16;
+    mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_decode, 2 * at + bf16, kernels[at].name[bf16]};
+    mtl_cuda_grid grid = {.y = (int)heads, .z = (int)((rows + ROWS - 1) / ROWS), .threads = THREADS, .cluster = 1};
+    int64_t multiprocessors = call->device->multiprocessors, places = multiprocessors * kernels[at].blocks;
+    int64_t items = heads * grid.z, tiles = (args->kv_len + KEYS - 1) / KEYS;
+    while (grid.cluster < MOST_BLOCKS && items * grid.cluster * 2 <= places && grid.cluster * 2 <= tiles)
+        grid.cluster *= 2;
+    hopper.stages = kernels[at].stages;
+    grid.shared_memory =
+        hopper.stages * KEYS * (in_blocks(hopper_dims[at].key_dim) + in_blocks(hopper_dims[at].value_dim)) * ELEMENT +
+        HOPPER_ALIGNMENT;
+    MTL_TRY(mtl_cuda_fit_cluster(call, kernel, &grid));
+    int64_t splits = places / (items * grid.cluster), most = tiles / (grid.cluster * LEAST_TILES);
+    splits = splits < most ? splits : most;
+    attention->splits = splits > 1 ? (int)splits : 1;
+    grid.blocks = grid.cluster * attention->splits;
+    if (args->key_mask.data && (tiles + grid.blocks - 1) / grid.blocks > MOST_TILES) return METALLOID_OK;
+
+    *done = true;
+    CUdeviceptr memory = 0;
+    if (attention->splits > 1) MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
+    hopper.attention = *attention;
+    metalloid_status status = mtl_cuda_launch(call, kernel, grid, &hopper);
+    return memory ? merge_parts(call, attention, heads * rows, memory, status) : status;
+}
+
+/* Many queries on Hopper. *done is false where attention.cu has to serve. */
 static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       const mtl_cuda_attention_args *attention, bool *done) {
-    enum { ROWS = 128, STAGES = 2, GROUPS = 3, ALIGNMENT = 1024, ELEMENT = 2 };
-#define FORMS(dims)                                                     \
-    {                                                                   \
-        {"attention_f16_" dims, "attention_bf16_" dims}, {              \
-            "attention_masked_f16_" dims, "attention_masked_bf16_" dims \
-        }                                                               \
-    }
+    enum { GROUP_ROWS = 64, STAGES = 2, MASK_STAGES = 4 };
     static const struct {
-        int key_dim, value_dim, keys;
+        int keys, groups;       /* of 64 rows, where there is no mask */
         const char *name[2][2]; /* with a mask or not; float16, bfloat16 */
-    } kernels[] = {{64, 64, 128, FORMS("64_64")},
-                   {128, 128, 128, FORMS("128_128")},
-                   {192, 128, 128, FORMS("192_128")},
-                   {256, 256, 64, FORMS("256_256")}};
-    int64_t blocks = (args->q_len + ROWS - 1) / ROWS, heads = args->batch * args->q_heads;
-    *done = false;
-    if (args->q_len < ROWS / 2 || blocks * heads * 2 < call->device->multiprocessors || heads > 65535 ||
-        args->q_len > INT32_MAX - ROWS || args->kv_len > INT32_MAX - ROWS)
-        return METALLOID_OK;
-    int at = 0;
-    while (kernels[at].key_dim < args->head_dim || kernels[at].value_dim < args->value_dim) at++;
-    int keys = kernels[at].keys, key_dim = kernels[at].key_dim, value_dim = kernels[at].value_dim;
-
-    mtl_cuda_attention_hopper_args hopper = {.attention = *attention};
-    if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
-                           ROWS) ||
-        !mtl_cuda_describe(call, hopper.k_map, &args->k, args->head_dim, args->kv_len, args->kv_heads, args->batch,
-                           keys) ||
-        !mtl_cuda_describe(call, hopper.v_map, &args->v, args->value_dim, args->kv_len, args->kv_heads, args->batch,
-                           keys))
-        return METALLOID_OK;
-    *done = true;
+    } kernels[HOPPER_DIMS] = {{128, 3, {FORMS("attention", "64_64"), FORMS("attention_masked", "64_64")}},
+                              {128, 2, {FORMS("attention", "96_96"), FORMS("attention_masked", "96_96")}},
+                              {128, 2, {FORMS("attention", "128_128"), FORMS("attention_masked", "128_128")}},
+                              {128, 2, {FORMS("attention", "192_128"), FORMS("attention_masked", "192_128")}},
+                              {64, 2, {FORMS("attention", "256_256"), FORMS("attention_masked", "256_256")}}};
     bool bf16 = args->q.dtype == MTL_BF16;
     bool masked = args->mask.data || args->key_mask.data || attention->softcap > 0 || !(attention->scale > 0);
-    mtl_cuda_grid grid = {.blocks = blocks, .y = (int)heads, .threads = GROUPS * 4 * WARP};
-    grid.shared_memory = (ROWS * key_dim + STAGES * keys * (key_dim + value_dim)) * ELEMENT + ALIGNMENT;
+    int at = hopper_dims_of(args), groups = masked ? 2 : kernels[at].groups;
+    int keys = kernels[at].keys, rows = groups * GROUP_ROWS;
+    int64_t blocks = (args->q_len + rows - 1) / rows, heads = args->batch * args->q_heads;
+    *done = false;
+    if (args->q_len < GROUP_ROWS || blocks * heads * 2 < call->device->multiprocessors || heads > 65535 ||
+        args->q_len > INT32_MAX - 2 * rows || args->kv_len > INT32_MAX - 2 * rows)
+        return METALLOID_OK;
+    mtl_cuda_attention_hopper_args hopper = {.attention = *attention};
+    if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
+                           rows) ||
+        !describe_keys(call, args, &hopper, keys))
+        return METALLOID_OK;
+    *done = true;
+    mtl_cuda_grid grid = {.blocks = blocks, .y = (int)heads, .threads = (groups + 1) * 4 * WARP};
+    int key_dim = in_blocks(hopper_dims[at].key_dim), value_dim = in_blocks(hopper_dims[at].value_dim);
+    grid.shared_memory = (rows * key_dim + STAGES * keys * (key_dim + value_dim)) * ELEMENT + HOPPER_ALIGNMENT;
+    if (masked) grid.shared_memory += MASK_STAGES * (rows + 1) * VECTOR;
     mtl_cuda_kernel kernel = {masked ? MTL_CUDA_IMAGE_attention_hopper_masked : MTL_CUDA_IMAGE_attention_hopper,
                               2 * at + bf16, kernels[at].name[masked][bf16]};
     return mtl_cuda_launch(call, kernel, grid, &hopper);
@@ -116,8 +196,10 @@ static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_ar
         return mtl_cuda_launch(call, kernel_of(ANY), grid, attention);
     }
     bool done;
-    metalloid_status in_groups = attend_hopper(call, args, attention, &done);
-    if (done) return in_groups;
+    metalloid_status status = decode_hopper(call, args, attention, &done);
+    if (done || status != METALLOID_OK) return status;
+    status = attend_hopper(call, args, attention, &done);
+    if (done) return status;
     int64_t dim = args->head_dim > args->value_dim ? args->head_dim : args->value_dim;
     int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
     int class = dim <= 64 ? 0 : dim <= 128 ? 1 : 2, few = rows <= FEW_ROWS;
@@ -136,21 +218,10 @@ static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_ar
     attention->splits = grid.z = (int)splits;
 
     CUdeviceptr memory = 0;
-    int64_t all = heads * rows;
-    if (splits > 1) {
-        size_t bytes = (size_t)(splits * all * (args->value_dim + 1)) * sizeof(float);
-        MTL_TRY(mtl_cuda_allocate(call, bytes, &memory));
-        attention->parts = (float *)memory;
-        attention->part_logs = attention->parts + splits * all * args->value_dim;
-    }
+    if (splits > 1) MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
     int index = (args->q.dtype == MTL_BF16 ? 2 * DIMS : 0) + class * 2 + few;
-    metalloid_status status = mtl_cuda_launch(call, kernel_of(index), grid, attention);
-    if (splits > 1) {
-        mtl_cuda_grid merge = {.blocks = all, .threads = MERGE_COLUMNS, .rows = MERGE_GROUPS};
-        if (status == METALLOID_OK) status = mtl_cuda_launch(call, kernel_of(MERGE), merge, attention);
-        mtl_cuda_release(call, memory);
-    }
-    return status;
+    status = mtl_cuda_launch(call, kernel_of(index), grid, attention);
+    return memory ? merge_parts(call, attention, heads * rows, memory, status) : status;
 }
 
 metalloid_status mtl_cuda_attention(const metalloid_context *context, const char *op, const mtl_attention_args *args) {

@@ -22,9 +22,14 @@
     X(cuModuleGetFunction)               \
     X(cuFuncGetAttribute)                \
     X(cuFuncSetAttribute)                \
-    X(cuLaunchKernel)                    \
+    X(cuLaunchKernelEx)                  \
+    X(cuOccupancyMaxActiveClusters)      \
     X(cuMemAllocAsync)                   \
     X(cuMemFreeAsync)                    \
+    X(cuMemsetD8Async)                   \
+    X(cuMemsetD16Async)                  \
+    X(cuMemsetD32Async)                  \
+    X(cuMemsetD2D32Async)                \
     X(cuThreadExchangeStreamCaptureMode) \
     X(cuTensorMapEncodeTiled)            \
     X(cuGetErrorString)
@@ -192,6 +197,9 @@ static metalloid_status load_kernel(const mtl_cuda_call *call, mtl_cuda_kernel k
     DRIVER_TRY(call->op, kernel.name, driver.cuFuncGetAttribute(&own, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function));
     DRIVER_TRY(call->op, kernel.name,
                driver.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most - own));
+    if (call->device->major >= 9)
+        DRIVER_TRY(call->op, kernel.name,
+                   driver.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1));
     atomic_store_explicit(&devices[id].kernel[kernel.image][kernel.index], function, memory_order_release);
     return METALLOID_OK;
 }
@@ -211,6 +219,21 @@ static metalloid_status find_kernel(const mtl_cuda_call *call, mtl_cuda_kernel k
     return status;
 }
 
+static CUlaunchConfig configuration(const mtl_cuda_call *call, const mtl_cuda_grid *grid, CUlaunchAttribute *cluster) {
+    *cluster = (CUlaunchAttribute){.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                                   .value.clusterDim = {(unsigned)grid->cluster, 1, 1}};
+    return (CUlaunchConfig){.gridDimX = (unsigned)grid->blocks,
+                            .gridDimY = grid->y ? (unsigned)grid->y : 1,
+                            .gridDimZ = grid->z ? (unsigned)grid->z : 1,
+                            .blockDimX = (unsigned)grid->threads,
+                            .blockDimY = grid->rows ? (unsigned)grid->rows : 1,
+                            .blockDimZ = 1,
+                            .sharedMemBytes = (unsigned)grid->shared_memory,
+                            .hStream = call->stream,
+                            .attrs = cluster,
+                            .numAttrs = grid->cluster > 1};
+}
+
 metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid grid,
                                  const void *arguments) {
     CUfunction function;
@@ -219,11 +242,31 @@ metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kern
     MTL_REQUIRE(grid.blocks <= INT32_MAX, call->op, "the tensors are too large for one launch (%lld blocks)",
                 (long long)grid.blocks);
     void *parameters[] = {(void *)(uintptr_t)arguments};
-    DRIVER_TRY(call->op, kernel.name,
-               driver.cuLaunchKernel(function, (unsigned)grid.blocks, grid.y ? (unsigned)grid.y : 1,
-                                     grid.z ? (unsigned)grid.z : 1, (unsigned)grid.threads,
-                                     grid.rows ? (unsigned)grid.rows : 1, 1, (unsigned)grid.shared_memory, call->stream,
-                                     parameters, NULL));
+    CUlaunchAttribute cluster;
+    CUlaunchConfig config = configuration(call, &grid, &cluster);
+    DRIVER_TRY(call->op, kernel.name, driver.cuLaunchKernelEx(&config, function, parameters, NULL));
+    return METALLOID_OK;
+}
+
+metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid *grid) {
+    enum { PORTABLE = 8 }; /* what every device with clusters has */
+    static atomic_int most[MTL_CUDA_DEVICES];
+    if (grid->cluster <= PORTABLE) return METALLOID_OK;
+    int found = atomic_load_explicit(&most[call->device->id], memory_order_relaxed);
+    if (found == 0) {
+        CUfunction function;
+        MTL_TRY(find_kernel(call, kernel, &function));
+        found = grid->cluster;
+        for (mtl_cuda_grid tried = *grid; found > PORTABLE; found /= 2) {
+            CUlaunchAttribute cluster;
+            int places = 0;
+            tried.cluster = found, tried.blocks = found;
+            CUlaunchConfig config = configuration(call, &tried, &cluster);
+            if (driver.cuOccupancyMaxActiveClusters(&places, function, &config) == CUDA_SUCCESS && places > 0) break;
+        }
+        atomic_store_explicit(&most[call->device->id], found, memory_order_relaxed);
+    }
+    if (grid->cluster > found) grid->cluster = found;
     return METALLOID_OK;
 }
 
@@ -254,6 +297,53 @@ metalloid_status mtl_cuda_allocate(const mtl_cuda_call *call, size_t bytes, CUde
 }
 
 void mtl_cuda_release(const mtl_cuda_call *call, CUdeviceptr memory) { driver.cuMemFreeAsync(memory, call->stream); }
+
+/* ---- kernels that come at run time ------------------------------------------------------------------------------- */
+
+metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, const char *name, int shared_memory,
+                               CUfunction *function) {
+    enum { ALWAYS_THERE = 48 << 10 }; /* of dynamic shared memory */
+    CUmodule module;
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED; /* as in find_kernel */
+    driver.cuThreadExchangeStreamCaptureMode(&mode);
+    CUresult result = driver.cuModuleLoadData(&module, image);
+    if (result == CUDA_SUCCESS) result = driver.cuModuleGetFunction(function, module, name);
+    if (result == CUDA_SUCCESS && shared_memory > ALWAYS_THERE)
+        result = driver.cuFuncSetAttribute(*function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_memory);
+    driver.cuThreadExchangeStreamCaptureMode(&mode);
+    DRIVER_TRY(call->op, name, result);
+    return METALLOID_OK;
+}
+
+metalloid_status mtl_cuda_launch_function(const mtl_cuda_call *call, CUfunction function, const uint32_t blocks[3],
+                                          const uint32_t threads[3], int shared_memory, void **parameters) {
+    DRIVER_TRY(call->op, "launch",
+               driver.cuLaunchKernel(function, blocks[0], blocks[1], blocks[2], threads[0], threads[1], threads[2],
+                                     (unsigned)shared_memory, call->stream, parameters, NULL));
+    return METALLOID_OK;
+}
+
+metalloid_status mtl_cuda_fill(const mtl_cuda_call *call, CUdeviceptr memory, int64_t elements, int size,
+                               uint64_t bits) {
+    size_t count = (size_t)elements;
+    CUresult result = CUDA_SUCCESS;
+    uint32_t low = (uint32_t)bits, high = (uint32_t)(bits >> 32);
+    if (count == 0) return METALLOID_OK;
+    switch (size) {
+    case 1: result = driver.cuMemsetD8Async(memory, (unsigned char)bits, count, call->stream); break;
+    case 2: result = driver.cuMemsetD16Async(memory, (unsigned short)bits, count, call->stream); break;
+    case 4: result = driver.cuMemsetD32Async(memory, low, count, call->stream); break;
+    default:
+        if (low == high) {
+            result = driver.cuMemsetD32Async(memory, low, 2 * count, call->stream);
+            break;
+        }
+        result = driver.cuMemsetD2D32Async(memory, 8, low, 1, count, call->stream);
+        if (result == CUDA_SUCCESS) result = driver.cuMemsetD2D32Async(memory + 4, 8, high, 1, count, call->stream);
+    }
+    DRIVER_TRY(call->op, "fill", result);
+    return METALLOID_OK;
+}
 
 /* ---- arguments --------------------------------------------------------------------------------------------------- */
 

@@ -27,7 +27,9 @@ enum {
     X(geglu)               \
     X(cross_entropy)       \
     X(gated_delta)         \
+    X(gated_delta_chunks)  \
     X(attention)           \
+    X(attention_decode)    \
     X(attention_hopper)    \
     X(attention_hopper_masked)
 
@@ -66,11 +68,16 @@ typedef struct mtl_cuda_grid {
     int y, z;          /* of the grid; 0 counts as 1 */
     int threads, rows; /* a block is {threads, rows}; rows 0 counts as 1 */
     int shared_memory; /* dynamic, in bytes */
+    int cluster;       /* blocks along x that form one; 0 counts as 1 */
 } mtl_cuda_grid;
 
 /* Queues the kernel on the call's stream; its one parameter is the struct at `arguments`. */
 metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid grid,
                                  const void *arguments);
+
+/* The largest cluster of this kernel, a power of two up to grid.cluster, for which the device has a place: what its
+ * first caller finds holds for all. */
+metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid *grid);
 
 /* How the copy engine of Hopper finds boxes of 64 features and `rows` time steps in {batch, head, time, feature},
  * 16-bit. False where the layout or the driver does not allow it. */
@@ -80,6 +87,16 @@ bool mtl_cuda_describe(const mtl_cuda_call *call, void *map, const mtl_attention
 /* Memory in the order of the stream: it belongs to the calls queued between the two. */
 metalloid_status mtl_cuda_allocate(const mtl_cuda_call *call, size_t bytes, CUdeviceptr *memory);
 void mtl_cuda_release(const mtl_cuda_call *call, CUdeviceptr memory);
+
+/* A kernel of an image that comes at run time, machine code or PTX; the module stays until the process ends. */
+metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, const char *name, int shared_memory,
+                               CUfunction *function);
+metalloid_status mtl_cuda_launch_function(const mtl_cuda_call *call, CUfunction function, const uint32_t blocks[3],
+                                          const uint32_t threads[3], int shared_memory, void **parameters);
+
+/* Elements of 1, 2, 4 or 8 bytes. */
+metalloid_status mtl_cuda_fill(const mtl_cuda_call *call, CUdeviceptr memory, int64_t elements, int size,
+                               uint64_t bits);
 
 /* ---- arguments for kernels --------------------------------------------------------------------------------------- */
 

@@ -43,6 +43,87 @@ static bool is_fast(const mtl_gated_delta_args *args) {
            aligned(args->initial_state, VECTOR) && (!args->initial_state.data || args->initial_state.dtype == MTL_F32);
 }
 
+/* ---- in chunks --------------------------------------------------------------------------------------------------- */
+
+/* What gated_delta_chunks.cu needs for `args`; 0 stages where it does not serve them. */
+typedef struct chunked {
+    int index, stages; /* of kernels; of chunks on their way */
+    int64_t tile;      /* bytes of k of a chunk in one bfloat16 */
+    int parts, prepare_memory, memory;
+} chunked;
+
+static chunked in_chunks(const mtl_cuda_call *call, const mtl_gated_delta_args *args) {
+    enum {
+        SQUARE = MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2,
+        ROWS_OF_BLOCK = 32,
+        NARROW = MTL_CUDA_CHUNK * 80,
+        OWN = 10240
+    };
+    int64_t dim = args->key_dim;
+    chunked c = {.tile = MTL_CUDA_CHUNK * dim * 2, .parts = args->q.dtype == MTL_BF16 ? 1 : 2};
+    if (!is_fast(args) || args->time < MTL_CUDA_CHUNK || dim > 128 || args->gamma.stride[3] != 0) return c;
+    c.index = 2 * ((int)args->q.dtype * 2 + (dim == 128));
+    int64_t floats = MTL_CUDA_CHUNK * (MTL_CUDA_CHUNK + 4) * (int64_t)sizeof(float);
+    int64_t area = c.parts * c.tile > floats ? c.parts * c.tile : floats;
+    int64_t stage = 2 * c.parts * c.tile + 4 * SQUARE, others = 2 * ROWS_OF_BLOCK * dim * 2 + 6 * NARROW;
+    int64_t most = call->device->shared_memory - OWN;
+    c.prepare_memory = (int)(2 * area);
+    c.stages = others + 2 * stage <= most ? 2 : others + stage <= most && 2 * area <= most ? 1 : 0;
+    c.memory = (int)(others + c.stages * stage);
+    return c;
+}
+
+static void advance(mtl_cuda_strided *operand, int64_t steps) {
+    if (operand->data) operand->data += steps * operand->stride[1];
+}
+
+static metalloid_status update_in_chunks(const mtl_cuda_call *call, chunked c, mtl_cuda_gated_delta_args *delta) {
+    enum { ROWS_OF_BLOCK = 32, PREPARE_THREADS = 128, CHUNK_THREADS = 256 };
+    static const int64_t most_memory = (int64_t)512 << 20;
+    static const char *const kernels[] = {
+        "gated_delta_prepare_f32_64",  "gated_delta_chunks_f32_64",    "gated_delta_prepare_f32_128",
+        "gated_delta_chunks_f32_128",  "gated_delta_prepare_f16_64",   "gated_delta_chunks_f16_64",
+        "gated_delta_prepare_f16_128", "gated_delta_chunks_f16_128",   "gated_delta_prepare_bf16_64",
+        "gated_delta_chunks_bf16_64",  "gated_delta_prepare_bf16_128", "gated_delta_chunks_bf16_128"};
+    mtl_cuda_gated_delta_chunks_args args = {.stages = c.stages};
+    int64_t heads = delta->batch * delta->v_heads, chunks = (delta->time + MTL_CUDA_CHUNK - 1) / MTL_CUDA_CHUNK;
+    int64_t matrices = heads * 4 * MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2; /* bytes of a chunk */
+    int64_t keys = c.parts > 1 ? delta->batch * delta->k_heads * 4 * c.tile : 0;
+    int64_t decays = heads * 2 * MTL_CUDA_CHUNK * (int64_t)sizeof(float), flags = heads * (int64_t)sizeof(int);
+    int64_t bytes = matrices + keys + decays + flags, at_once = most_memory / bytes;
+    at_once = at_once < 1 ? 1 : at_once > chunks ? chunks : at_once;
+
+    CUdeviceptr memory;
+    MTL_TRY(mtl_cuda_allocate(call, (size_t)(at_once * bytes), &memory));
+    args.matrices = (char *)memory;
+    args.keys = args.matrices + at_once * matrices;
+    args.decays = (float *)(void *)(args.keys + at_once * keys);
+    args.by_steps = (int *)(void *)((char *)args.decays + at_once * decays);
+    metalloid_status status = METALLOID_OK;
+    int64_t time = delta->time;
+    for (int64_t first = 0; first < chunks && status == METALLOID_OK; first += at_once) {
+        args.chunks = chunks - first < at_once ? chunks - first : at_once;
+        delta->time = first + args.chunks < chunks ? args.chunks * MTL_CUDA_CHUNK : time - first * MTL_CUDA_CHUNK;
+        args.delta = *delta;
+        mtl_cuda_grid grid = {
+            .blocks = heads * args.chunks, .threads = PREPARE_THREADS, .shared_memory = c.prepare_memory};
+        mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_gated_delta_chunks, c.index, kernels[c.index]};
+        status = mtl_cuda_launch(call, kernel, grid, &args);
+        grid = (mtl_cuda_grid){.blocks = heads,
+                               .y = (int)((delta->value_dim + ROWS_OF_BLOCK - 1) / ROWS_OF_BLOCK),
+                               .threads = CHUNK_THREADS,
+                               .shared_memory = c.memory};
+        kernel = (mtl_cuda_kernel){MTL_CUDA_IMAGE_gated_delta_chunks, c.index + 1, kernels[c.index + 1]};
+        if (status == METALLOID_OK) status = mtl_cuda_launch(call, kernel, grid, &args);
+        mtl_cuda_strided *of_steps[] = {&delta->q,    &delta->k,   &delta->v,   &delta->gamma,
+                                        &delta->beta, &delta->out, &delta->mask};
+        for (int i = 0; i < 7; i++) advance(of_steps[i], args.chunks * MTL_CUDA_CHUNK);
+        delta->initial_state = delta->state;
+    }
+    mtl_cuda_release(call, memory);
+    return status;
+}
+
 metalloid_status mtl_cuda_gated_delta(const metalloid_context *context, const char *op,
                                       const mtl_gated_delta_args *args) {
     mtl_cuda_call call;
@@ -62,6 +143,9 @@ metalloid_status mtl_cuda_gated_delta(const metalloid_context *context, const ch
                                        .initial_state = strided(args->initial_state),
                                        .state = strided(args->state),
                                        .mask = strided(args->mask)};
+    chunked c = in_chunks(&call, args);
+    if (c.stages && args->batch && args->v_heads && args->value_dim && args->value_dim <= 65535)
+        return mtl_cuda_end(&call, update_in_chunks(&call, c, &delta));
     bool fast = is_fast(args), step = args->time == 1, per_channel = args->gamma.stride[3] != 0;
     int64_t a_block = fast ? GROUPS * (step ? ROWS : 1) : THREADS / WARP;
     int64_t blocks = (args->value_dim + a_block - 1) / a_block, most = 65535;

@@ -29,6 +29,8 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     auto place = [&](int i) { return (int)(i * blockDim.x + threadIdx.x) * 16; };
 
     uint4 raw[VECTORS];
+    uint4 weights[VECTORS]; // on their way while the row is summed
+    bool typed = p.weight.data && p.weight.dtype == Element<T>::dtype;
     float sums[ADD ? VECTORS : 1][N], pivot = 0;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
@@ -48,6 +50,9 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
             if (inside(i)) store_once(p.sum.data + at.of[SUM] + place(i), narrow(sums[i], T()));
         }
     }
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+        weights[i] = typed && inside(i) ? *(const uint4 *)(p.weight.data + place(i)) : make_uint4(0, 0, 0, 0);
     auto read = [&](float *x, int i) { // less the pivot
         if constexpr (!ADD) widen(x, raw[i], T());
 #pragma unroll
@@ -120,7 +125,8 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
         int64_t first = (int64_t)(i * blockDim.x + threadIdx.x) * N;
         float x[N], weight[N], bias[N];
         read(x, i);
-        if (p.weight.data) load_vector<T>(weight, p.weight, first);
+        if (typed) widen(weight, weights[i], T());
+        else if (p.weight.data) load_vector<T>(weight, p.weight, first);
         if (LAYER && p.bias.data) load_vector<T>(bias, p.bias, first);
 #pragma unroll
         for (int j = 0; j < N; j++) {

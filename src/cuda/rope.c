@@ -54,6 +54,9 @@ static metalloid_status launch(const mtl_cuda_call *call, const mtl_rope_args *a
     int64_t wanted = (int64_t)call->device->multiprocessors * THREADS_WANTED;
     int64_t each = args->batch * args->time * heads * lanes / wanted;
     rope->heads_a_block = each < 1 ? 1 : each > MOST_HEADS ? MOST_HEADS : (int)each;
+    /* All blocks alike: 15 heads of 32 would leave one of 2. */
+    int64_t most = rope->side[0].heads.count, count = (most + rope->heads_a_block - 1) / rope->heads_a_block;
+    rope->heads_a_block = (int)((most + count - 1) / count);
     int64_t chunks = 0;
     for (int i = 0; i < args->sides; i++)
         chunks += (rope->side[i].heads.count + rope->heads_a_block - 1) / rope->heads_a_block;

@@ -117,9 +117,9 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
     const char *x = side.x.data + batch * side.x_batch_stride + time * side.x_time_stride;
     char *out = side.out.data + batch * side.out_batch_stride + time * side.out_time_stride;
 
-    // A head is in flight while the one before it turns. Every lane of a warp makes the same number of turns, as sums
+    // Heads are in flight while those before them turn. Every lane of a warp makes the same number of turns, as sums
     // over lanes need; past its last head a lane repeats that one.
-    constexpr int AHEAD = 1;
+    constexpr int AHEAD = NORMED || TRADITIONAL ? 1 : 2; // by registers
     uint4 raw[AHEAD][2];
     int64_t to[AHEAD];
     auto fetch = [&](int64_t from) {

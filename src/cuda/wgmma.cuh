@@ -64,3 +64,30 @@ __device__ inline void copy_box(unsigned to, const void *map, unsigned barrier, 
         "l"(map), "r"(barrier), "r"(feature), "r"(time), "r"(head), "r"(batch)
         : "memory");
 }
+
+// ---- a cluster of blocks, which read each other's shared memory
+
+constexpr int MOST_BLOCKS = 16;
+
+__device__ inline unsigned cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ inline unsigned cluster_size() {
+    unsigned size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What block `block` of the cluster has at the place where this one has `at`.
+__device__ inline float load_from_block(unsigned at, int block) {
+    float x;
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
+                 : "=f"(x)
+                 : "r"(at), "r"(block)
+                 : "memory");
+    return x;
+}

@@ -96,8 +96,8 @@ static inline double *attention_slack(const attention_case *c, bool in_double) {
 
 /* A length at or around the edges of blocks, or any. */
 static inline int64_t random_attention_length(int64_t least, int64_t most) {
-    static const int64_t edges[] = {1, 2, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129};
-    int64_t length = one_in(2) ? edges[random_int(0, 14)] : random_int(least, most);
+    static const int64_t edges[] = {1, 2, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257};
+    int64_t length = one_in(2) ? edges[random_int(0, 15)] : random_int(least, most);
     return length > most ? most : length < least ? least : length;
 }
 

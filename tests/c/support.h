@@ -71,7 +71,7 @@ typedef struct tensor {
     char *first;          /* element {0, ..., 0} */
     char *block, *before; /* the block's bytes now and as snapshot() found them */
     size_t bytes;
-    bool output;
+    bool output, has_before;
     struct tensor *next;
 } tensor;
 
@@ -82,6 +82,8 @@ tensor *new_tensor(element_type type, layout how, int rank, const int64_t *shape
 tensor *new_output(element_type type, layout how, int rank, const int64_t *shape);
 tensor *new_normal(element_type type, layout how, int rank, const int64_t *shape); /* filled with normal numbers */
 void random_shape(int64_t *shape, int rank, int64_t most);                         /* extents 1 to `most` */
+
+const tensor *tensor_of(const DLTensor *given); /* the one of which this is `dl`, or NULL */
 
 /* Whether each element has a place of its own, so that the tensor can be an output. */
 bool writable(const tensor *t);
@@ -126,6 +128,9 @@ void expect_close_by_row(const char *what, accuracy of, const tensor *out, const
 double largest(const double *value, int64_t count); /* max |value|, of the finite ones */
 #define expect_ok(call) expect_ok_at((call), __FILE__, __LINE__)
 void expect_ok_at(metalloid_status status, const char *file, int line);
+
+/* The last call of this thread gave this output, which has to be so near the exact result: see record.c. */
+void record_output(const tensor *out, const double *exact, const double *bound);
 
 /* ---- bad arguments --------------------------------------------------------------------------------------------------- */
 

@@ -284,6 +284,66 @@ static void no_features_mean_scores_of_zero(void **state) {
     release_all();
 }
 
+/* 2^60 keys without features: the answer is their number, and comes at once. */
+static void keys_without_features_are_counted(void **state) {
+    (void)state;
+    int64_t q_shape[] = {1, 1, 2, 0}, kv_shape[] = {1, 1, (int64_t)1 << 60, 0}, sums_shape[] = {1, 1, 2};
+    DLTensor q = {.device = {kDLCPU, 0}, .ndim = 4, .dtype = {kDLFloat, 32, 1}, .shape = q_shape}, kv = q, sums = q;
+    float logsumexp[2];
+    kv.shape = kv_shape;
+    sums.ndim = 3;
+    sums.shape = sums_shape;
+    sums.data = logsumexp;
+    for (int causal = 0; causal < 2; causal++) {
+        metalloid_attention_options options = METALLOID_ATTENTION_OPTIONS_INIT;
+        options.logsumexp = &sums;
+        options.causal = causal;
+        options.causal_offset = causal ? 1000 : METALLOID_CAUSAL_OFFSET_DEFAULT;
+        expect_ok(metalloid_scaled_dot_product_attention(NULL, &q, &kv, &kv, 1, &options, &q));
+        for (int query = 0; query < 2; query++) {
+            double keys = causal ? 1001 + query : 0x1p60;
+            assert_true(fabs((double)logsumexp[query] - log(keys)) < 1e-5 * log(keys));
+        }
+    }
+}
+
+/* More rows than a block has, more keys, and queries whose tiles see spans of a block, a part of it, or nothing. */
+static void blocks_of_every_kind(void **state) {
+    (void)state;
+    static const struct {
+        int64_t q_heads, kv_heads, q_len, kv_len, window;
+        bool causal;
+    } calls[] = {{8, 1, 300, 300, 0, true},   {3, 1, 700, 700, 0, true},  {2, 2, 400, 650, 70, true},
+                 {2, 1, 390, 390, 200, true}, {6, 2, 130, 129, 0, false}, {4, 1, 250, 1100, 0, true}};
+    static const element_type types[] = {F32, F16, BF16, F64};
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        for (int j = 0; j < 4; j++) {
+            seed(12000000 + i * 4 + (uint64_t)j);
+            attention_case c = {.batch = 1,
+                                .q_heads = calls[i].q_heads,
+                                .kv_heads = calls[i].kv_heads,
+                                .q_len = calls[i].q_len,
+                                .kv_len = calls[i].kv_len,
+                                .head_dim = 34,
+                                .value_dim = 33,
+                                .scale = 1 / sqrt(34.),
+                                .causal = calls[i].causal,
+                                .window = calls[i].window,
+                                .causal_offset = METALLOID_CAUSAL_OFFSET_DEFAULT};
+            attention_tensors t = {.options = METALLOID_ATTENTION_OPTIONS_INIT};
+            t.q = new_heads(types[j], INPUT, 1, c.q_heads, c.q_len, c.head_dim);
+            t.k = new_heads(types[j], INPUT, 1, c.kv_heads, c.kv_len, c.head_dim);
+            t.v = new_heads(types[j], INPUT, 1, c.kv_heads, c.kv_len, c.value_dim);
+            t.out = new_output(types[j], OUTPUT, SHAPE(1, c.q_heads, c.q_len, c.value_dim));
+            t.options.causal = c.causal;
+            t.options.window = c.window;
+            describe("call %zu, type %d", i, j);
+            run(random_context(), &c, &t);
+            release_all();
+        }
+    }
+}
+
 static void empty_outputs_are_nothing_to_do(void **state) {
     (void)state;
     for (int which = 1; which < 16; which++) {
@@ -519,6 +579,8 @@ int main(void) {
         cmocka_unit_test(queries_that_see_no_key_give_zeros),
         cmocka_unit_test(large_finite_masks_are_ordinary_numbers),
         cmocka_unit_test(no_features_mean_scores_of_zero),
+        cmocka_unit_test(keys_without_features_are_counted),
+        cmocka_unit_test(blocks_of_every_kind),
         cmocka_unit_test(empty_outputs_are_nothing_to_do),
         cmocka_unit_test(extreme_offsets_and_windows_do_not_overflow),
         cmocka_unit_test(partial_results_merge_by_their_logsumexp),

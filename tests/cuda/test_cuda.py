@@ -56,7 +56,7 @@ def test_layer_norm_whose_first_element_lies_far_out(outlier):
     close(out, reference_norm(x, one, zero, 1e-5), ROUNDING[torch.float32])
 
 
-def reference_attention(q, k, v, *, causal=False, mask=None, window=None, causal_offset=None):
+def reference_attention(q, k, v, *, causal=False, mask=None, window=None, causal_offset=None, sinks=None):
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -71,6 +71,9 @@ def reference_attention(q, k, v, *, causal=False, mask=None, window=None, causal
         scores = scores.masked_fill((key > at) | (key <= at - window), -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double()[:, None, None].expand(*scores.shape[:3], 1)), -1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
@@ -135,6 +138,84 @@ def test_a_hidden_key_never_shows(poison, queries):
     for a, b in zip(clean, attend(q, k, v, key_mask=visible), strict=True):
         assert not b.isnan().any()
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("form", ["plain", "key_mask", "causal", "window", "sinks"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "queries", "keys"),
+    [(1, (32, 8), 1, 8192), (3, (8, 1), 2, 20000), (80, (8, 4), 1, 777), (2, (12, 4), 7, 1000), (1, (1, 1), 1, 65536)],
+)
+def test_decoding(batch, heads, queries, keys, form, dims):
+    q = randn(batch, heads[0], queries, dims[0], dtype=torch.bfloat16)
+    k = randn(batch, heads[1], keys, dims[0], dtype=torch.bfloat16, seed=1)
+    v = randn(batch, heads[1], keys, dims[1], dtype=torch.bfloat16, seed=2)
+    options = {"causal": {"causal": True}, "window": {"window": 100}}.get(form, {})
+    reference = dict(options)
+    if form == "key_mask":
+        lengths = torch.randint(1, keys, (batch, 1), device="cuda")
+        visible = (torch.arange(keys, device="cuda") < lengths) & (randn(batch, keys, seed=5) < 2)
+        options["key_mask"] = visible
+        reference["mask"] = visible[:, None, None]
+    if form == "sinks":
+        options["sinks"] = reference["sinks"] = randn(heads[0], dtype=torch.bfloat16, seed=6) + 3
+    out, log = attend(q, k, v, **options)
+    ref, ref_log = reference_attention(q, k, v, **reference)
+    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
+    assert error <= SIXTEEN[torch.bfloat16] / 4, error
+    assert (log.double() - ref_log).abs().max().item() <= 1e-4
+    again, _ = attend(q, k, v, **options)
+    assert torch.equal(out, again)
+
+
+def reference_delta(q, k, v, gamma, beta, state, mask=None):
+    q, k, v, gamma, beta, state = (x.double() for x in (q, k, v, gamma, beta, state))
+    group, outs = v.shape[2] // k.shape[2], []
+    q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
+    for t in range(q.shape[1]):
+        after = state * gamma[:, t, :, None, None]
+        delta = beta[:, t, :, None] * (v[:, t] - (after @ k[:, t, :, :, None])[..., 0])
+        after = after + delta[..., None] * k[:, t, :, None]
+        out = (after @ q[:, t, :, :, None])[..., 0]
+        live = None if mask is None else mask[:, t, None, None, None]
+        state = after if live is None else torch.where(live, after, state)
+        outs.append(out if live is None else torch.where(live[..., 0], out, 0))
+    return torch.stack(outs, 1), state
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 40)])
+@pytest.mark.parametrize("case", ["model", "mask", "tail", "long keys", "zero decay", "growing decay", "nan"])
+def test_gated_delta_in_chunks(case, dims, dtype):
+    batch, time, heads = 2, 1024 if case == "model" else 300, (2, 4)
+    q, k = (randn(batch, time, heads[0], dims[0], seed=i) for i in (1, 2))
+    k = k if case == "long keys" else k / k.norm(dim=-1, keepdim=True)
+    v = randn(batch, time, heads[1], dims[1], seed=3)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    gamma = torch.rand(batch, time, heads[1], device="cuda") * 0.2 + 0.8
+    beta = torch.rand(batch, time, heads[1], device="cuda") * (0.01 if case == "long keys" else 1)
+    state, mask = randn(batch, heads[1], dims[1], dims[0], seed=4), None
+    if case == "zero decay":
+        gamma[:, ::7] = 0
+    if case == "growing decay":
+        gamma[:, 100:110] = 1.5
+    if case == "mask":
+        mask = randn(batch, time, seed=5) < 0.5
+        q[~mask], k[~mask], v[~mask] = torch.nan, torch.nan, torch.nan
+    if case == "nan":
+        v[:, 200, 1, 3] = torch.inf
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)) if case == "tail" else (q, k, v)
+    out, after = poisoned(*v.shape, dtype=dtype), state.clone()
+    run("gated_delta_update", q, k, v, gamma, beta, after, mask, out, after)
+    ref, ref_after = reference_delta(q, k, v, gamma, beta, state, mask)
+    bound = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for got, want, rtol in ((out, ref, bound), (after, ref_after, 1e-4)):
+        finite = want.isfinite()
+        assert torch.equal(got.double()[~finite].isnan(), want[~finite].isnan())
+        assert case != "nan" or finite.sum() > 0.3 * finite.numel()
+        scale = want[finite].abs() + want[finite].abs().max()
+        error = ((got.double()[finite] - want[finite]).abs() / scale).max().item()
+        assert error <= rtol, error
 
 
 def test_calls_are_captured_in_a_graph():

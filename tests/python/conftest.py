@@ -5,6 +5,12 @@ METALLOID_TEST_PROFILE picks how long to look: "quick" (sanitizers), "ci" (defau
 """
 
 import os
+from pathlib import Path
+
+# Before JAX is imported: a CPU of four devices. What metalloid.mlx compiles goes where the build's files are.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+if (Path(__file__).parents[2] / "CMakeLists.txt").exists():
+    os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[2] / "build" / "cache"))
 
 import metalloid
 import pytest

@@ -401,3 +401,26 @@ def gated_delta_update(
 def set_num_threads(threads: SupportsIndex, /) -> None: ...
 def get_num_threads() -> int: ...
 def cpu_isa() -> str: ...
+
+# What metalloid.jax and metalloid.mlx are made of.
+operations: object
+
+def operation_names() -> dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]: ...
+def xla_handlers() -> list[tuple[str, str, object]]: ...
+def check_operation(
+    name: str,
+    inputs: tuple[tuple[tuple[int, ...], str] | None, ...],
+    results: tuple[tuple[tuple[int, ...], str], ...],
+    reals: tuple[float, ...],
+    integers: tuple[int, ...],
+    /,
+) -> None: ...
+def run_operation(
+    name: str,
+    given: int,
+    inputs: tuple[Any, ...],
+    results: tuple[Any, ...],
+    reals: tuple[float, ...],
+    integers: tuple[int, ...],
+    /,
+) -> None: ...

@@ -52,12 +52,15 @@ static bool refuse_to_write(const char *op, const char *name) {
     return false;
 }
 
-/* str(cause) on one line; a new reference. */
+/* str(cause) on one line, without the backtrace that PyTorch's may end with; a new reference. */
 static PyObject *in_one_line(PyObject *cause) {
-    PyObject *text = PyObject_Str(cause), *words = text ? PyUnicode_Split(text, NULL, -1) : NULL;
+    PyObject *text = PyObject_Str(cause);
+    PyObject *parts = text ? PyObject_CallMethod(text, "partition", "s", "Exception raised from ") : NULL;
+    PyObject *words = parts ? PyUnicode_Split(PyTuple_GET_ITEM(parts, 0), NULL, -1) : NULL;
     PyObject *space = words ? PyUnicode_FromString(" ") : NULL, *line = space ? PyUnicode_Join(space, words) : NULL;
     Py_XDECREF(space);
     Py_XDECREF(words);
+    Py_XDECREF(parts);
     Py_XDECREF(text);
     if (line && PyUnicode_GET_LENGTH(line) > 0) return line;
     Py_XDECREF(line);
@@ -217,6 +220,35 @@ static bool usable_exchange(PyObject *capsule) {
     return header && header->version.major == 1;
 }
 
+/* 1: an array of the class `type` of `library`, whose module goes to *module (borrowed); 0: not; -1: error. */
+static int is_of(PyObject *object, PyObject *library, PyObject *type, PyObject **module) {
+    *module = PyDict_GetItemWithError(PyImport_GetModuleDict(), library);
+    if (!*module) return PyErr_Occurred() ? -1 : 0;
+    PyObject *class = PyObject_GetAttr(*module, type);
+    if (!class) {
+        PyErr_Clear(); /* another module of that name */
+        return 0;
+    }
+    int is = PyObject_IsInstance(object, class);
+    Py_DECREF(class);
+    return is;
+}
+
+/* CuPy tells its current stream by Python alone. */
+static bool find_stream(mtl_array *opened, module_state *state) {
+    PyObject *cupy;
+    int is = is_of(opened->object, state->cupy, state->ndarray, &cupy);
+    if (is <= 0) return is == 0;
+    PyObject *cuda = PyObject_GetAttrString(cupy, "cuda");
+    PyObject *stream = cuda ? PyObject_CallMethod(cuda, "get_current_stream", NULL) : NULL;
+    PyObject *address = stream ? PyObject_GetAttrString(stream, "ptr") : NULL;
+    if (address) opened->stream = PyLong_AsVoidPtr(address);
+    Py_XDECREF(address);
+    Py_XDECREF(stream);
+    Py_XDECREF(cuda);
+    return !PyErr_Occurred();
+}
+
 static bool open_capsule(mtl_array *opened, module_state *state, PyObject *method, bool writable, const char *op,
                          const char *name) {
     PyObject *capsule = PyObject_Vectorcall(method, &state->max_version, 0, state->max_version_name);
@@ -241,27 +273,34 @@ static bool open_capsule(mtl_array *opened, module_state *state, PyObject *metho
         PyErr_Format(PyExc_ValueError, "%s: __dlpack__ of %s returned no DLPack capsule", op, name);
     }
     Py_DECREF(capsule);
-    return done;
+    return done && (!array_on_cuda(opened) || find_stream(opened, state) || refuse_export(op, name));
 }
 
-/* A PyTorch tensor that records gradients: fine where recording is off, an error where the gradient would get lost. */
-static bool detach(mtl_array *opened, PyObject **object, const char *op, const char *name) {
-    PyObject *modules = PyImport_GetModuleDict(), *torch = PyDict_GetItemString(modules, "torch");
-    if (!torch) return true;
-    PyObject *enabled = PyObject_CallMethod(torch, "is_grad_enabled", NULL);
-    if (!enabled) return false;
-    Py_DECREF(enabled);
-    if (enabled == Py_True) {
-        PyErr_Format(
-            PyExc_ValueError,
-            "%s: %s requires gradients, which this function does not record: pass %s.detach(), or call it under "
-            "torch.no_grad()",
-            op, name, name);
-        return false;
+/* What a PyTorch tensor says beside its memory: false for one that records gradients, where they would get lost, and for one whose
+ * memory holds its negated values. */
+static bool check_tensor(module_state *state, PyObject *object, PyObject *requires_grad, const char *op,
+                         const char *name) {
+    if (requires_grad == Py_True) {
+        PyObject *torch = PyDict_GetItemWithError(PyImport_GetModuleDict(), state->torch);
+        PyObject *enabled = torch ? PyObject_CallMethodNoArgs(torch, state->is_grad_enabled) : NULL;
+        if (!enabled && PyErr_Occurred()) return false;
+        Py_XDECREF(enabled);
+        if (enabled == Py_True) {
+            PyErr_Format(
+                PyExc_ValueError,
+                "%s: %s requires gradients, which this function does not record: call metalloid.torch.%s, pass "
+                "%s.detach(), or call it under torch.no_grad()",
+                op, name, op, name);
+            return false;
+        }
     }
-    opened->detached = PyObject_CallMethod(*object, "detach", NULL);
-    *object = opened->detached;
-    return opened->detached != NULL;
+    PyObject *negated = PyObject_CallMethodNoArgs(object, state->is_neg);
+    if (!negated && !PyErr_ExceptionMatches(PyExc_AttributeError)) return false;
+    if (!negated) PyErr_Clear();
+    Py_XDECREF(negated);
+    if (negated != Py_True) return true;
+    PyErr_Format(PyExc_ValueError, "%s: %s is a view of negated memory: pass %s.resolve_neg()", op, name, name);
+    return false;
 }
 
 bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool writable, const char *op,
@@ -272,10 +311,10 @@ bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool w
     opened->managed = NULL;
     if (PyArray_Check(object)) return open_numpy(opened, (PyArrayObject *)object, writable, op, name);
 
-    PyObject *attribute;
-    if (!optional_attribute(object, state->requires_grad, &attribute)) return refuse_export(op, name);
-    Py_XDECREF(attribute);
-    if (attribute == Py_True && !detach(opened, &object, op, name)) return false;
+    PyObject *attribute, *requires_grad;
+    if (!optional_attribute(object, state->requires_grad, &requires_grad)) return refuse_export(op, name);
+    Py_XDECREF(requires_grad);
+    if (requires_grad && !check_tensor(state, object, requires_grad, op, name)) return false;
 
     if (!optional_attribute((PyObject *)Py_TYPE(object), state->exchange_api, &attribute))
         return refuse_export(op, name);
@@ -286,6 +325,10 @@ bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool w
     }
     Py_XDECREF(attribute);
 
+    if (requires_grad == Py_True) { /* whose __dlpack__ refuses */
+        object = opened->detached = PyObject_CallMethod(object, "detach", NULL);
+        if (!object) return refuse_export(op, name);
+    }
     if (PyType_Check(object) || !optional_attribute(object, state->dlpack, &attribute)) attribute = NULL;
     if (attribute) {
         bool done = open_capsule(opened, state, attribute, writable, op, name);
@@ -481,25 +524,24 @@ static PyObject *allocate_numpy(const mtl_array *like, DLDataType dtype, int ran
     return PyArray_SimpleNew(rank, extents, type);
 }
 
-static PyObject *allocate_torch(PyObject *torch, PyObject *like, DLDataType dtype, int rank, const int64_t *shape) {
-    PyObject *result = NULL, *empty = NULL, *type = NULL, *device = NULL, *names = NULL, *extents = PyTuple_New(rank);
+static PyObject *allocate_torch(module_state *state, PyObject *torch, PyObject *like, DLDataType dtype, int rank,
+                                const int64_t *shape) {
+    PyObject *result = NULL, *empty = NULL, *type = NULL, *device = NULL, *extents = PyTuple_New(rank);
     if (!extents) return NULL;
     for (int axis = 0; axis < rank; axis++) {
         PyObject *extent = PyLong_FromLongLong(shape[axis]);
         if (!extent) goto done;
         PyTuple_SET_ITEM(extents, axis, extent);
     }
-    type = PyObject_GetAttrString(torch, dtype.code == kDLBfloat ? "bfloat16"
-                                         : dtype.bits == 16      ? "float16"
-                                         : dtype.bits == 32      ? "float32"
-                                                                 : "float64");
-    empty = PyObject_GetAttrString(torch, "empty");
-    device = PyObject_GetAttrString(like, "device");
-    names = Py_BuildValue("(ss)", "dtype", "device");
-    if (type && empty && device && names)
-        result = PyObject_Vectorcall(empty, (PyObject *[]){extents, type, device}, 1, names);
+    type = PyObject_GetAttr(torch, dtype.code == kDLBfloat ? state->bfloat16
+                                   : dtype.bits == 16      ? state->float16
+                                   : dtype.bits == 32      ? state->float32
+                                                           : state->float64);
+    empty = PyObject_GetAttr(torch, state->empty);
+    device = PyObject_GetAttr(like, state->device);
+    if (type && empty && device)
+        result = PyObject_Vectorcall(empty, (PyObject *[]){extents, type, device}, 1, state->dtype_and_device);
 done:
-    Py_XDECREF(names);
     Py_XDECREF(device);
     Py_XDECREF(empty);
     Py_XDECREF(type);
@@ -507,23 +549,35 @@ done:
     return result;
 }
 
-/* 1: a tensor of PyTorch, whose module goes to *torch (borrowed); 0: not; -1: error. */
-static int is_torch(PyObject *object, PyObject **torch) {
-    *torch = PyDict_GetItemString(PyImport_GetModuleDict(), "torch");
-    if (!*torch) return 0;
-    PyObject *tensor = PyObject_GetAttrString(*torch, "Tensor");
-    if (!tensor) {
-        PyErr_Clear(); /* another module of that name */
-        return 0;
-    }
-    int is = PyObject_IsInstance(object, tensor);
-    Py_DECREF(tensor);
-    return is;
+/* On the device and in the order of the stream that `like` is used on: that of CuPy's allocator. */
+static PyObject *allocate_cupy(PyObject *cupy, PyObject *like, DLDataType dtype, int rank, const int64_t *shape) {
+    PyObject *result = NULL, *extents = PyTuple_New(rank), *type = NULL, *device = NULL, *entered = NULL;
+    for (int axis = 0; extents && axis < rank; axis++)
+        PyTuple_SET_ITEM(extents, axis, PyLong_FromLongLong(shape[axis])); /* NULL of a failure is an error below */
+    if (!extents || PyErr_Occurred()) goto done;
+    if (dtype.code == kDLBfloat) type = PyObject_GetAttrString(like, "dtype"); /* only bfloat16 gives bfloat16 */
+    else type = PyUnicode_FromString(dtype.bits == 16 ? "float16" : dtype.bits == 32 ? "float32" : "float64");
+    device = type ? PyObject_GetAttrString(like, "device") : NULL;
+    entered = device ? PyObject_CallMethod(device, "__enter__", NULL) : NULL;
+    if (!entered) goto done;
+    result = PyObject_CallMethod(cupy, "empty", "OO", extents, type);
+    PyObject *kind, *value, *traceback;
+    PyErr_Fetch(&kind, &value, &traceback);
+    PyObject *left = PyObject_CallMethod(device, "__exit__", "OOO", Py_None, Py_None, Py_None);
+    if (!left) Py_CLEAR(result);
+    Py_XDECREF(left);
+    if (kind) PyErr_Restore(kind, value, traceback);
+done:
+    Py_XDECREF(entered);
+    Py_XDECREF(device);
+    Py_XDECREF(type);
+    Py_XDECREF(extents);
+    return result;
 }
 
 PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype, int rank,
                          const int64_t *shape, const char *op) {
-    PyObject *result, *torch;
+    PyObject *result, *torch, *cupy = NULL;
     npy_intp bytes = dtype.bits / 8;
     for (int axis = 0; axis < rank; axis++) {
         if (shape[axis] && __builtin_mul_overflow(bytes, shape[axis], &bytes)) {
@@ -534,8 +588,9 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
     if (PyArray_Check(like->object)) {
         result = allocate_numpy(like, dtype, rank, shape);
     } else {
-        int is = is_torch(like->object, &torch);
-        if (is < 0) return NULL;
+        int is = is_of(like->object, state->torch, state->tensor, &torch);
+        int of_cupy = is == 0 ? is_of(like->object, state->cupy, state->ndarray, &cupy) : 0;
+        if (is < 0 || of_cupy < 0) return NULL;
         DLDeviceType device = like->tensor.device.device_type;
         if (device != kDLCPU && device != kDLCUDAHost && !(MTL_WITH_CUDA && array_on_cuda(like))) {
             PyErr_Format(PyExc_RuntimeError,
@@ -543,13 +598,15 @@ PyObject *array_allocate(mtl_array *opened, module_state *state, const mtl_array
                          (int)device);
             return NULL;
         }
-        if (!is && array_on_cuda(like)) {
-            PyErr_Format(PyExc_RuntimeError,
-                         "%s: results on a CUDA device are allocated as PyTorch's tensors alone: pass out=", op);
+        if (!is && !of_cupy && array_on_cuda(like)) {
+            PyErr_Format(
+                PyExc_RuntimeError,
+                "%s: results on a CUDA device are allocated as PyTorch's and CuPy's arrays alone: pass out=", op);
             return NULL;
         }
-        if (!is) return allocate_memory(opened, state, like, dtype, rank, shape, op);
-        result = allocate_torch(torch, like->object, dtype, rank, shape);
+        if (is) result = allocate_torch(state, torch, like->object, dtype, rank, shape);
+        else if (of_cupy) result = allocate_cupy(cupy, like->object, dtype, rank, shape);
+        else return allocate_memory(opened, state, like, dtype, rank, shape, op);
     }
     if (result && !array_open(opened, state, result, false, op, "out")) {
         array_close(opened);
@@ -569,21 +626,56 @@ PyObject *array_finish(PyObject *allocated, module_state *state) {
 
 bool arrays_init(PyObject *module, module_state *state) {
     if (PyArray_ImportNumPyAPI() < 0) return false;
-    state->dlpack = PyUnicode_InternFromString("__dlpack__");
-    state->exchange_api = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
-    state->requires_grad = PyUnicode_InternFromString("requires_grad");
+    const struct {
+        PyObject **name;
+        const char *text;
+    } names[] = {{&state->dlpack, "__dlpack__"},
+                 {&state->exchange_api, "__dlpack_c_exchange_api__"},
+                 {&state->requires_grad, "requires_grad"},
+                 {&state->is_grad_enabled, "is_grad_enabled"},
+                 {&state->is_neg, "is_neg"},
+                 {&state->torch, "torch"},
+                 {&state->tensor, "Tensor"},
+                 {&state->cupy, "cupy"},
+                 {&state->ndarray, "ndarray"},
+                 {&state->empty, "empty"},
+                 {&state->device, "device"},
+                 {&state->float64, "float64"},
+                 {&state->float32, "float32"},
+                 {&state->float16, "float16"},
+                 {&state->bfloat16, "bfloat16"}};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        *names[i].name = PyUnicode_InternFromString(names[i].text);
+        if (!*names[i].name) return false;
+    }
     state->max_version_name = Py_BuildValue("(s)", "max_version");
     state->max_version = Py_BuildValue("(ii)", 1, 3);
+    state->dtype_and_device = Py_BuildValue("(ss)", "dtype", "device");
     state->memory_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &memory_spec, NULL);
-    return state->dlpack && state->exchange_api && state->requires_grad && state->max_version_name &&
-           state->max_version && state->memory_type;
+    state->routes = PyDict_New();
+    return state->max_version_name && state->max_version && state->dtype_and_device && state->memory_type &&
+           state->routes;
 }
 
 void arrays_clear(module_state *state) {
     Py_CLEAR(state->dlpack);
     Py_CLEAR(state->exchange_api);
     Py_CLEAR(state->requires_grad);
+    Py_CLEAR(state->is_grad_enabled);
+    Py_CLEAR(state->is_neg);
+    Py_CLEAR(state->torch);
+    Py_CLEAR(state->tensor);
+    Py_CLEAR(state->cupy);
+    Py_CLEAR(state->ndarray);
+    Py_CLEAR(state->empty);
+    Py_CLEAR(state->device);
+    Py_CLEAR(state->float64);
+    Py_CLEAR(state->float32);
+    Py_CLEAR(state->float16);
+    Py_CLEAR(state->bfloat16);
     Py_CLEAR(state->max_version_name);
     Py_CLEAR(state->max_version);
+    Py_CLEAR(state->dtype_and_device);
     Py_CLEAR(state->memory_type);
+    Py_CLEAR(state->routes);
 }

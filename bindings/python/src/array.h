@@ -12,7 +12,10 @@ enum { MAX_RANK = 64 };
 /* What the module keeps: names it looks up, made once. */
 typedef struct module_state {
     PyObject *dlpack, *exchange_api, *requires_grad, *max_version_name, *max_version;
+    PyObject *is_grad_enabled, *is_neg, *torch, *tensor, *cupy, *ndarray, *empty, *device, *float64, *float32, *float16,
+        *bfloat16, *dtype_and_device;
     PyTypeObject *memory_type;
+    PyObject *routes; /* {type: what route_of returns} */
 } module_state;
 
 /* One array of a call. `object` is borrowed: the caller of a function holds its arguments until the function returns, so that the

@@ -1,6 +1,8 @@
 /* One call of a function. SPDX-License-Identifier: MIT */
 #include "call.h"
 
+#include "route.h"
+
 #include <stdarg.h>
 
 const DLDataType dtype_float32 = {kDLFloat, 32, 1}, dtype_float64 = {kDLFloat, 64, 1};
@@ -74,6 +76,17 @@ void call_begin(mtl_call *call, PyObject *module, const mtl_signature *signature
 
 static DLTensor *take_array(mtl_call *call, PyObject *object, bool writable, const char *name) {
     if (call->failed) return NULL;
+    if (writable) {
+        PyObject *route = route_of(call->state, object);
+        if (route != Py_None) {
+            if (route) {
+                call_fail(call, PyExc_ValueError, "%s: %s cannot be written to: arrays of type %.200s do not change",
+                          call->signature->name, name, Py_TYPE(object)->tp_name);
+            }
+            call->failed = true;
+            return NULL;
+        }
+    }
     mtl_array *taken = &call->array[call->arrays++];
     if (!array_open(taken, call->state, object, writable, call->signature->name, name)) {
         call->failed = true;

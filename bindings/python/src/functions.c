@@ -6,9 +6,18 @@
 #include "functions.h"
 
 #include "call.h"
+#include "route.h"
 
-#define FUNCTION(name) \
-    static PyObject *name(PyObject *module, PyObject *const *arguments, Py_ssize_t given, PyObject *keywords)
+#define SIGNATURE PyObject *module, PyObject *const *arguments, Py_ssize_t given, PyObject *keywords
+
+#define FUNCTION(name)                                                                     \
+    static PyObject *name##_here(SIGNATURE);                                               \
+    static PyObject *name(SIGNATURE) {                                                     \
+        PyObject *result;                                                                  \
+        if (route_call(module, #name, arguments, given, keywords, &result)) return result; \
+        return name##_here(module, arguments, given, keywords);                            \
+    }                                                                                      \
+    static PyObject *name##_here(SIGNATURE)
 
 #define ARRAYS                                                                                                       \
     "Arrays are NumPy's (bfloat16 from ml_dtypes), PyTorch's, or any other library's with __dlpack__; "              \

@@ -1,16 +1,20 @@
 /* The extension module metalloid._native. SPDX-License-Identifier: MIT */
 #include "array.h"
+#include "by_name.h"
 #include "functions.h"
 
 static int module_exec(PyObject *module) {
     if (!arrays_init(module, PyModule_GetState(module))) return -1;
-    if (PyModule_AddFunctions(module, functions) < 0) return -1;
+    if (PyModule_AddFunctions(module, functions) < 0 || !by_name_init(module)) return -1;
     return PyModule_AddStringConstant(module, "__version__", metalloid_version());
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     module_state *state = PyModule_GetState(module);
-    if (state) Py_VISIT(state->memory_type);
+    if (state) {
+        Py_VISIT(state->memory_type);
+        Py_VISIT(state->routes);
+    }
     return 0;
 }
 

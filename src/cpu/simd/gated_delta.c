@@ -279,9 +279,9 @@ static int64_t begin_chunk(chunk *c, int64_t time) {
     if (c->by_channel || !c->bounded) return time;
     transpose(c->keys, STEPS, c->k, c->padded, STEPS, c->padded);
     for (int64_t j = 0; j < c->count; j += TILE) { /* what lies above the diagonal is not used */
-        multiply(false, c->count - j, c->k + j * c->padded, c->padded, c->keys + j, STEPS, length,
+        multiply(c->count - j, c->k + j * c->padded, c->padded, c->keys + j, STEPS, length,
                  c->with_keys + j * STEPS + j, STEPS, TILE, NULL, 1);
-        multiply(false, c->count - j, c->q + j * c->padded, c->padded, c->keys + j, STEPS, length,
+        multiply(c->count - j, c->q + j * c->padded, c->padded, c->keys + j, STEPS, length,
                  c->with_queries + j * STEPS + j, STEPS, TILE, NULL, 1);
     }
     return time;
@@ -412,10 +412,10 @@ static bool do_block(chunk *c, block_place at, real *state) {
     for (int64_t t = 0; t < c->count; t += TILE_ROWS) {
         int64_t rows = c->count - t < TILE_ROWS ? c->count - t : TILE_ROWS;
         prefetch_steps(c, at, t, rows);
-        multiply(false, rows, k + t * c->padded, c->padded, state, ROWS, args->key_dim, c->delta + t * ROWS, ROWS,
-                 columns, NULL, 1);
-        multiply(false, rows, q + t * c->padded, c->padded, state, ROWS, args->key_dim, c->out + t * ROWS, ROWS,
-                 columns, NULL, 1);
+        multiply(rows, k + t * c->padded, c->padded, state, ROWS, args->key_dim, c->delta + t * ROWS, ROWS, columns,
+                 NULL, 1);
+        multiply(rows, q + t * c->padded, c->padded, state, ROWS, args->key_dim, c->out + t * ROWS, ROWS, columns, NULL,
+                 1);
     }
     for (int64_t t = 0; t < c->count; t++) {
         read_values(args, at, c->time[t], v);
@@ -428,11 +428,11 @@ static bool do_block(chunk *c, block_place at, real *state) {
     memset(c->out + c->count * ROWS, 0, (size_t)((squares - c->count) * ROWS) * sizeof(real));
     for (int64_t t = 0; t < squares; t += SQUARE) {
         if (t)
-            multiply(false, SQUARE, c->from_before + t * STEPS, STEPS, c->delta, ROWS, t, c->delta + t * ROWS, ROWS,
-                     columns, ones, 1);
+            multiply(SQUARE, c->from_before + t * STEPS, STEPS, c->delta, ROWS, t, c->delta + t * ROWS, ROWS, columns,
+                     ones, 1);
         solve_square(c->from_before + t * STEPS + t, c->delta + t * ROWS, columns);
-        multiply(false, SQUARE, c->to_out + t * STEPS, STEPS, c->delta, ROWS, t + SQUARE, c->out + t * ROWS, ROWS,
-                 columns, c->step_factor + t, 1);
+        multiply(SQUARE, c->to_out + t * STEPS, STEPS, c->delta, ROWS, t + SQUARE, c->out + t * ROWS, ROWS, columns,
+                 c->step_factor + t, 1);
     }
     if (!all_bounded(c->delta, ROWS, c->count, columns) || !all_bounded(c->out, ROWS, c->count, columns)) return false;
     for (int64_t t = 0; t < c->count; t++) write_out(args, at, c->time[t], c->out + t * ROWS);
@@ -440,7 +440,7 @@ static bool do_block(chunk *c, block_place at, real *state) {
         real *delta = c->delta + t * ROWS;
         for (int64_t i = 0; i < columns; i += LANES) vec_store(delta + i, vec_load(delta + i) * vec_set(c->rest[t]));
     }
-    multiply(false, args->key_dim, c->keys, STEPS, c->delta, ROWS, c->count, state, ROWS, columns, c->state_factor, 1);
+    multiply(args->key_dim, c->keys, STEPS, c->delta, ROWS, c->count, state, ROWS, columns, c->state_factor, 1);
     return true;
 }
 

@@ -100,6 +100,8 @@ INLINE vec_int vec_nonzero_bytes(const char *from) {
 /* Asks for a line that is needed soon, into the second-level cache: the first has too few lines under way to keep memory busy. It may lie
  * past the end of what is read. */
 INLINE void prefetch(const void *address) { __builtin_prefetch(address, 0, 2); }
+/* The same into the first-level cache, for rows read one after the other, faster than the processor asks for them. */
+INLINE void prefetch_near(const void *address) { __builtin_prefetch(address, 0, 3); }
 enum { AHEAD = 4096 }; /* so many bytes, where rows are read one after the other */
 
 /* The two halves of a and b interleaved: a0 b0 a1 b1 ... */
@@ -163,6 +165,17 @@ INLINE vec vec_sums(vec *rows) {
 #pragma GCC unroll 8
         for (int i = 0; i < half; i++)
             rows[i] = vec_zip_low(rows[i], rows[i + half]) + vec_zip_high(rows[i], rows[i + half]);
+    }
+    return rows[0];
+}
+
+/* Lane i is the largest lane of rows[i], where lanes that are NaN may be passed over; the rows are used up. */
+INLINE vec vec_largests(vec *rows) {
+#pragma GCC unroll 8
+    for (int half = LANES / 2; half; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            rows[i] = vec_max(vec_zip_low(rows[i], rows[i + half]), vec_zip_high(rows[i], rows[i + half]));
     }
     return rows[0];
 }

@@ -1,4 +1,4 @@
-/* What vec.h needs by name on 64-bit Arm: Advanced SIMD, for `neon_bf16` with BFCVTN. SPDX-License-Identifier: MIT */
+/* What vec.h needs by name on 64-bit Arm: Advanced SIMD; BFCVTN, BFDOT for `neon_bf16`. SPDX-License-Identifier: MIT */
 #include <arm_neon.h>
 
 #ifdef MTL_IN_DOUBLE
@@ -41,6 +41,30 @@ INLINE vec_half vec_to_bf16(vec v) {
     return (vec_half)vshrn_n_u32(bits, 16);
 }
 #endif
+#endif
+
+#if defined(MTL_ISA_NEON_BF16) && !defined(MTL_IN_DOUBLE)
+#define VEC_HAS_PAIRS /* BFDOT adds both products to the sum, rounded to odd where there is no EBF16 */
+INLINE vec vec_dot_pairs(vec a, vec b, vec sum) {
+    return (vec)vbfdotq_f32((float32x4_t)sum, vreinterpretq_bf16_f32((float32x4_t)a),
+                            vreinterpretq_bf16_f32((float32x4_t)b));
+}
+INLINE vec vec_pack_pairs(vec first, vec second) {
+    bfloat16x8_t pairs = vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)first), (float32x4_t)second);
+    return (vec)vreinterpretq_f32_bf16(pairs);
+}
+INLINE vec vec_broadcast_pair(const void *from) {
+    uint32_t pair;
+    memcpy(&pair, from, sizeof pair);
+    return (vec)vdupq_n_u32(pair);
+}
+/* LANES pairs of what stands at the same place of a and of b. */
+INLINE vec vec_zip_pairs(const void *a, const void *b) {
+    uint16x4_t low, high;
+    memcpy(&low, a, sizeof low);
+    memcpy(&high, b, sizeof high);
+    return (vec)vcombine_u16(vzip1_u16(low, high), vzip2_u16(low, high));
+}
 #endif
 
 INLINE vec vec_reciprocal(vec v) { return vec_set(1) / v; }

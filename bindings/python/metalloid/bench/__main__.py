@@ -352,6 +352,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--merge", metavar="FILE", nargs="+", help="measure nothing: one table, --json and --plot of what runs wrote"
     )
+    made.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: on a GPU, beside PyTorch (no threads, no plot)"
+    )
     made.add_argument("--no-peers", action="store_true", help="only Metalloid and the ceilings")
     made.add_argument("--list", action="store_true", help="name the cases and do nothing")
     made.add_argument("--json", metavar="FILE", help="write everything measured")
@@ -531,10 +534,29 @@ def finish(options: argparse.Namespace, table: Any, result: dict) -> None:
         plot.draw(result, options.plot)
 
 
+def run_on_gpu(options: argparse.Namespace) -> None:
+    try:
+        import torch
+    except ImportError:
+        raise Failure("--device cuda needs PyTorch, whose tensors it times") from None
+    if not torch.cuda.is_available():
+        raise Failure("--device cuda: PyTorch sees no GPU")
+    import metalloid
+    from metalloid.bench import gpu
+
+    if options.list:
+        print(*(case[0] for case in gpu.CASES), sep="\n")
+        return
+    rows = gpu.main(metalloid, options.filter, not options.no_peers)
+    if options.json:
+        cases_of_json = [{"case": name, "unit": unit, "values": values} for name, unit, values in rows]
+        Path(options.json).write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "cases": cases_of_json}))
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        run(options)
+        run_on_gpu(options) if options.device == "cuda" else run(options)
         sys.stdout.flush()
     except Failure as failure:
         print(f"metalloid bench: {failure}", file=sys.stderr)

@@ -1,0 +1,214 @@
+// A primitive of MLX that runs Metalloid's operations. SPDX-License-Identifier: MIT
+//
+// MLX has no stable binary interface, so this file is part of the package as it is and is compiled where it is used, against the MLX
+// that is installed (see mlx.py). It reaches Metalloid through the table of functions in metalloid._native, knows nothing of any one
+// operation, and needs no header of Metalloid's but operations.h.
+#include <Python.h>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include <mlx/mlx.h>
+#include <mlx/backend/cpu/encoder.h>
+#include <mlx/primitives.h>
+
+#include "operations.h"
+
+namespace nb = nanobind;
+namespace mx = mlx::core;
+
+namespace {
+
+using Arrays = std::vector<mx::array>;
+
+const mtl_operations *operations; // of the extension module, which stays loaded
+
+// The operation in MLX's own terms, for its transformations: a Python function of the arrays. Let go of under the GIL.
+class Formula {
+  public:
+    explicit Formula(nb::callable function) : function_(new nb::callable(std::move(function)), release) {}
+
+    Arrays operator()(const Arrays &inputs) const {
+        nb::gil_scoped_acquire gil;
+        return nb::cast<Arrays>((*function_)(inputs));
+    }
+
+  private:
+    static void release(nb::callable *function) {
+        if (!Py_IsInitialized()) return; // the interpreter is gone, and the function with it
+        nb::gil_scoped_acquire gil;
+        delete function;
+    }
+
+    std::shared_ptr<nb::callable> function_;
+};
+
+struct Call {
+    int operation;
+    uint32_t given;
+    std::vector<double> reals;
+    std::vector<int64_t> integers;
+
+    bool operator==(const Call &other) const {
+        return operation == other.operation && given == other.given && reals == other.reals &&
+               integers == other.integers;
+    }
+};
+
+// An array as the table wants it: no copy, strides as they are.
+struct View {
+    mx::array array;
+    std::vector<int64_t> shape, strides;
+
+    explicit View(const mx::array &of)
+        : array(mx::array::unsafe_weak_copy(of)), shape(of.shape().begin(), of.shape().end()),
+          strides(of.strides().begin(), of.strides().end()) {}
+
+    mtl_operand operand() {
+        static constexpr uint8_t signed_code = 0, unsigned_code = 1, float_code = 2, bfloat_code = 4, bool_code = 6,
+                                 other_code = 255;
+        uint8_t code = other_code;
+        switch (array.dtype()) {
+        case mx::int8:
+        case mx::int16:
+        case mx::int32:
+        case mx::int64: code = signed_code; break;
+        case mx::uint8:
+        case mx::uint16:
+        case mx::uint32:
+        case mx::uint64: code = unsigned_code; break;
+        case mx::float16:
+        case mx::float32:
+        case mx::float64: code = float_code; break;
+        case mx::bfloat16: code = bfloat_code; break;
+        case mx::bool_: code = bool_code; break;
+        default: break;
+        }
+        mtl_operand result{};
+        result.data = array.data<char>();
+        result.shape = shape.data();
+        result.strides = strides.data();
+        result.rank = static_cast<int32_t>(shape.size());
+        result.code = code;
+        result.bits = static_cast<uint8_t>(8 * mx::size_of(array.dtype()));
+        return result;
+    }
+};
+
+class Operation : public mx::Primitive {
+  public:
+    Operation(mx::Stream stream, std::string name, Call call, Formula formula)
+        : Primitive(stream), name_("Metalloid_" + std::move(name)), call_(std::move(call)),
+          formula_(std::move(formula)) {}
+
+    void eval_cpu(const Arrays &inputs, Arrays &outputs) override {
+        for (auto &output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
+        auto &encoder = mx::cpu::get_command_encoder(stream());
+        std::vector<View> read(inputs.begin(), inputs.end()), written(outputs.begin(), outputs.end());
+        for (const auto &input : inputs) encoder.set_input_array(input);
+        for (auto &output : outputs) encoder.set_output_array(output);
+        encoder.dispatch([call = call_, read = std::move(read), written = std::move(written)]() mutable {
+            std::vector<mtl_operand> operands;
+            operands.reserve(read.size() + written.size());
+            for (auto &view : read) operands.push_back(view.operand());
+            for (auto &view : written) operands.push_back(view.operand());
+            mtl_operands arguments{};
+            arguments.inputs = operands.data();
+            arguments.outputs = operands.data() + read.size();
+            arguments.given = call.given;
+            arguments.input_count = static_cast<int32_t>(read.size());
+            arguments.output_count = static_cast<int32_t>(written.size());
+            arguments.reals = call.reals.data();
+            arguments.integers = call.integers.data();
+            if (operations->run(call.operation, &arguments) != 0) throw std::invalid_argument(operations->last_error());
+        });
+    }
+
+    void eval_gpu(const Arrays &, Arrays &) override {
+        throw std::runtime_error("Metalloid's primitive runs on the CPU");
+    }
+
+    // Transformations are those of the formula, of the arguments that they concern alone.
+    std::vector<mx::array> vjp(const Arrays &primals, const Arrays &cotangents, const std::vector<int> &argnums,
+                               const Arrays &) override {
+        auto [results, gradients] = mx::vjp(with_others_fixed(primals, argnums), chosen(primals, argnums), cotangents);
+        return gradients;
+    }
+
+    std::vector<mx::array> jvp(const Arrays &primals, const Arrays &tangents,
+                               const std::vector<int> &argnums) override {
+        auto [results, outgoing] = mx::jvp(with_others_fixed(primals, argnums), chosen(primals, argnums), tangents);
+        return outgoing;
+    }
+
+    std::pair<std::vector<mx::array>, std::vector<int>> vmap(const Arrays &inputs,
+                                                             const std::vector<int> &axes) override {
+        auto formula = formula_;
+        auto function = [formula](const Arrays &given) { return formula(given); };
+        auto results = mx::vmap(function, axes)(inputs);
+        return {results, std::vector<int>(results.size(), 0)};
+    }
+
+    const char *name() const override { return name_.c_str(); }
+
+    bool is_equivalent(const Primitive &other) const override {
+        auto *same = dynamic_cast<const Operation *>(&other);
+        return same && call_ == same->call_;
+    }
+
+    std::vector<mx::Shape> output_shapes(const Arrays &inputs) override {
+        std::vector<mx::Shape> shapes;
+        for (const auto &result : formula_(inputs)) shapes.push_back(result.shape());
+        return shapes;
+    }
+
+  private:
+    static Arrays chosen(const Arrays &primals, const std::vector<int> &argnums) {
+        Arrays some;
+        for (int argument : argnums) some.push_back(primals[argument]);
+        return some;
+    }
+
+    std::function<Arrays(const Arrays &)> with_others_fixed(const Arrays &primals, const std::vector<int> &argnums) {
+        auto formula = formula_;
+        return [formula, primals, argnums](const Arrays &some) {
+            auto all = primals;
+            for (size_t i = 0; i < argnums.size(); i++) all[argnums[i]] = some[i];
+            return formula(all);
+        };
+    }
+
+    std::string name_;
+    Call call_;
+    Formula formula_;
+};
+
+} // namespace
+
+NB_MODULE(METALLOID_MODULE, module) {
+    nb::module_::import_("mlx.core"); // whose types are used here
+    nb::object capsule = nb::module_::import_("metalloid._native").attr("operations");
+    operations = static_cast<const mtl_operations *>(PyCapsule_GetPointer(capsule.ptr(), MTL_OPERATIONS_CAPSULE));
+    if (!operations) throw nb::python_error();
+    if (operations->size < sizeof(mtl_operations)) throw std::runtime_error("metalloid._native is older than this file");
+
+    module.def(
+        "apply",
+        [](const std::string &name, uint32_t given, std::vector<double> reals, std::vector<int64_t> integers,
+           const Arrays &inputs, const std::vector<std::vector<int>> &shapes, const std::vector<mx::Dtype> &dtypes,
+           nb::callable formula, mx::StreamOrDevice stream) {
+            int operation = operations->find(name.c_str());
+            if (operation < 0) throw std::invalid_argument("there is no operation " + name);
+            Call call{operation, given, std::move(reals), std::move(integers)};
+            auto primitive = std::make_shared<Operation>(mx::to_stream(stream), name, std::move(call),
+                                                         Formula(std::move(formula)));
+            std::vector<mx::Shape> extents;
+            for (const auto &shape : shapes) extents.emplace_back(shape.begin(), shape.end());
+            return mx::array::make_arrays(std::move(extents), dtypes, primitive, inputs);
+        },
+        nb::arg("name"), nb::arg("given"), nb::arg("reals"), nb::arg("integers"), nb::arg("inputs"), nb::arg("shapes"),
+        nb::arg("dtypes"), nb::arg("formula"), nb::arg("stream").none() = nb::none());
+}

@@ -1,0 +1,303 @@
+// Attention of few queries on Hopper: one pass over the cache, spread over a cluster. SPDX-License-Identifier: MIT
+//
+//   (Dao et al. 2023, "Flash-Decoding"; the pieces' merge: Milakov & Gimelshein 2018, arXiv:1805.02867)
+//
+// All queries that share a key/value head, at most 16 rows, go together, so that the cache is read once. Its tiles are
+// dealt round to the blocks of a cluster: hidden keys at either end cost all of them alike. In a block one thread asks
+// the copy engine for tiles, several ahead; each of four warps takes 16 keys of a tile and has its own maximum, sum and
+// weighted values. They are joined in the order of warps, then of blocks, which read each other's shared memory: the
+// same call gives the same bits, nothing goes through global memory, and there is no second kernel. Where a head's
+// cluster is too small a part of the GPU, it has several, and attention_merge joins those.
+#include "cuda/attention.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/wgmma.cuh"
+
+constexpr int WARPS = 4, THREADS = (WARPS + 1) * WARP;
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr int ROWS = 16, KEYS = 16 * WARPS, MOST_TILES = 4096, MOST_STAGES = 12;
+
+// Of a block's joined rows, by row.
+template <int VALUE_DIM> struct Joined { float values[ROWS][VALUE_DIM], largest[ROWS], sum[ROWS]; };
+
+// 16 bytes of a tile of blocks of 64 features, as the copy engine swizzles it.
+__device__ inline unsigned swizzled(unsigned tile, int row, int chunk) {
+    return tile + chunk / 8 * KEYS * 128 + row * 128 + (((chunk ^ row) & 7) << 4);
+}
+
+template <typename T, int KEY_DIM, int VALUE_DIM>
+__device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &args) {
+    const mtl_cuda_attention_args &p = args.attention;
+    constexpr int K_TILE = KEYS * KEY_DIM * 2, V_TILE = KEYS * VALUE_DIM * 2, STAGE = K_TILE + V_TILE;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    unsigned stages = ((unsigned)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
+    unsigned char *own = shared + (stages - (unsigned)__cvta_generic_to_shared(shared));
+    __shared__ __align__(8) uint64_t barriers[2 * MOST_STAGES];
+    __shared__ unsigned char live[MOST_TILES]; // whether the key mask shows any key of a tile of this block
+    unsigned full = (unsigned)__cvta_generic_to_shared(barriers), empty = full + 8 * MOST_STAGES;
+    int count = args.stages;
+
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rank = blockIdx.x, ranks = gridDim.x;
+    int64_t kv_head, batch = divide(blockIdx.y, p.kv_heads, kv_head);
+    int rows = (int)(p.group * p.q_len), first_row = blockIdx.z * ROWS, kept = min(rows - first_row, ROWS);
+    int group = (int)p.group, first_query = first_row / group, last_query = (first_row + kept - 1) / group;
+    int64_t begin = first_query + p.first_visible, end = last_query + p.last_visible + 1;
+    begin = begin < 0 ? 0 : begin / KEYS, end = end > p.kv_len ? p.kv_len : end;
+    int all = end > begin * KEYS ? (int)((end + KEYS - 1) / KEYS - begin) : 0;
+    int tiles = all > rank ? (all - rank + ranks - 1) / ranks : 0; // begin + rank + i ranks
+    const char *key_mask = key_mask_of(p, batch);
+    // Heads begin at different tiles: at a power of two apart, all would ask the same memory at once.
+    int start = tiles ? (int)(blockIdx.y * 5 % tiles) : 0;
+    auto first_key = [&](int i) {
+        i += start;
+        return (int)(begin + rank + (int64_t)(i < tiles ? i : i - tiles) * ranks) * KEYS;
+    };
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < count; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (key_mask) {
+        for (int i = warp; i < tiles; i += THREADS / WARP) {
+            bool seen = false;
+#pragma unroll
+            for (int j = lane; j < KEYS; j += WARP) {
+                int64_t key = first_key(i) + j;
+                seen |= key < p.kv_len && load_integer(key_mask + key * p.key_mask.stride[1], p.key_mask.dtype) != 0;
+            }
+            seen = __any_sync(ALL_LANES, seen);
+            if (lane == 0) live[i] = seen;
+        }
+    }
+    __syncthreads();
+
+    float values[VALUE_DIM / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    if (warp == WARPS) {
+        if (lane == 0) {
+            int turn = 0, parity = 1;
+            for (int i = 0; i < tiles; i++) {
+                if (key_mask && !live[i]) continue;
+                unsigned k_tile = stages + turn * STAGE, v_tile = k_tile + K_TILE;
+                barrier_wait(empty + 8 * turn, parity);
+                barrier_expect(full + 8 * turn, STAGE);
+                for (int block = 0; block < KEY_DIM / 64; block++)
+                    copy_box(k_tile + block * KEYS * 128, args.k_map, full + 8 * turn, block * 64, first_key(i),
+                             (int)kv_head, (int)batch);
+                for (int block = 0; block < VALUE_DIM / 64; block++)
+                    copy_box(v_tile + block * KEYS * 128, args.v_map, full + 8 * turn, block * 64, first_key(i),
+                             (int)kv_head, (int)batch);
+                if (++turn == count) turn = 0, parity ^= 1;
+            }
+        }
+        __syncwarp();
+    } else {
+        // The lane's two rows, and its part of their queries.
+        int query[2];
+        unsigned q[KEY_DIM / 16][4];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = first_row + lane / 4 + 8 * i;
+            query[i] = row / group;
+            const char *from = place(p.q, batch, kv_head * group + row % group, query[i]);
+#pragma unroll
+            for (int step = 0; step < KEY_DIM / 16; step++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    int feature = step * 16 + half * 8 + lane % 4 * 2;
+                    q[step][i + 2 * half] =
+                        row < rows && feature < p.head_dim ? *(const unsigned *)(from + feature * 2) : 0;
+                }
+            }
+        }
+        bool plain = !p.mask.data && !key_mask && p.softcap == 0 && p.scale > 0;
+        int turn = 0, parity = 0;
+        for (int tile = 0; tile < tiles; tile++) {
+            if (key_mask && !live[tile]) continue;
+            unsigned k_tile = stages + turn * STAGE, v_tile = k_tile + K_TILE;
+            int first = first_key(tile) + warp * 16;
+            barrier_wait(full + 8 * turn, parity);
+
+            float scores[2][4] = {}, odd[2][4] = {}; // in two chains, for the wait between products
+#pragma unroll
+            for (int step = 0; step < KEY_DIM / 16; step++) {
+                unsigned b[4];
+                load_matrices(b, swizzled(k_tile, warp * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+                multiply(step % 2 ? odd[0] : scores[0], q[step], b[0], b[1], T());
+                multiply(step % 2 ? odd[1] : scores[1], q[step], b[2], b[3], T());
+            }
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) scores[n][e] += odd[n][e];
+            }
+
+            bool all_see_all = plain && first + 16 <= end && first >= last_query + p.first_visible &&
+                               first + 15 <= first_query + p.last_visible;
+            float scale = all_see_all ? p.scale * LOG2_E : 1;
+            if (!all_see_all) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int row = first_row + lane / 4 + 8 * i;
+                    const char *mask = mask_of(p, batch, kv_head * group + row % group, query[i]);
+#pragma unroll
+                    for (int n = 0; n < 2; n++) {
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            int64_t key = first + n * 8 + lane % 4 * 2 + e;
+                            float &score = scores[n][2 * i + e];
+                            score = capped(p, score);
+                            bool sees = row < rows && key < p.kv_len && key >= query[i] + p.first_visible &&
+                                        key <= query[i] + p.last_visible && passes_masks(p, score, key_mask, mask, key);
+                            score = sees ? score * LOG2_E : -INFINITY;
+                        }
+                    }
+                }
+            }
+
+            bool grown = false;
+            float factor[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float now = larger(larger(scores[0][2 * i], scores[0][2 * i + 1]),
+                                   larger(scores[1][2 * i], scores[1][2 * i + 1]));
+                now = larger(__shfl_xor_sync(ALL_LANES, now, 1), now);
+                now = larger(__shfl_xor_sync(ALL_LANES, now, 2), now);
+                now = larger(now * scale, largest[i]);
+                float base = now == -INFINITY ? 0 : now; // infinity - infinity would be NaN
+                factor[i] = power_of_2(largest[i] - base);
+                grown |= factor[i] != 1;
+                largest[i] = now;
+                sum[i] *= factor[i];
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+#pragma unroll
+                    for (int e = 2 * i; e < 2 * i + 2; e++) {
+                        scores[n][e] = power_of_2(fmaf(scores[n][e], scale, -base));
+                        sum[i] += scores[n][e];
+                    }
+                }
+            }
+            if (__any_sync(ALL_LANES, grown)) {
+#pragma unroll
+                for (int n = 0; n < VALUE_DIM / 8; n++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) values[n][e] *= factor[e / 2];
+                }
+            }
+            unsigned weights[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                weights[i] = narrow_pair(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1], T());
+#pragma unroll
+            for (int pair = 0; pair < VALUE_DIM / 16; pair++) {
+                unsigned b[4];
+                load_transposed(b, swizzled(v_tile, warp * 16 + lane % 16, pair * 2 + lane / 16));
+                multiply(values[2 * pair], weights, b[0], b[1], T());
+                multiply(values[2 * pair + 1], weights, b[2], b[3], T());
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + 8 * turn);
+            if (++turn == count) turn = 0, parity ^= 1;
+        }
+    }
+
+    // The warps' parts, where the tiles were.
+    __syncthreads();
+    Joined<VALUE_DIM> *parts = (Joined<VALUE_DIM> *)own, *joined = parts + WARPS;
+    if (warp < WARPS) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = lane / 4 + 8 * i;
+            sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
+            sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
+            if (row >= kept) continue;
+            if (lane % 4 == 0) parts[warp].largest[row] = largest[i], parts[warp].sum[row] = sum[i];
+#pragma unroll
+            for (int n = 0; n < VALUE_DIM / 8; n++)
+                *(float2 *)&parts[warp].values[row][n * 8 + lane % 4 * 2] =
+                    make_float2(values[n][2 * i], values[n][2 * i + 1]);
+        }
+    }
+    __syncthreads();
+    for (int at = threadIdx.x; at < kept * VALUE_DIM; at += THREADS) {
+        int row = at / VALUE_DIM, column = at % VALUE_DIM;
+        float top = -INFINITY, x = 0, total = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) top = larger(parts[i].largest[row], top);
+        float base = top == -INFINITY ? 0 : top;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) {
+            float weight = power_of_2(parts[i].largest[row] - base);
+            total += weight * parts[i].sum[row];
+            x += weight * parts[i].values[row][column];
+        }
+        joined->values[row][column] = x;
+        if (column == 0) joined->largest[row] = top, joined->sum[row] = total;
+    }
+    cluster_sync();
+
+    // The blocks' parts: each block finishes its share of the rows.
+    int place_in_cluster = (int)cluster_rank(), blocks = (int)cluster_size();
+    unsigned here = (unsigned)__cvta_generic_to_shared(joined);
+    for (int row = place_in_cluster; row < kept; row += blocks) {
+        unsigned of_row = here + (unsigned)((char *)joined->values[row] - (char *)joined);
+        unsigned of_largest = here + (unsigned)((char *)&joined->largest[row] - (char *)joined);
+        unsigned of_sum = of_largest + sizeof joined->largest;
+        int64_t head = kv_head * group + (first_row + row) % group, at = (first_row + row) / group;
+        bool parted = p.splits > 1;
+        float sink = !parted && p.sinks.data ? load_float(p.sinks.data + head * p.sinks.stride, p.sinks.dtype) * LOG2_E
+                                             : -INFINITY;
+        float tops[MOST_BLOCKS], top = sink, total = 0;
+#pragma unroll
+        for (int i = 0; i < MOST_BLOCKS; i++) {
+            tops[i] = i < blocks ? load_from_block(of_largest, i) : -INFINITY;
+            top = larger(tops[i], top);
+        }
+        float base = top == -INFINITY ? 0 : top;
+#pragma unroll
+        for (int i = 0; i < MOST_BLOCKS; i++) {
+            tops[i] = power_of_2(tops[i] - base);
+            if (i < blocks) total += tops[i] * load_from_block(of_sum, i);
+        }
+        total = sink == INFINITY ? INFINITY : sink == -INFINITY ? total : total + power_of_2(sink - base);
+        float inverse = total == 0 ? 0 : 1 / total;
+        bool nan = total != total;
+        int64_t split = rank / blocks, part = (split * gridDim.y + blockIdx.y) * rows + first_row + row;
+        for (int column = threadIdx.x; column < p.value_dim; column += THREADS) {
+            float x = 0, other[MOST_BLOCKS];
+#pragma unroll
+            for (int i = 0; i < MOST_BLOCKS; i++) other[i] = i < blocks ? load_from_block(of_row + column * 4, i) : 0;
+#pragma unroll
+            for (int i = 0; i < MOST_BLOCKS; i++) x += tops[i] * other[i];
+            x *= inverse;
+            nan |= x != x;
+            if (parted) p.parts[part * p.value_dim + column] = x;
+            else store_float((char *)place(p.out, batch, head, at) + column * p.out.stride[3], p.out.dtype, x);
+        }
+        if (threadIdx.x == 0) {
+            float log_sum = total == 0 ? -INFINITY : top / LOG2_E + logf(total);
+            if (parted) p.part_logs[part] = log_sum;
+            else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head, at) = log_sum;
+        }
+        if (__syncthreads_or(nan && !parted) && warp == 0) attention_row(p, batch, head, at);
+    }
+    cluster_sync(); // nobody goes while another reads its memory
+}
+#define BODY(type, key_dim, value_dim) attention_decode<type, key_dim, value_dim>(args)
+#else
+#define BODY(type, key_dim, value_dim) // the host takes attention.cu's kernels
+#endif
+
+#define ATTENTION_KERNEL(name, type, key_dim, value_dim, blocks)            \
+    extern "C" __global__ void __launch_bounds__(THREADS, blocks)           \
+        name(const __grid_constant__ mtl_cuda_attention_hopper_args args) { \
+        BODY(type, key_dim, value_dim);                                     \
+    }
+#define ATTENTION_KERNELS(name, type)                   \
+    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 2)     \
+    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 2) \
+    ATTENTION_KERNEL(name##_192_128, type, 192, 128, 1) \
+    ATTENTION_KERNEL(name##_256_256, type, 256, 256, 1)
+ATTENTION_KERNELS(attention_decode_f16, __half)
+ATTENTION_KERNELS(attention_decode_bf16, __nv_bfloat16)

@@ -1,0 +1,49 @@
+// Matrix units and copies as every GPU from compute capability 8.0 on has them. SPDX-License-Identifier: MIT
+#pragma once
+
+#include "cuda/device.cuh"
+
+__device__ inline void copy_async(unsigned to, const void *from, bool there) { // 16 bytes, or zeros
+    int bytes = there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ inline void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ inline void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ inline void load_matrices(unsigned (&m)[4], unsigned at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(at));
+}
+__device__ inline void load_transposed(unsigned (&m)[4], unsigned at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(at));
+}
+
+__device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __nv_bfloat16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// A tile of rows of DIM 16-bit features, its 16-byte chunks exchanged by row so that eight rows of a column lie in
+// different banks.
+template <int DIM> __device__ inline unsigned chunk_at(unsigned tile, int row, int chunk) {
+    return tile + row * DIM * 2 + (((chunk & ~7) | ((chunk ^ row) & 7)) << 4);
+}
+// The same of chunk 2 `pair` + `odd`, which is 0 or 1, where `tile` is a multiple of 128: a warp's loads of all pairs
+// differ by one exclusive or with a constant.
+template <int DIM> __device__ inline unsigned chunk_of_pair(unsigned tile, int row, int odd, int pair) {
+    unsigned first = tile + row * DIM * 2 + ((odd ^ (row & 7)) << 4);
+    return (first ^ (pair * 2 & 7) << 4) + (pair * 2 & ~7) * 16;
+}

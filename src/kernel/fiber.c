@@ -1,0 +1,196 @@
+/* Memory and schedule of threadgroups on the CPU; src/kernel/msl/runtime_cpu.h is the other half. SPDX-License-Identifier: MIT */
+#include "kernel/fiber.h"
+
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+enum {
+    GROUP_MEMORY = 8 << 20,     /* of threadgroup variables; Metal has 32 KiB */
+    MOST_KEPT_BYTES = 1 << 24,  /* stacks of this size each are given back to the system */
+};
+
+/* ---- which thread runs next ------------------------------------------------------------------------------------------------ */
+
+/* Below 0: a comes first in program order; 0: the same place of it. */
+static int compare(const mtl_group *group, unsigned a, unsigned b) {
+    const mtl_thread *first = &group->thread[a], *second = &group->thread[b];
+    unsigned levels = first->level < second->level ? first->level : second->level;
+    for (unsigned i = 0; i < levels; i++) {
+        unsigned long left = group->place[a].mark[i], right = group->place[b].mark[i];
+        if (left != right) return left < right ? -1 : 1;
+    }
+    if (first->level != second->level) return first->level < second->level ? -1 : 1;
+    if (first->sequence != second->sequence) return first->sequence < second->sequence ? -1 : 1;
+    if (first->exchange != second->exchange) return (uintptr_t)first->exchange < (uintptr_t)second->exchange ? -1 : 1;
+    return 0;
+}
+
+/* All lanes of the simdgroup that can run wait: those who come first in program order exchange. One of them goes on, `index` where it
+ * is among them. */
+static unsigned choose(mtl_group *group, unsigned simdgroup, unsigned index) {
+    mtl_simdgroup *simd = &group->simdgroup[simdgroup];
+    unsigned base = simdgroup * mtl_simd_lanes, lane = (unsigned)__builtin_ctz(simd->waiting);
+    unsigned first = base + lane;
+    simd->active = 0;
+    for (unsigned left = simd->waiting; left; left &= left - 1) {
+        lane = (unsigned)__builtin_ctz(left);
+        int order = base + lane == first ? 0 : compare(group, base + lane, first);
+        if (order > 0) continue;
+        if (order < 0) {
+            first = base + lane;
+            simd->active = 0;
+        }
+        simd->active |= 1u << lane;
+    }
+    unsigned leader = index / mtl_simd_lanes == simdgroup && simd->active >> index % mtl_simd_lanes & 1 ? index : first;
+    simd->leader = (int)(leader % mtl_simd_lanes);
+    return leader;
+}
+
+static int next_thread(mtl_group *group, unsigned index) {
+    unsigned simdgroup = index / mtl_simd_lanes;
+    for (unsigned looked = 0; looked < group->simdgroups; looked++) {
+        const mtl_simdgroup *simd = &group->simdgroup[simdgroup];
+        if (simd->ready) return (int)(simdgroup * mtl_simd_lanes + (unsigned)__builtin_ctz(simd->ready));
+        if (simd->waiting) return (int)choose(group, simdgroup, index);
+        if (++simdgroup == group->simdgroups) simdgroup = 0;
+    }
+    /* Whoever is left stands at a barrier. */
+    if (group->finished == group->threads) return -1;
+    if (group->finished > 0) {
+        group->failure = mtl_failure_barrier;
+        return -1;
+    }
+    for (unsigned i = 0; i < group->simdgroups; i++) {
+        group->simdgroup[i].ready = group->simdgroup[i].barrier;
+        group->simdgroup[i].barrier = 0;
+    }
+    return 0;
+}
+
+/* ---- threadgroup memory -------------------------------------------------------------------------------------------------------- */
+
+static void *declare(mtl_group *group, unsigned variable, unsigned long bytes, unsigned long alignment) {
+    unsigned long at = (group->memory_used + 63) / 64 * 64;
+    if (alignment > 64) at = (at + alignment - 1) / alignment * alignment;
+    if (variable >= mtl_most_variables || bytes > group->memory_size || at > group->memory_size - bytes) {
+        group->failure = mtl_failure_memory; /* runs on in memory that is there, to be refused at the end */
+        return group->memory;
+    }
+    group->memory_used = at + bytes;
+    return group->variable[variable] = group->memory + at;
+}
+
+static void *declare_separately(mtl_group *group, unsigned variable, unsigned long bytes, unsigned long alignment) {
+    void *memory = NULL;
+    if (variable < mtl_most_variables && bytes <= group->memory_size)
+        memory = aligned_alloc(alignment < 16 ? 16 : alignment, (bytes + alignment + 15) / 16 * 16);
+    if (!memory) {
+        group->failure = mtl_failure_memory;
+        return group->memory;
+    }
+    return group->variable[variable] = memory;
+}
+
+/* ---- workspaces ------------------------------------------------------------------------------------------------------------------- */
+
+static struct {
+    pthread_mutex_t mutex;
+    mtl_workspace *first;
+} idle = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+
+static void after_fork_in_child(void) { pthread_mutex_init(&idle.mutex, NULL); }
+
+__attribute__((constructor)) static void prepare_fork(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
+
+static size_t stack_region(int stack_bits) { return (size_t)mtl_most_threads << stack_bits; }
+
+static bool map_stacks(mtl_workspace *workspace, int stack_bits) {
+    size_t size = stack_region(stack_bits);
+    char *all = mmap(NULL, 2 * size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (all == MAP_FAILED) return false;
+    char *aligned = all + (size - (uintptr_t)all % size) % size;
+    if (aligned > all) munmap(all, (size_t)(aligned - all));
+    munmap(aligned + size, (size_t)(all + size - aligned));
+    if (mprotect(aligned, size, PROT_READ | PROT_WRITE) != 0) {
+        munmap(aligned, size);
+        return false;
+    }
+    madvise(aligned, size, MADV_NOHUGEPAGE); /* a page of each stack is used */
+    mtl_group *group = &workspace->group;
+    memcpy(aligned, &group, sizeof(mtl_group *)); /* at the far end of the first stack: how threads find their group */
+    workspace->stacks = aligned;
+    workspace->stack_bits = stack_bits;
+    return true;
+}
+
+static void free_workspace(mtl_workspace *workspace) {
+    if (workspace->stacks) munmap(workspace->stacks, stack_region(workspace->stack_bits));
+    if (workspace->group.memory) munmap(workspace->group.memory, GROUP_MEMORY);
+    free(workspace);
+}
+
+static mtl_workspace *new_workspace(void) {
+    mtl_workspace *workspace = aligned_alloc(64, (sizeof *workspace + 63) / 64 * 64);
+    if (!workspace) return NULL;
+    memset(workspace, 0, sizeof *workspace);
+    mtl_group *group = &workspace->group;
+    void *memory = mmap(NULL, GROUP_MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+        free(workspace);
+        return NULL;
+    }
+    group->memory = memory;
+    group->memory_size = GROUP_MEMORY;
+    group->next = next_thread;
+    return workspace;
+}
+
+mtl_workspace *mtl_workspace_take(int stack_bits, bool separate) {
+    pthread_mutex_lock(&idle.mutex);
+    mtl_workspace **link = &idle.first;
+    while (*link && (*link)->stack_bits != stack_bits) link = &(*link)->next;
+    mtl_workspace *workspace = *link;
+    if (workspace) *link = workspace->next;
+    pthread_mutex_unlock(&idle.mutex);
+    if (!workspace) {
+        workspace = new_workspace();
+        if (workspace && stack_bits && !map_stacks(workspace, stack_bits)) {
+            free_workspace(workspace);
+            return NULL;
+        }
+    }
+    if (!workspace) return NULL;
+    mtl_group *group = &workspace->group;
+    memset(group->variable, 0, sizeof group->variable);
+    group->memory_used = 0;
+    group->failure = mtl_failure_none;
+    group->declare = separate ? declare_separately : declare;
+    return workspace;
+}
+
+void mtl_workspace_give(mtl_workspace *workspace, bool reusable) {
+    mtl_group *group = &workspace->group;
+    if (group->declare == declare_separately) {
+        for (int i = 0; i < mtl_most_variables; i++) free(group->variable[i]);
+    }
+    if (!reusable || workspace->stack_bits > 16) {
+        free_workspace(workspace);
+        return;
+    }
+    pthread_mutex_lock(&idle.mutex);
+    workspace->next = idle.first;
+    idle.first = workspace;
+    pthread_mutex_unlock(&idle.mutex);
+}
+
+__attribute__((destructor)) static void free_idle(void) {
+    while (idle.first) {
+        mtl_workspace *next = idle.first->next;
+        free_workspace(idle.first);
+        idle.first = next;
+    }
+}

@@ -1,0 +1,241 @@
+/* How the threads of a threadgroup run on the CPU, one worker for all of them. SPDX-License-Identifier: MIT
+ *
+ * Every thread has a stack of its own and runs until it gets to a barrier or to an exchange between the lanes of its simdgroup;
+ * there it switches to the next thread. The lane that comes last to an exchange does it for all who wait at the same one.
+ * With part of the lanes elsewhere, those that are first in program order go on first, so that lanes meet again where a
+ * GPU's would. The common case, all lanes at the same place, costs one switch a lane.
+ *
+ * The stacks of a worker lie behind each other in a region that is aligned to its size, and the region's first word points
+ * to its mtl_group: a thread finds what it belongs to by its stack pointer, without thread-local storage. */
+#define __mtl_inline static inline __attribute__((always_inline))
+
+__mtl_inline unsigned long __mtl_stack_pointer() { return (unsigned long)__builtin_frame_address(0); }
+
+__mtl_inline mtl_group &__mtl_this_group() {
+    return **(mtl_group **)(__mtl_stack_pointer() & ~(((unsigned long)mtl_most_threads << MTL_STACK_BITS) - 1));
+}
+
+__mtl_inline unsigned __mtl_this_index() {
+    return (unsigned)(__mtl_stack_pointer() >> MTL_STACK_BITS) & (mtl_most_threads - 1);
+}
+
+/* Stores the stack pointer in *from and goes on where `to` was stored. Every register that a call keeps is saved, by the
+ * compiler where it is named as clobbered; the flags of floating point are nobody's to change. */
+#if defined(__x86_64__)
+#if defined(__AVX512F__)
+#define __mtl_more_clobbers                                                                                          \
+    , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27",     \
+        "xmm28", "xmm29", "xmm30", "xmm31", "k1", "k2", "k3", "k4", "k5", "k6", "k7"
+#else
+#define __mtl_more_clobbers
+#endif
+static __attribute__((noinline)) void __mtl_switch(void **from, void *to) {
+    __asm__ volatile(
+        "pushq %%rbp\n\t"
+        "pushq %%rbx\n\t"
+        "leaq 1f(%%rip), %%rax\n\t"
+        "pushq %%rax\n\t"
+        "movq %%rsp, (%0)\n\t"
+        "movq %1, %%rsp\n\t"
+        "popq %%rax\n\t"
+        "jmpq *%%rax\n"
+        "1:\n\t"
+        "popq %%rbx\n\t"
+        "popq %%rbp\n\t"
+        : "+D"(from), "+S"(to)
+        :
+        : "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "cc", "memory", "xmm0", "xmm1",
+          "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14",
+          "xmm15" __mtl_more_clobbers);
+}
+/* A stack on which the switch will call `entry`: its pointer is as a call would leave it. */
+__mtl_inline void *__mtl_fresh_stack(char *top, void (*entry)()) {
+    void **stack = (void **)top - 2;
+    stack[1] = 0;
+    stack[0] = (void *)entry;
+    return stack;
+}
+#elif defined(__aarch64__)
+static __attribute__((noinline)) void __mtl_switch(void **from, void *to) {
+    register void **first __asm__("x0") = from;
+    register void *second __asm__("x1") = to;
+    __asm__ volatile(
+        "stp x29, x30, [sp, #-32]!\n\t"
+        "adr x9, 1f\n\t"
+        "stp x19, x9, [sp, #16]\n\t"
+        "mov x10, sp\n\t"
+        "str x10, [%0]\n\t"
+        "mov sp, %1\n\t"
+        "ldr x9, [sp, #24]\n\t"
+        "br x9\n"
+        "1:\n\t"
+        "ldr x19, [sp, #16]\n\t"
+        "ldp x29, x30, [sp], #32\n\t"
+        : "+r"(first), "+r"(second)
+        :
+        : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16", "x17", "x20",
+          "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "cc", "memory", "v0", "v1", "v2", "v3", "v4", "v5",
+          "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21",
+          "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31");
+}
+__mtl_inline void *__mtl_fresh_stack(char *top, void (*entry)()) {
+    void **stack = (void **)top - 4;
+    stack[3] = (void *)entry;
+    return stack;
+}
+#else
+#error "Metal kernels run on x86-64 and aarch64"
+#endif
+
+__mtl_inline unsigned __mtl_lane() { return __mtl_this_index() % mtl_simd_lanes; }
+
+/* The calling thread has left its simdgroup's ready lanes: runs others, and returns when its turn comes again. */
+static __attribute__((noinline)) void __mtl_yield() {
+    mtl_group &group = __mtl_this_group();
+    unsigned index = __mtl_this_index();
+    unsigned first = index / mtl_simd_lanes * mtl_simd_lanes, ready = group.simdgroup[index / mtl_simd_lanes].ready;
+    int next = ready ? (int)(first + (unsigned)__builtin_ctz(ready)) : group.next(&group, index);
+    if (next == (int)index) return;
+    __mtl_switch(&group.thread[index].stack, next < 0 ? group.home : group.thread[next].stack);
+}
+
+/* Runs once when every active lane of this simdgroup stands at this call:
+ *     combine(const Argument (&values)[32], Result (&results)[32], unsigned active)
+ * where values[i] is there for the bits i of `active`, and results[i] has to be set. Both are trivially copyable. One lane runs
+ * combine for all of them: what depends on the lane stands in Argument. */
+template <typename Result, typename Argument, typename Combine>
+static __attribute__((noinline)) void __mtl_exchange(const Argument *mine, Result *result, Combine combine) {
+    static const char identity = 0;
+    mtl_group &group = __mtl_this_group();
+    unsigned index = __mtl_this_index(), lane = index % mtl_simd_lanes;
+    mtl_thread &self = group.thread[index];
+    mtl_simdgroup &simd = group.simdgroup[index / mtl_simd_lanes];
+    self.argument = mine;
+    self.result = result;
+    self.exchange = &identity;
+    self.sequence++;
+    simd.ready &= ~(1u << lane);
+    simd.waiting |= 1u << lane;
+    __mtl_yield();
+    if (simd.leader != (int)lane) return;
+
+    const mtl_thread *threads = &self - lane;
+    unsigned active = simd.active;
+    Argument values[mtl_simd_lanes];
+    Result results[mtl_simd_lanes];
+    for (unsigned left = active; left; left &= left - 1) {
+        unsigned i = (unsigned)__builtin_ctz(left);
+        values[i] = *(const Argument *)threads[i].argument;
+    }
+    combine(values, results, active);
+    for (unsigned left = active; left; left &= left - 1) {
+        unsigned i = (unsigned)__builtin_ctz(left);
+        *(Result *)threads[i].result = results[i];
+    }
+    simd.leader = -1;
+    simd.waiting &= ~active;
+    simd.ready |= active;
+}
+
+template <typename Result, typename Argument, typename Combine>
+__mtl_inline Result __mtl_collective(const Argument &mine, Combine combine) {
+    Argument argument = mine;
+    Result result;
+    __mtl_exchange<Result, Argument, Combine>(&argument, &result, combine);
+    return result;
+}
+
+__mtl_inline void __mtl_simdgroup_barrier() {
+    __mtl_collective<char>((char)0, [](const char (&)[mtl_simd_lanes], char (&)[mtl_simd_lanes], unsigned) {});
+}
+
+static __attribute__((noinline)) void __mtl_threadgroup_barrier() {
+    mtl_group &group = __mtl_this_group();
+    unsigned index = __mtl_this_index(), bit = 1u << index % mtl_simd_lanes;
+    mtl_simdgroup &simd = group.simdgroup[index / mtl_simd_lanes];
+    group.thread[index].sequence++;
+    simd.ready &= ~bit;
+    simd.barrier |= bit;
+    __mtl_yield();
+}
+
+/* The calling thread is done with the kernel's body. */
+static __attribute__((noinline, noreturn)) void __mtl_finish() {
+    mtl_group &group = __mtl_this_group();
+    unsigned index = __mtl_this_index(), bit = 1u << index % mtl_simd_lanes;
+    mtl_simdgroup &simd = group.simdgroup[index / mtl_simd_lanes];
+    simd.ready &= ~bit;
+    simd.alive &= ~bit;
+    group.finished++;
+    __mtl_yield();
+    __builtin_unreachable();
+}
+
+/* Loops of a kernel that counts them come by here. */
+__mtl_inline bool __mtl_iterate() {
+    mtl_group &group = __mtl_this_group();
+    mtl_thread &self = group.thread[__mtl_this_index()];
+    if (__builtin_expect(++self.iterations > group.dispatch->most_iterations, 0)) {
+        group.failure = mtl_failure_iterations;
+        __mtl_switch(&self.stack, group.home);
+    }
+    return false;
+}
+
+/* A variable in threadgroup memory. */
+template <typename Type>
+__mtl_inline Type &__mtl_variable(mtl_group &group, unsigned variable) {
+    void *memory = group.variable[variable];
+    if (!memory) memory = group.declare(&group, variable, sizeof(Type), alignof(Type));
+    return *(Type *)memory;
+}
+
+__mtl_inline unsigned __mtl_count(const unsigned *extent) { return extent[0] * extent[1] * extent[2]; }
+
+/* Sets place and extents of threadgroup `at` of the dispatch. `joined`: of as many threadgroups as lie in its row before `end`,
+ * taken as one. Returns how many. */
+static unsigned long __mtl_place_group(mtl_group &group, unsigned long at, unsigned long end, bool joined) {
+    const mtl_dispatch &dispatch = *group.dispatch;
+    unsigned long x = at % dispatch.threadgroups[0], rows = at / dispatch.threadgroups[0], run = 1;
+    if (joined) run = end - at < dispatch.threadgroups[0] - x ? end - at : dispatch.threadgroups[0] - x;
+    group.position[0] = (unsigned)x;
+    group.position[1] = (unsigned)(rows % dispatch.threadgroups[1]);
+    group.position[2] = (unsigned)(rows / dispatch.threadgroups[1]);
+    for (int axis = 0; axis < 3; axis++) {
+        unsigned long size = axis == 0 ? run * dispatch.threadgroup[0] : dispatch.threadgroup[axis];
+        unsigned long left = dispatch.grid[axis] - (unsigned long)group.position[axis] * dispatch.threadgroup[axis];
+        group.extent[axis] = (unsigned)(size < left ? size : left);
+    }
+    return run;
+}
+
+/* Runs one threadgroup whose place and extents are set; `entry` is the life of a thread. False where it failed. */
+static bool __mtl_run_group(mtl_group &group, char *stacks, void (*entry)()) {
+    group.threads = group.extent[0] * group.extent[1] * group.extent[2];
+    group.simdgroups = (group.threads + mtl_simd_lanes - 1) / mtl_simd_lanes;
+    group.finished = 0;
+    unsigned x = 0, y = 0, z = 0;
+    for (unsigned i = 0; i < group.threads; i++) {
+        mtl_thread &thread = group.thread[i];
+        /* Stacks begin at different places of their pages: at equal ones they would all fall into the same few cache sets. */
+        unsigned long top = ((unsigned long)(i + 1) << MTL_STACK_BITS) - i % 16 * 448;
+        thread.stack = __mtl_fresh_stack(stacks + top, entry);
+        thread.level = thread.frame = thread.sequence = 0;
+        thread.iterations = 0;
+        group.place[i].mark[0] = 0;
+        thread.position[0] = x;
+        thread.position[1] = y;
+        thread.position[2] = z;
+        if (++x == group.extent[0]) {
+            x = 0;
+            if (++y == group.extent[1]) y = 0, z++;
+        }
+    }
+    for (unsigned s = 0; s < group.simdgroups; s++) {
+        unsigned lanes = group.threads - s * mtl_simd_lanes;
+        unsigned all = lanes >= mtl_simd_lanes ? ~0u : (1u << lanes) - 1;
+        group.simdgroup[s] = mtl_simdgroup{all, all, 0, 0, 0, -1};
+    }
+    __mtl_switch(&group.home, group.thread[0].stack);
+    return group.failure == mtl_failure_none;
+}

@@ -1,0 +1,604 @@
+/* From a kernel's body to a translation unit. SPDX-License-Identifier: MIT
+ *
+ * Metal's language is C++ but for a few things that no C++ compiler reads: address spaces, variables in threadgroup memory,
+ * literals that are single or half precision, attributes on parameters. They are dealt with token by token, and every line
+ * stays where it was, so that what the compiler says is about the user's own text. */
+#include "kernel/source.h"
+#include "kernel/msl.h"
+#include "kernel/tokenizer.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- attributes ----------------------------------------------------------------------------------------------------- */
+
+typedef struct attribute {
+    const char *name;
+    bool vector;   /* uint3, else uint */
+    bool relative; /* depends on where the thread is in its threadgroup, or on the group */
+    const char *value;
+} attribute;
+
+/* Values in terms of the threadgroup `group` (position, extent), its dispatch, and the thread: x y z in the grid, lx ly lz in the
+ * threadgroup, index in it. */
+static const attribute attributes[] = {
+    {"dispatch_quadgroups_per_threadgroup", false, false, "(__mtl_count(dispatch.threadgroup) + 3) / 4"},
+    {"dispatch_simdgroups_per_threadgroup", false, false, "(__mtl_count(dispatch.threadgroup) + 31) / 32"},
+    {"dispatch_threads_per_threadgroup", true, false, "__mtl_uint3(dispatch.threadgroup)"},
+    {"grid_origin", true, false, "uint3(0, 0, 0)"},
+    {"grid_size", true, false, "__mtl_uint3(dispatch.grid)"},
+    {"quadgroup_index_in_threadgroup", false, true, "index / 4"},
+    {"quadgroups_per_threadgroup", false, true, "(__mtl_count(group.extent) + 3) / 4"},
+    {"simdgroup_index_in_threadgroup", false, true, "index / 32"},
+    {"simdgroups_per_threadgroup", false, true, "(__mtl_count(group.extent) + 31) / 32"},
+    {"thread_execution_width", false, false, "32"},
+    {"thread_index_in_quadgroup", false, true, "index % 4"},
+    {"thread_index_in_simdgroup", false, true, "index % 32"},
+    {"thread_index_in_threadgroup", false, true, "index"},
+    {"thread_position_in_grid", true, false, "uint3(x, y, z)"},
+    {"thread_position_in_threadgroup", true, true, "uint3(lx, ly, lz)"},
+    {"threadgroup_position_in_grid", true, true, "__mtl_uint3(group.position)"},
+    {"threadgroups_per_grid", true, false, "__mtl_uint3(dispatch.threadgroups)"},
+    {"threads_per_grid", true, false, "__mtl_uint3(dispatch.grid)"},
+    {"threads_per_simdgroup", false, false, "32"},
+    {"threads_per_threadgroup", true, true, "__mtl_uint3(group.extent)"},
+};
+enum { ATTRIBUTES = sizeof attributes / sizeof attributes[0] };
+
+const char *mtl_metal_type(mtl_dtype dtype) {
+    static const char *const name[MTL_DTYPES] = {"float",   "float16_t", "bfloat16_t", "double",   "bool",
+                                                 "int8_t",  "int16_t",   "int32_t",    "int64_t",  "uint8_t",
+                                                 "uint16_t", "uint32_t", "uint64_t",   "complex64_t"};
+    return name[dtype];
+}
+
+/* ---- what the source mentions --------------------------------------------------------------------------------------- */
+
+/* Functions at which lanes meet begin with one of these. Other names in simd_ and quad_ are users' variables. */
+static bool is_exchange(const mtl_token *token) {
+    static const char *const beginnings[] = {
+        "simd_all",     "simd_any",     "simd_ballot",  "simd_active",   "simd_is_first", "simd_is_helper",
+        "simd_broadcast", "simd_shuffle", "simd_rotate", "simd_sum",     "simd_product",  "simd_min",
+        "simd_max",     "simd_and",     "simd_or",      "simd_xor",      "simd_prefix",   "quad_all",
+        "quad_any",     "quad_ballot",  "quad_active",  "quad_is_first", "quad_is_helper", "quad_broadcast",
+        "quad_shuffle", "quad_rotate",  "quad_sum",     "quad_product",  "quad_min",      "quad_max",
+        "quad_and",     "quad_or",      "quad_xor",     "quad_prefix",   "threadgroup_barrier", "simdgroup_barrier",
+        "simdgroup_load", "simdgroup_store", "simdgroup_multiply", "simdgroup_matrix", "simdgroup_float",
+        "simdgroup_half", "simdgroup_bfloat", "make_filled_simdgroup", "simdgroup_async",
+    };
+    for (size_t i = 0; i < sizeof beginnings / sizeof beginnings[0]; i++) {
+        size_t length = strlen(beginnings[i]);
+        if (token->length >= length && memcmp(token->text, beginnings[i], length) == 0) return true;
+    }
+    return false;
+}
+
+static bool begins_with(const mtl_token *token, const char *beginning) {
+    size_t length = strlen(beginning);
+    return token->length >= length && memcmp(token->text, beginning, length) == 0;
+}
+
+/* half, float16_t, bfloat4, ... ; float3x3, matrix, transpose, ... */
+static void find_types(mtl_mentions *mentions, const mtl_token *token) {
+    static const char *const halves[] = {"half", "packed_half", "bfloat", "packed_bfloat", "float16"};
+    static const char *const matrices[] = {"matrix", "determinant", "transpose"};
+    for (size_t i = 0; i < sizeof halves / sizeof halves[0]; i++) mentions->halves |= begins_with(token, halves[i]);
+    for (size_t i = 0; i < sizeof matrices / sizeof matrices[0]; i++)
+        mentions->matrices |= mtl_token_is(token, matrices[i]);
+    if (token->length > 3 && token->text[token->length - 2] == 'x') mentions->matrices = true;
+    if (begins_with(token, "simdgroup_") || begins_with(token, "make_filled_simdgroup"))
+        mentions->simdgroup_matrices = true;
+    if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
+}
+
+/* Whether the token is `name` followed by `suffix`. */
+static bool is_joined(const mtl_token *token, const char *name, const char *suffix) {
+    size_t first = strlen(name), second = strlen(suffix);
+    return token->length == first + second && memcmp(token->text, name, first) == 0 &&
+           memcmp(token->text + first, suffix, second) == 0;
+}
+
+bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition) {
+    *mentions = (mtl_mentions){0};
+    mtl_tokens tokens;
+    if (!mtl_tokenize(&tokens, definition->source, strlen(definition->source))) return false;
+    for (size_t t = 0; t < tokens.count; t++) {
+        const mtl_token *token = &tokens.token[t];
+        if (token->kind != MTL_TOKEN_IDENTIFIER) continue;
+        for (int i = 0; i < ATTRIBUTES; i++) {
+            if (mtl_token_is(token, attributes[i].name)) mentions->attributes |= 1u << i;
+        }
+        for (int i = 0; i < definition->input_count; i++) {
+            const char *name = definition->input_names[i];
+            if (is_joined(token, name, "_shape")) mentions->input[i] |= MTL_MENTIONS_SHAPE;
+            if (is_joined(token, name, "_strides")) mentions->input[i] |= MTL_MENTIONS_STRIDES;
+            if (is_joined(token, name, "_ndim")) mentions->input[i] |= MTL_MENTIONS_RANK;
+        }
+        if (mtl_token_is(token, "threadgroup")) mentions->relative = true;
+        if (is_exchange(token)) mentions->lanes_meet = true;
+        find_types(mentions, token);
+    }
+    mtl_tokens_free(&tokens);
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (mentions->attributes >> i & 1 && attributes[i].relative) mentions->relative = true;
+    }
+
+    if (!mtl_tokenize(&tokens, definition->header, strlen(definition->header))) return false;
+    for (size_t t = 0; t < tokens.count; t++) {
+        if (tokens.token[t].kind != MTL_TOKEN_IDENTIFIER) continue;
+        if (is_exchange(&tokens.token[t])) mentions->lanes_meet = true;
+        find_types(mentions, &tokens.token[t]);
+    }
+    mtl_tokens_free(&tokens);
+    return true;
+}
+
+/* ---- the source as Metal would get it --------------------------------------------------------------------------------- */
+
+static void add_template_value(mtl_text *out, const mtl_template_value *value) {
+    switch (value->kind) {
+    case METALLOID_TEMPLATE_INT: mtl_text_format(out, "%lld", (long long)value->integer); break;
+    case METALLOID_TEMPLATE_BOOL: mtl_text_add_string(out, value->integer ? "1" : "0"); break;
+    case METALLOID_TEMPLATE_DTYPE: mtl_text_add_string(out, mtl_metal_type(value->dtype)); break;
+    }
+}
+
+/* "<a, 3>" with separators of the caller's; nothing where there are none. */
+static void add_template_values(mtl_text *out, const mtl_types *types, const char *open, const char *comma,
+                                const char *close) {
+    if (!types->template_count) return;
+    mtl_text_add_string(out, open);
+    for (int i = 0; i < types->template_count; i++) {
+        if (i) mtl_text_add_string(out, comma);
+        add_template_value(out, &types->template_values[i]);
+    }
+    mtl_text_add_string(out, close);
+}
+
+static void add_template_parameters(mtl_text *out, const mtl_types *types) {
+    static const char *const kinds[] = {[METALLOID_TEMPLATE_INT] = "int",
+                                        [METALLOID_TEMPLATE_BOOL] = "bool",
+                                        [METALLOID_TEMPLATE_DTYPE] = "typename"};
+    if (!types->template_count) return;
+    mtl_text_add_string(out, "template <");
+    for (int i = 0; i < types->template_count; i++) {
+        const mtl_template_value *value = &types->template_values[i];
+        mtl_text_format(out, "%s%s %s", i ? ", " : "", kinds[value->kind], value->name);
+    }
+    mtl_text_add_string(out, ">\n");
+}
+
+/* custom_kernel_<name>, with all that it is compiled for: one name, one source. */
+static void add_kernel_name(mtl_text *out, const mtl_definition *definition, const mtl_types *types) {
+    mtl_text_format(out, "custom_kernel_%s", definition->name);
+    size_t from = out->length;
+    add_template_values(out, types, "__", "_", "");
+    for (size_t i = from; i < out->length; i++) { /* a negative number */
+        if (out->data[i] == '-') out->data[i] = 'm';
+    }
+    for (int i = 0; i < definition->input_count; i++) {
+        const mtl_buffer_type *input = &types->inputs[i];
+        mtl_text_format(out, "_%s%s", mtl_metal_type(input->dtype),
+                        input->is_scalar  ? "s"
+                        : input->is_small ? "c"
+                                          : "");
+    }
+    for (int i = 0; i < definition->output_count; i++) mtl_text_format(out, "_%s", mtl_metal_type(types->outputs[i]));
+}
+
+void mtl_metal_source(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                      const mtl_types *types) {
+    mtl_text_add_string(out, definition->header);
+    add_template_parameters(out, types);
+    mtl_text_add_string(out, "[[kernel]] void ");
+    add_kernel_name(out, definition, types);
+    int buffer = 0;
+    const char *separator = "(\n";
+    for (int i = 0; i < definition->input_count; i++) {
+        const mtl_buffer_type *input = &types->inputs[i];
+        const char *name = definition->input_names[i];
+        mtl_text_format(out, "%s  const %s %s%s %s [[buffer(%d)]]", separator, input->is_small ? "constant" : "device",
+                        mtl_metal_type(input->dtype), input->is_scalar ? "&" : "*", name, buffer++);
+        separator = ",\n";
+        if (input->is_scalar) continue;
+        if (mentions->input[i] & MTL_MENTIONS_SHAPE)
+            mtl_text_format(out, ",\n  const constant int* %s_shape [[buffer(%d)]]", name, buffer++);
+        if (mentions->input[i] & MTL_MENTIONS_STRIDES)
+            mtl_text_format(out, ",\n  const constant int64_t* %s_strides [[buffer(%d)]]", name, buffer++);
+        if (mentions->input[i] & MTL_MENTIONS_RANK)
+            mtl_text_format(out, ",\n  const constant int& %s_ndim [[buffer(%d)]]", name, buffer++);
+    }
+    for (int i = 0; i < definition->output_count; i++) {
+        const char *type = mtl_metal_type(types->outputs[i]);
+        mtl_text_format(out, definition->atomic_outputs ? "%s  device atomic<%s>* %s [[buffer(%d)]]"
+                                                        : "%s  device %s* %s [[buffer(%d)]]",
+                        separator, type, definition->output_names[i], buffer++);
+        separator = ",\n";
+    }
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (!(mentions->attributes >> i & 1)) continue;
+        const char *name = attributes[i].name;
+        mtl_text_format(out, ",\n  %s %s [[%s]]", attributes[i].vector ? "uint3" : "uint", name, name);
+    }
+    mtl_text_format(out, ") {\n%s\n}\n", definition->source);
+    if (!types->template_count) return;
+    mtl_text_add_string(out, "\ntemplate [[host_name(\"");
+    add_kernel_name(out, definition, types);
+    mtl_text_add_string(out, "\")]] [[kernel]] decltype(");
+    add_kernel_name(out, definition, types);
+    add_template_values(out, types, "<", ", ", ">");
+    mtl_text_add_string(out, ") ");
+    add_kernel_name(out, definition, types);
+    add_template_values(out, types, "<", ", ", ">");
+    mtl_text_add_string(out, ";\n");
+}
+
+/* ---- the translation unit ------------------------------------------------------------------------------------------------ */
+
+/* A parameter of the body, and the place in mtl_dispatch.pointers that it comes from. `attribute`, where it is not NULL, gives its
+ * value instead. */
+typedef void (*parameter_fn)(mtl_text *out, const char *type, const char *name, int pointer, const attribute *value);
+
+static void for_parameters(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                           const mtl_types *types, parameter_fn fn) {
+    char type[64];
+    int pointer = 0;
+    for (int i = 0; i < definition->input_count; i++) {
+        const mtl_buffer_type *input = &types->inputs[i];
+        const char *name = definition->input_names[i];
+        char joined[MTL_LONGEST_NAME + sizeof "_strides"];
+        snprintf(type, sizeof type, "const %s %s", mtl_metal_type(input->dtype), input->is_scalar ? "&" : "*");
+        fn(out, type, name, pointer, NULL);
+        if (mentions->input[i] & MTL_MENTIONS_SHAPE) {
+            snprintf(joined, sizeof joined, "%s_shape", name);
+            fn(out, "const int *", joined, pointer + 1, NULL);
+        }
+        if (mentions->input[i] & MTL_MENTIONS_STRIDES) {
+            snprintf(joined, sizeof joined, "%s_strides", name);
+            fn(out, "const int64_t *", joined, pointer + 2, NULL);
+        }
+        if (mentions->input[i] & MTL_MENTIONS_RANK) {
+            snprintf(joined, sizeof joined, "%s_ndim", name);
+            fn(out, "const int &", joined, pointer + 3, NULL);
+        }
+        pointer += MTL_POINTERS_OF_INPUT;
+    }
+    for (int i = 0; i < definition->output_count; i++) {
+        snprintf(type, sizeof type, definition->atomic_outputs ? "atomic<%s> *" : "%s *",
+                 mtl_metal_type(types->outputs[i]));
+        fn(out, type, definition->output_names[i], pointer++, NULL);
+    }
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (mentions->attributes >> i & 1)
+            fn(out, attributes[i].vector ? "uint3 " : "uint ", attributes[i].name, -1, &attributes[i]);
+    }
+}
+
+static void declare_parameter(mtl_text *out, const char *type, const char *name, int pointer, const attribute *value) {
+    (void)pointer, (void)value;
+    mtl_text_format(out, ", %s%s", type, name);
+}
+
+/* Buffers do not overlap where one of them is written, and nobody writes an input. */
+static void declare_buffer(mtl_text *out, const char *type, const char *name, int pointer, const attribute *value) {
+    if (!value) mtl_text_format(out, ", %s__restrict __mtl_%d", type, pointer);
+    (void)name;
+}
+
+static void pass_buffer(mtl_text *out, const char *type, const char *name, int pointer, const attribute *value) {
+    (void)name;
+    if (value) return;
+    bool reference = type[strlen(type) - 1] == '&';
+    mtl_text_format(out, ", %s(%.*s *)dispatch.pointers[%d]", reference ? "*" : "", (int)strlen(type) - 1, type,
+                    pointer);
+}
+
+static void pass_in_loop(mtl_text *out, const char *type, const char *name, int pointer, const attribute *value) {
+    (void)type, (void)name;
+    if (value) mtl_text_format(out, ", %s", value->value);
+    else mtl_text_format(out, ", __mtl_%d", pointer);
+}
+
+static void pass_in_thread(mtl_text *out, const char *type, const char *name, int pointer, const attribute *value) {
+    if (value) mtl_text_format(out, ", %s", value->value);
+    else pass_buffer(out, type, name, pointer, value);
+}
+
+static void add_call(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                     const mtl_types *types, parameter_fn pass) {
+    mtl_text_format(out, "custom_kernel_%s", definition->name);
+    add_template_values(out, types, "<", ", ", ">");
+    mtl_text_add_string(out, "(group");
+    for_parameters(out, definition, mentions, types, pass);
+    mtl_text_add_string(out, ");\n");
+}
+
+/* Threads that never meet: a loop over the threads of a row, with no call left in it once the body is inlined. Where nothing
+ * depends on the cut into threadgroups, the row goes through all of the caller's. */
+static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                      const mtl_types *types) {
+    mtl_text_add_string(out, "static __attribute__((noinline)) void __mtl_row(mtl_group &group, unsigned begin, unsigned end, "
+                             "unsigned y, unsigned z, unsigned first, unsigned ly, unsigned lz");
+    for_parameters(out, definition, mentions, types, declare_buffer);
+    mtl_text_add_string(out, ") {\n"
+                             "    const mtl_dispatch &dispatch = *group.dispatch;\n"
+                             "    unsigned before = (lz * group.extent[1] + ly) * group.extent[0];\n"
+                             "    for (unsigned x = begin; x < end; x++) {\n"
+                             "        unsigned lx = x - first, index = before + lx;\n"
+                             "        (void)dispatch, (void)index;\n"
+                             "        ");
+    add_call(out, definition, mentions, types, pass_in_loop);
+    mtl_text_format(out,
+                    "    }\n"
+                    "}\n"
+                    "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *, "
+                    "unsigned long at, unsigned long end) {\n"
+                    "    mtl_group &group = *worker;\n"
+                    "    const mtl_dispatch &dispatch = *group.dispatch;\n"
+                    "    while (at < end) {\n"
+                    "        unsigned long run = __mtl_place_group(group, at, end, %s);\n"
+                    "        unsigned first = group.position[0] * dispatch.threadgroup[0];\n"
+                    "        for (unsigned lz = 0; lz < group.extent[2]; lz++) {\n"
+                    "            for (unsigned ly = 0; ly < group.extent[1]; ly++) {\n"
+                    "                unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
+                    "                unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
+                    "                __mtl_row(group, first, first + group.extent[0], y, z, first, ly, lz",
+                    mentions->relative ? "false" : "true");
+    for_parameters(out, definition, mentions, types, pass_buffer);
+    mtl_text_add_string(out, ");\n"
+                             "            }\n"
+                             "        }\n"
+                             "        at += run;\n"
+                             "    }\n"
+                             "    return 1;\n"
+                             "}\n"
+                             "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = 0;\n");
+}
+
+/* Threads that meet: each has a stack. */
+static void add_threads(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                        const mtl_types *types) {
+    mtl_text_add_string(out, "static __attribute__((noinline, noreturn)) void __mtl_thread() {\n"
+                             "    mtl_group &group = __mtl_this_group();\n"
+                             "    const mtl_dispatch &dispatch = *group.dispatch;\n"
+                             "    unsigned index = __mtl_this_index();\n"
+                             "    unsigned lx = group.thread[index].position[0], ly = group.thread[index].position[1];\n"
+                             "    unsigned lz = group.thread[index].position[2];\n"
+                             "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
+                             "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
+                             "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
+                             "    (void)x, (void)y, (void)z;\n"
+                             "    ");
+    add_call(out, definition, mentions, types, pass_in_thread);
+    mtl_text_add_string(
+        out, "    __mtl_finish();\n"
+             "}\n"
+             "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *stacks, "
+             "unsigned long at, unsigned long end) {\n"
+             "    for (; at < end; at++) {\n"
+             "        __mtl_place_group(*worker, at, end, false);\n"
+             "        if (!__mtl_run_group(*worker, stacks, __mtl_thread)) return 0;\n"
+             "    }\n"
+             "    return 1;\n"
+             "}\n"
+             "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = MTL_STACK_BITS;\n");
+}
+
+/* ---- the kernel of a GPU ---- */
+
+/* Data is a parameter for each buffer, which alone the compiler believes to overlap no other; the rest is one struct, laid out as
+ * mtl_cuda_layout says. */
+static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                            const mtl_types *types, const mtl_unit_options *options) {
+    mtl_cuda_layout layout = mtl_cuda_layout_of(definition, mentions);
+    int inputs = definition->input_count;
+    mtl_text_add_string(out, "struct mtl_launch {\n    mtl_dispatch dispatch;\n");
+    if (inputs) {
+        mtl_text_format(out, "    unsigned long scalar[%d];\n    int rank[%d], shape_at[%d], strides_at[%d];\n", inputs,
+                        inputs, inputs, inputs);
+    }
+    if (layout.strides_at) mtl_text_format(out, "    long strides[%d];\n", (int)MTL_CUDA_EXTENTS);
+    if (layout.shapes_at) mtl_text_format(out, "    int shapes[%d];\n", (int)MTL_CUDA_EXTENTS);
+    mtl_text_format(out,
+                    "};\nstatic_assert(sizeof(mtl_launch) == %d, \"\");\n"
+                    "extern \"C\" __global__ void __launch_bounds__(%d) mtl_kernel(",
+                    layout.size, options->most_threads);
+    for (int i = 0; i < inputs; i++) {
+        mtl_text_format(out, "const %s *__restrict__ __mtl_in_%d, ", mtl_metal_type(types->inputs[i].dtype), i);
+    }
+    for (int i = 0; i < definition->output_count; i++) {
+        mtl_text_format(out, definition->atomic_outputs ? "atomic<%s> *__restrict__ __mtl_out_%d, "
+                                                        : "%s *__restrict__ __mtl_out_%d, ",
+                        mtl_metal_type(types->outputs[i]), i);
+    }
+    mtl_text_add_string(out, "const __grid_constant__ mtl_launch launch) {\n"
+                             "    const mtl_dispatch &dispatch = launch.dispatch;\n"
+                             "    mtl_group group;\n"
+                             "    unsigned index, local[3];\n"
+                             "    if (!__mtl_place(dispatch, group, index, local)) return;\n"
+                             "    unsigned lx = local[0], ly = local[1], lz = local[2];\n"
+                             "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
+                             "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
+                             "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
+                             "    (void)x, (void)y, (void)z;\n    ");
+    mtl_text_format(out, "custom_kernel_%s", definition->name);
+    add_template_values(out, types, "<", ", ", ">");
+    mtl_text_add_string(out, "(group");
+    for (int i = 0; i < inputs; i++) {
+        const char *type = mtl_metal_type(types->inputs[i].dtype);
+        /* A scalar of the host's comes with the launch. */
+        if (types->inputs[i].is_scalar)
+            mtl_text_format(out, ", *(__mtl_in_%d ? __mtl_in_%d : (const %s *)&launch.scalar[%d])", i, i, type, i);
+        else mtl_text_format(out, ", __mtl_in_%d", i);
+        unsigned char mentioned = mentions->input[i];
+        if (mentioned & MTL_MENTIONS_SHAPE) mtl_text_format(out, ", launch.shapes + launch.shape_at[%d]", i);
+        if (mentioned & MTL_MENTIONS_STRIDES) mtl_text_format(out, ", launch.strides + launch.strides_at[%d]", i);
+        if (mentioned & MTL_MENTIONS_RANK) mtl_text_format(out, ", launch.rank[%d]", i);
+    }
+    for (int i = 0; i < definition->output_count; i++) mtl_text_format(out, ", __mtl_out_%d", i);
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (mentions->attributes >> i & 1) mtl_text_format(out, ", %s", attributes[i].value);
+    }
+    mtl_text_add_string(out, ");\n}\n");
+}
+
+mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions) {
+    mtl_cuda_layout layout = {.scalars_at = 40}; /* behind mtl_dispatch */
+    unsigned char mentioned = 0;
+    for (int i = 0; i < definition->input_count; i++) mentioned |= mentions->input[i];
+    layout.ints_at = layout.scalars_at + 8 * definition->input_count;
+    layout.size = (layout.ints_at + 12 * definition->input_count + 7) / 8 * 8;
+    if (mentioned & MTL_MENTIONS_STRIDES) {
+        layout.strides_at = layout.size;
+        layout.size += 8 * MTL_CUDA_EXTENTS;
+    }
+    if (mentioned & MTL_MENTIONS_SHAPE) {
+        layout.shapes_at = layout.size;
+        layout.size += 4 * MTL_CUDA_EXTENTS;
+    }
+    return layout;
+}
+
+/* ---- the header of Metal's types and functions ---- */
+
+/* What a call's types and the source make of the header: parts that nothing mentions cost time to compile. */
+static bool is_part_of(const char *name, const mtl_mentions *mentions, mtl_target target) {
+    const char *suffix = target == MTL_TARGET_CPU ? "_cuda.h" : "_cpu.h"; /* the other's */
+    size_t length = strlen(name), end = strlen(suffix);
+    if (length > end && strcmp(name + length - end, suffix) == 0) return false;
+    if (strcmp(name, "matrix.h") == 0) return mentions->matrices;
+    if (strcmp(name, "simdgroup_matrix.h") == 0) return mentions->simdgroup_matrices;
+    return true;
+}
+
+/* v.xyz: the components as bits 0 to 3 of `used` and as numbers; how many, or 0 where it is no swizzle. */
+static int read_swizzle(const mtl_token *token, int component[4], unsigned *used) {
+    static const char *const letters[] = {"xyzw", "rgba"};
+    if (token->kind != MTL_TOKEN_IDENTIFIER || token->length < 2 || token->length > 4) return 0;
+    for (int set = 0; set < 2; set++) {
+        size_t i = 0;
+        *used = 0;
+        for (; i < token->length; i++) {
+            const char *found = memchr(letters[set], token->text[i], 4);
+            if (!found) break;
+            component[i] = (int)(found - letters[set]);
+            *used |= 1u << component[i];
+        }
+        if (i == token->length) return (int)token->length;
+    }
+    return 0;
+}
+
+static void add_swizzle(mtl_text lists[3], const mtl_token *token) {
+    int component[4];
+    unsigned used;
+    int count = read_swizzle(token, component, &used);
+    if (!count) return;
+    mtl_text entry = {0};
+    mtl_text_format(&entry, " S%d(%.*s", count, (int)token->length, token->text);
+    for (int i = 0; i < count; i++) mtl_text_format(&entry, ", %d", component[i]);
+    mtl_text_add_string(&entry, ")");
+    for (int width = 2; width <= 4; width++) {
+        mtl_text *list = &lists[width - 2];
+        if (used >> width || strstr(mtl_text_string(list), mtl_text_string(&entry))) continue;
+        if (entry.failed) list->failed = true;
+        else mtl_text_add(list, entry.data, entry.length);
+    }
+    mtl_text_free(&entry);
+}
+
+/* A vector has the swizzles that the source mentions: all of them would be 680 members. */
+static void add_swizzles(mtl_text *out, const mtl_definition *definition) {
+    mtl_text lists[3] = {{0}, {0}, {0}};
+    const char *const sources[] = {definition->header, definition->source};
+    for (int s = 0; s < 2; s++) {
+        mtl_tokens tokens;
+        if (!mtl_tokenize(&tokens, sources[s], strlen(sources[s]))) {
+            out->failed = true;
+            break;
+        }
+        bool member = false;
+        for (size_t i = 0; i < tokens.count; i++) {
+            const mtl_token *token = &tokens.token[i];
+            if (token->kind == MTL_TOKEN_SPACE) continue;
+            /* ## may put one together from letters, or come behind the point */
+            if (member || mtl_token_is(token, "xy") || mtl_token_is(token, "zw") || mtl_token_is(token, "xyz"))
+                add_swizzle(lists, token);
+            member = mtl_token_is(token, ".") || mtl_token_is(token, "->");
+        }
+        mtl_tokens_free(&tokens);
+    }
+    for (int width = 2; width <= 4; width++) {
+        mtl_text *list = &lists[width - 2];
+        mtl_text_format(out, "#define MSL_SWIZZLES_%d(S2, S3, S4)%s\n", width, mtl_text_string(list));
+        out->failed |= list->failed;
+        mtl_text_free(list);
+    }
+}
+
+static void add_prelude(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                        const mtl_unit_options *options) {
+    if (options->math_mode == METALLOID_MATH_FAST) mtl_text_add_string(out, "#define MSL_MATH_FAST 1\n");
+    if (options->target == MTL_TARGET_CUDA) mtl_text_add_string(out, "#define MTL_TARGET_CUDA 1\n");
+    if (options->target == MTL_TARGET_CPU) mtl_text_format(out, "#define MTL_STACK_BITS %d\n", options->stack_bits);
+    if (mentions->thread_elements) mtl_text_add_string(out, "#define MSL_THREAD_ELEMENTS 1\n");
+    add_swizzles(out, definition);
+    for (int i = 0; i < mtl_msl_part_count; i++) {
+        const mtl_msl_part *part = &mtl_msl_parts[i];
+        if (!is_part_of(part->name, mentions, options->target)) continue;
+        mtl_text_format(out, "#line 1 \"metalloid/%s\"\n", part->name);
+        mtl_text_add(out, part->text, part->length);
+        mtl_text_add_string(out, "\n");
+    }
+}
+
+static bool has_halves(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types) {
+    bool found = mentions->halves;
+    for (int i = 0; i < definition->input_count; i++) {
+        mtl_dtype dtype = types->inputs[i].dtype;
+        found |= dtype == MTL_F16 || dtype == MTL_BF16;
+    }
+    for (int i = 0; i < definition->output_count; i++)
+        found |= types->outputs[i] == MTL_F16 || types->outputs[i] == MTL_BF16;
+    for (int i = 0; i < types->template_count; i++) {
+        const mtl_template_value *value = &types->template_values[i];
+        found |= value->kind == METALLOID_TEMPLATE_DTYPE && (value->dtype == MTL_F16 || value->dtype == MTL_BF16);
+    }
+    return found;
+}
+
+/* The body as a function, up to its opening brace or semicolon. */
+static void add_signature(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                          const mtl_types *types) {
+    add_template_parameters(out, types);
+    mtl_text_format(out, "__mtl_inline void custom_kernel_%s(mtl_group &__mtl_group",
+                    definition->name);
+    for_parameters(out, definition, mentions, types, declare_parameter);
+    mtl_text_add_string(out, ")");
+}
+
+/* What calls the body comes before it: macros of the user's header are then none of its business. All of it is in Metal's namespace,
+ * which stands between the user's names and those that a compiler has built in. */
+void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                          const mtl_types *types, const mtl_unit_options *given) {
+    mtl_unit_options options = *given;
+    options.halves = has_halves(definition, mentions, types);
+    add_prelude(out, definition, mentions, &options);
+    mtl_text_add_string(out, "#line 1 \"generated\"\nnamespace metal {\n"
+                             "__mtl_inline uint3 __mtl_uint3(const unsigned *from) { return uint3(from[0], from[1], "
+                             "from[2]); }\n");
+    add_signature(out, definition, mentions, types);
+    mtl_text_add_string(out, ";\n");
+    if (options.target == MTL_TARGET_CUDA) add_cuda_kernel(out, definition, mentions, types, &options);
+    else if (mentions->lanes_meet || options.count_iterations) add_threads(out, definition, mentions, types);
+    else add_loops(out, definition, mentions, types);
+    mtl_text_add_string(out, "#line 1 \"header\"\n");
+    mtl_translate(out, definition->header, MTL_REGION_HEADER, &options);
+    mtl_text_add_string(out, "\n#line 1 \"generated\"\n");
+    add_signature(out, definition, mentions, types);
+    mtl_text_add_string(out, " {\n#line 1 \"source\"\n");
+    mtl_translate(out, definition->source, MTL_REGION_BODY, &options);
+    mtl_text_add_string(out, "\n}\n}\n");
+}

@@ -1,0 +1,93 @@
+/* From a kernel's body to a translation unit. SPDX-License-Identifier: MIT */
+#ifndef METALLOID_KERNEL_SOURCE_H
+#define METALLOID_KERNEL_SOURCE_H
+
+#include "core/dtype.h"
+#include "kernel/text.h"
+
+enum {
+    MTL_MOST_BUFFERS = 64,     /* inputs, and outputs, of a kernel; Metal has 31 in all */
+    MTL_MOST_TEMPLATES = 64,   /* template arguments */
+    MTL_LONGEST_NAME = 255,
+    MTL_POINTERS_OF_INPUT = 4, /* of mtl_dispatch.pointers: data, shape (int), strides (int64_t), rank (int); an output has one */
+};
+
+/* What a kernel was made from. Names are identifiers. */
+typedef struct mtl_definition {
+    const char *name;
+    int input_count, output_count;
+    const char *const *input_names, *const *output_names;
+    const char *source, *header;
+    bool atomic_outputs;
+} mtl_definition;
+
+/* What the source mentions, found once. */
+enum { MTL_MENTIONS_SHAPE = 1, MTL_MENTIONS_STRIDES = 2, MTL_MENTIONS_RANK = 4 };
+
+typedef struct mtl_mentions {
+    unsigned attributes;                    /* bit i: attribute i of mtl_attributes */
+    unsigned char input[MTL_MOST_BUFFERS];  /* MTL_MENTIONS_* of it */
+    bool lanes_meet;                        /* barriers, or exchanges in a simdgroup */
+    bool halves, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
+    bool relative;                          /* anything that depends on the cut into threadgroups */
+} mtl_mentions;
+
+/* What is compiled anew for: the types of one call. */
+typedef struct mtl_buffer_type {
+    mtl_dtype dtype;
+    bool is_scalar; /* rank 0: a reference */
+    bool is_small;  /* below 8 elements: Metal's constant address space */
+} mtl_buffer_type;
+
+typedef struct mtl_template_value {
+    const char *name;
+    metalloid_template_kind kind;
+    int64_t integer;
+    mtl_dtype dtype;
+} mtl_template_value;
+
+typedef struct mtl_types {
+    const mtl_buffer_type *inputs;
+    const mtl_dtype *outputs;
+    int template_count;
+    const mtl_template_value *template_values;
+} mtl_types;
+
+/* False: no memory. */
+bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition);
+
+/* The kernel as Metal would get it: header, signature, body; what verbose= prints. */
+void mtl_metal_source(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                      const mtl_types *types);
+
+typedef enum mtl_target { MTL_TARGET_CPU, MTL_TARGET_CUDA } mtl_target;
+
+typedef struct mtl_unit_options {
+    mtl_target target;
+    metalloid_math_mode math_mode;
+    int stack_bits;      /* CPU: log2 of a thread's stack */
+    bool count_iterations; /* CPU */
+    int most_threads;      /* CUDA: of a threadgroup */
+    bool halves;           /* 16-bit floats are in play */
+} mtl_unit_options;
+
+/* CUDA: the struct that a launch passes beside the buffers, as offsets in bytes; 0: not there. Its first 40 bytes are grid, threadgroup
+ * and threadgroups (3 x uint32 each) and flags; then of each input a scalar's 8 bytes, the ranks, and where in `shapes` and
+ * `strides` those of an input begin. */
+enum { MTL_CUDA_EXTENTS = 128, MTL_CUDA_WHOLE = 1, MTL_CUDA_LINEAR = 2 };
+typedef struct mtl_cuda_layout {
+    int scalars_at, ints_at, strides_at, shapes_at, size;
+} mtl_cuda_layout;
+mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions);
+
+/* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them. */
+void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                          const mtl_types *types, const mtl_unit_options *options);
+
+/* Metal source as C++, with as many lines: address spaces, threadgroup variables, literals, attributes, includes. */
+typedef enum mtl_region { MTL_REGION_HEADER, MTL_REGION_BODY } mtl_region;
+void mtl_translate(mtl_text *out, const char *source, mtl_region region, const mtl_unit_options *options);
+
+const char *mtl_metal_type(mtl_dtype dtype); /* as MLX spells it: float16_t */
+
+#endif
