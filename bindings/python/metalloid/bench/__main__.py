@@ -27,6 +27,7 @@ PAUSE = 0.005  # between two implementations, so that the threads of the one bef
 SLOW = 20  # times Metalloid's time: such a peer is measured once
 LONG_CALL = 0.05  # seconds: above it a call from Python takes what one from C takes, and is not measured again
 OWN = ("ceiling", "bare", "plain", "C", "metalloid", "metalloid.new")
+SMALL = 16e6  # bytes: a case below it is held to the ceiling of large buffers
 PATIENCE = 180  # seconds until a process that does not answer is given up
 
 
@@ -169,8 +170,9 @@ class Ceilings:
         return work / statistics.median(process.time(3) for _ in range(rounds))
 
     def traffic(self, case: Case) -> str | None:
-        """How the case's own tensors are moved where that is its ceiling; not where a state is updated in place."""
-        if case.op == "gated_delta_update":
+        """How the case's own tensors are moved, where that is its ceiling; not those of a state updated in place, nor
+        tensors so small that waking the threads would be a part of it."""
+        if case.op == "gated_delta_update" or case.work < SMALL:
             return None
         return {"copy": str(self.stores), "read": "read"}.get(case.ceiling)
 

@@ -273,6 +273,7 @@ def tiny() -> Iterator[Case]:
     for op in TENSORS_OF:
         yield row_wise(ONE_ROW, "tiny", op, 1, 64, ceiling="bare" if op in BARE else "")
         yield row_wise(OUT_OF_CACHE, "tiny", op, 256, 64, cached=False, targets=(Target("of_ceiling", 1e-9),))
+    yield row_wise(OUT_OF_CACHE, "tiny", "rms_norm", 1 << 14, 128, cached=False)  # moves its own tensors
     yield rope(IN_CACHE, model, 8, "float32")
     yield rope(IN_CACHE, model, 8, "bfloat16", "qk_norm_rope")
     for length in (32, 64):
