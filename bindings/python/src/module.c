@@ -1,10 +1,11 @@
 /* The extension module metalloid._native. SPDX-License-Identifier: MIT */
 #include "array.h"
 #include "functions.h"
+#include "kernel.h"
 
 static int module_exec(PyObject *module) {
     if (!arrays_init(module, PyModule_GetState(module))) return -1;
-    if (PyModule_AddFunctions(module, functions) < 0) return -1;
+    if (PyModule_AddFunctions(module, functions) < 0 || !kernel_init(module)) return -1;
     return PyModule_AddStringConstant(module, "__version__", metalloid_version());
 }
 
