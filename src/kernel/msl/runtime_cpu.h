@@ -8,6 +8,7 @@
  * The stacks of a worker lie behind each other in a region that is aligned to its size, and the region's first word points
  * to its mtl_group: a thread finds what it belongs to by its stack pointer, without thread-local storage. */
 #define __mtl_inline static inline __attribute__((always_inline))
+#define __mtl_inline_member inline __attribute__((always_inline))
 
 __mtl_inline unsigned long __mtl_stack_pointer() { return (unsigned long)__builtin_frame_address(0); }
 
@@ -181,6 +182,47 @@ __mtl_inline bool __mtl_iterate() {
     }
     return false;
 }
+
+/* The marks of src/kernel/places.c. The thread is at the place `number`, within so many loops of its function. */
+__mtl_inline void __mtl_at(unsigned loops, unsigned long number) {
+    mtl_group &group = __mtl_this_group();
+    unsigned index = __mtl_this_index();
+    mtl_thread &self = group.thread[index];
+    unsigned level = self.frame + loops;
+    if (level >= mtl_most_levels) level = mtl_most_levels - 1;
+    group.place[index].mark[level] = number << 32;
+    self.level = level + 1;
+    self.sequence = 0;
+}
+
+/* It begins an iteration of the loop `number`: the first one, where it comes from another place. */
+__mtl_inline bool __mtl_loop(unsigned loops, unsigned long number) {
+    mtl_group &group = __mtl_this_group();
+    unsigned index = __mtl_this_index();
+    mtl_thread &self = group.thread[index];
+    unsigned level = self.frame + loops;
+    if (level >= mtl_most_levels) level = mtl_most_levels - 1;
+    unsigned long *mark = &group.place[index].mark[level];
+    *mark = *mark >> 32 == number ? *mark + 1 : number << 32;
+    mark[1] = 0;
+    self.level = level + 1;
+    self.sequence = 0;
+    return false;
+}
+
+/* It is in a function; what is in there comes below the place of the call. */
+struct __mtl_frame {
+    unsigned before;
+    __mtl_inline_member __mtl_frame() {
+        mtl_group &group = __mtl_this_group();
+        unsigned index = __mtl_this_index();
+        mtl_thread &self = group.thread[index];
+        before = self.frame;
+        self.frame = self.level < mtl_most_levels ? self.level : mtl_most_levels - 1;
+        group.place[index].mark[self.frame] = 0;
+    }
+    __mtl_inline_member ~__mtl_frame() { __mtl_this_group().thread[__mtl_this_index()].frame = before; }
+};
 
 /* A variable in threadgroup memory. */
 template <typename Type>
