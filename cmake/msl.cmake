@@ -2,6 +2,7 @@
 set(METALLOID_MSL_PARTS
     abi_cpu.h
     runtime_cpu.h
+    runtime_cuda.h
     types.h
     vectors.h
     math.h

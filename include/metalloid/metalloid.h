@@ -275,6 +275,7 @@ typedef struct metalloid_kernel metalloid_kernel;
 
 typedef enum metalloid_kernel_language {
     METALLOID_KERNEL_METAL = 0,
+    METALLOID_KERNEL_CUDA = 1, /* CUDA C++ as for mlx.core.fast.cuda_kernel, on NVIDIA GPUs alone */
 } metalloid_kernel_language;
 
 typedef enum metalloid_math_mode {
@@ -296,12 +297,14 @@ typedef struct metalloid_kernel_options {
     bool debug; /* -g, little optimization, the generated source kept beside the object: for a debugger */
     bool address_sanitizer;   /* reports accesses out of bounds; its run-time has to be in the process (LD_PRELOAD) */
     int64_t most_iterations;  /* all loops of a thread together; a kernel with one more is stopped. 0: no limit */
+
+    int shared_memory; /* METALLOID_KERNEL_CUDA: bytes of dynamic shared memory of a block */
 } metalloid_kernel_options;
 
 #define METALLOID_KERNEL_OPTIONS_INIT                                                                             \
     {                                                                                                             \
         sizeof(metalloid_kernel_options), METALLOID_KERNEL_METAL, NULL, true, false, METALLOID_MATH_SAFE, NULL,    \
-            false, false, 0                                                                                        \
+            false, false, 0, 0                                                                                     \
     }
 
 /* Names are identifiers of C, none of them twice; at least one output. Nothing is compiled yet. The strings are copied. */

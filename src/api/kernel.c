@@ -1,5 +1,6 @@
 /* Custom kernels. SPDX-License-Identifier: MIT */
 #include "kernel/kernel.h"
+#include "kernel/cuda_source.h"
 
 #include "core/options.h"
 #include "cpu/kernels.h"
@@ -109,7 +110,9 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
         }
     }
     MTL_REQUIRE(source, op, "%s must not be NULL", "source");
-    MTL_REQUIRE(read.language == METALLOID_KERNEL_METAL, op, "options.language is unknown: %d", (int)read.language);
+    MTL_REQUIRE(read.language == METALLOID_KERNEL_METAL || read.language == METALLOID_KERNEL_CUDA, op,
+                "options.language is unknown: %d", (int)read.language);
+    MTL_REQUIRE(read.shared_memory >= 0, op, "options.shared_memory must not be negative, got %d", read.shared_memory);
     MTL_REQUIRE((int)read.math_mode >= METALLOID_MATH_SAFE && (int)read.math_mode <= METALLOID_MATH_FAST, op,
                 "options.math_mode is unknown: %d", (int)read.math_mode);
     MTL_REQUIRE(read.most_iterations >= 0, op, "options.most_iterations must not be negative, got %lld",
@@ -128,6 +131,8 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
     for (int i = 0; i < input_count; i++) names[i] = store(&block, input_names[i]);
     for (int i = 0; i < output_count; i++) names[input_count + i] = store(&block, output_names[i]);
     *created = (metalloid_kernel){
+        .language = read.language,
+        .shared_memory = read.shared_memory,
         .definition = {.name = store(&block, name),
                        .input_count = input_count,
                        .output_count = output_count,
@@ -336,7 +341,11 @@ static metalloid_status check_tensors(const metalloid_kernel *kernel, const meta
     }
     for (int i = 0; i < call->input_count; i++) {
         MTL_TRY(mtl_view_required(&c->inputs[i], call->inputs[i], op, definition->input_names[i], BUFFER_DTYPES));
-        all[count++] = inputs[i] = &c->inputs[i];
+        inputs[i] = &c->inputs[i];
+        /* A scalar of the host's goes to a device with the launch. */
+        bool is_host_scalar = inputs[i]->rank == 0 && inputs[i]->device.device_type == kDLCPU &&
+                              c->outputs[0].device.device_type != kDLCPU;
+        if (!is_host_scalar) all[count++] = inputs[i];
     }
     MTL_TRY(mtl_check_device(all, count, op, &c->device));
     return mtl_check_overlap(outputs, call->output_count, inputs, call->input_count, NULL, op);
@@ -467,10 +476,30 @@ static metalloid_status lay_out_extents(const metalloid_kernel *kernel, const me
     return METALLOID_OK;
 }
 
+static metalloid_status launch_cuda(metalloid_context *context, metalloid_kernel *kernel,
+                                    const metalloid_kernel_call *call, checked *c) {
+#if MTL_WITH_CUDA
+    bool strided[MTL_MOST_BUFFERS] = {false};
+    for (int i = 0; i < call->input_count; i++) {
+        strided[i] = kernel->ensure_row_contiguous && !is_row_contiguous(&c->inputs[i]);
+        if (strided[i]) c->copies[i] = c->inputs[i].data; /* for lay_out_extents: it will be a copy */
+    }
+    metalloid_status status = lay_out_extents(kernel, call, c);
+    for (int i = 0; i < call->input_count; i++) c->copies[i] = NULL;
+    return status ? status : mtl_kernel_launch_cuda(context, kernel, &c->launch, strided, c->inputs);
+#else
+    (void)context, (void)kernel, (void)call, (void)c;
+    return mtl_fail(METALLOID_UNSUPPORTED, "%s: the tensors are on a CUDA device, and this build has no CUDA backend", op);
+#endif
+}
+
 static metalloid_status launch_checked(metalloid_context *context, metalloid_kernel *kernel,
                                        const metalloid_kernel_call *call, checked *c) {
-    if (c->device.device_type != kDLCPU)
-        return mtl_fail(METALLOID_UNSUPPORTED, "%s: custom kernels run on the CPU alone in this build", op);
+    if (c->device.device_type != kDLCPU) return launch_cuda(context, kernel, call, c);
+    if (kernel->language != METALLOID_KERNEL_METAL) {
+        return mtl_fail(METALLOID_UNSUPPORTED, "cuda_kernel: kernel %s is in CUDA C++, and its tensors are in CPU memory",
+                        kernel->definition.name);
+    }
     for (int i = 0; i < call->input_count; i++) {
         if (kernel->ensure_row_contiguous && !is_row_contiguous(&c->inputs[i]))
             MTL_TRY(make_contiguous(context, &c->inputs[i], &c->copies[i]));
@@ -497,10 +526,14 @@ metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metallo
     metalloid_status status = check(kernel, given, &c, &call);
     if (!status && !(text || capacity == 0))
         status = mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: text must not be NULL where capacity is %zu", op, capacity);
-    if (!status && translated) {
-        const mtl_unit_options options = {.target = MTL_TARGET_CPU,
+    if (!status && kernel->language == METALLOID_KERNEL_CUDA) {
+        bool include;
+        mtl_cuda_unit(&source, &kernel->definition, &kernel->mentions, &c.launch.types, &include);
+    } else if (!status && translated) {
+        const mtl_unit_options options = {.target = c.device.device_type == kDLCPU ? MTL_TARGET_CPU : MTL_TARGET_CUDA,
                                           .math_mode = kernel->math_mode,
                                           .stack_bits = 16,
+                                          .most_threads = 1024,
                                           .count_iterations = kernel->most_iterations > 0};
         mtl_translation_unit(&source, &kernel->definition, &kernel->mentions, &c.launch.types, &options);
     } else if (!status) {

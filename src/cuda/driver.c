@@ -25,6 +25,10 @@
     X(cuLaunchKernel)                    \
     X(cuMemAllocAsync)                   \
     X(cuMemFreeAsync)                    \
+    X(cuMemsetD8Async)                   \
+    X(cuMemsetD16Async)                  \
+    X(cuMemsetD32Async)                  \
+    X(cuMemsetD2D32Async)                \
     X(cuThreadExchangeStreamCaptureMode) \
     X(cuTensorMapEncodeTiled)            \
     X(cuGetErrorString)
@@ -254,6 +258,53 @@ metalloid_status mtl_cuda_allocate(const mtl_cuda_call *call, size_t bytes, CUde
 }
 
 void mtl_cuda_release(const mtl_cuda_call *call, CUdeviceptr memory) { driver.cuMemFreeAsync(memory, call->stream); }
+
+/* ---- kernels that come at run time ------------------------------------------------------------------------------- */
+
+metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, const char *name, int shared_memory,
+                               CUfunction *function) {
+    enum { ALWAYS_THERE = 48 << 10 }; /* of dynamic shared memory */
+    CUmodule module;
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED; /* as in find_kernel */
+    driver.cuThreadExchangeStreamCaptureMode(&mode);
+    CUresult result = driver.cuModuleLoadData(&module, image);
+    if (result == CUDA_SUCCESS) result = driver.cuModuleGetFunction(function, module, name);
+    if (result == CUDA_SUCCESS && shared_memory > ALWAYS_THERE)
+        result = driver.cuFuncSetAttribute(*function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_memory);
+    driver.cuThreadExchangeStreamCaptureMode(&mode);
+    DRIVER_TRY(call->op, name, result);
+    return METALLOID_OK;
+}
+
+metalloid_status mtl_cuda_launch_function(const mtl_cuda_call *call, CUfunction function, const uint32_t blocks[3],
+                                          const uint32_t threads[3], int shared_memory, void **parameters) {
+    DRIVER_TRY(call->op, "launch",
+               driver.cuLaunchKernel(function, blocks[0], blocks[1], blocks[2], threads[0], threads[1], threads[2],
+                                     (unsigned)shared_memory, call->stream, parameters, NULL));
+    return METALLOID_OK;
+}
+
+metalloid_status mtl_cuda_fill(const mtl_cuda_call *call, CUdeviceptr memory, int64_t elements, int size,
+                               uint64_t bits) {
+    size_t count = (size_t)elements;
+    CUresult result = CUDA_SUCCESS;
+    uint32_t low = (uint32_t)bits, high = (uint32_t)(bits >> 32);
+    if (count == 0) return METALLOID_OK;
+    switch (size) {
+    case 1: result = driver.cuMemsetD8Async(memory, (unsigned char)bits, count, call->stream); break;
+    case 2: result = driver.cuMemsetD16Async(memory, (unsigned short)bits, count, call->stream); break;
+    case 4: result = driver.cuMemsetD32Async(memory, low, count, call->stream); break;
+    default:
+        if (low == high) {
+            result = driver.cuMemsetD32Async(memory, low, 2 * count, call->stream);
+            break;
+        }
+        result = driver.cuMemsetD2D32Async(memory, 8, low, 1, count, call->stream);
+        if (result == CUDA_SUCCESS) result = driver.cuMemsetD2D32Async(memory + 4, 8, high, 1, count, call->stream);
+    }
+    DRIVER_TRY(call->op, "fill", result);
+    return METALLOID_OK;
+}
 
 /* ---- arguments --------------------------------------------------------------------------------------------------- */
 

@@ -81,6 +81,16 @@ bool mtl_cuda_describe(const mtl_cuda_call *call, void *map, const mtl_attention
 metalloid_status mtl_cuda_allocate(const mtl_cuda_call *call, size_t bytes, CUdeviceptr *memory);
 void mtl_cuda_release(const mtl_cuda_call *call, CUdeviceptr memory);
 
+/* A kernel of an image that comes at run time, machine code or PTX; the module stays until the process ends. */
+metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, const char *name, int shared_memory,
+                               CUfunction *function);
+metalloid_status mtl_cuda_launch_function(const mtl_cuda_call *call, CUfunction function, const uint32_t blocks[3],
+                                          const uint32_t threads[3], int shared_memory, void **parameters);
+
+/* Elements of 1, 2, 4 or 8 bytes. */
+metalloid_status mtl_cuda_fill(const mtl_cuda_call *call, CUdeviceptr memory, int64_t elements, int size,
+                               uint64_t bits);
+
 /* ---- arguments for kernels --------------------------------------------------------------------------------------- */
 
 static inline mtl_cuda_row mtl_cuda_row_of(mtl_row row) { return (mtl_cuda_row){row.data, row.stride, (int)row.dtype}; }

@@ -331,3 +331,48 @@ void *mtl_cache_get(const mtl_build *build, mtl_text *log) {
     mtl_text_free(&debug);
     return handle;
 }
+
+/* ---- bytes ------------------------------------------------------------------------------------------------------------------------- */
+
+static bool bytes_path(const mtl_digest *key, mtl_text *directory, mtl_text *entry) {
+    char hex[65];
+    key_in_hex(hex, key);
+    if (!mtl_cache_path(directory) || !prepare_directory(directory->data)) return false;
+    mtl_text_format(entry, "%s/%s.bin", directory->data, hex);
+    return !entry->failed;
+}
+
+bool mtl_cache_load(const mtl_digest *key, char **bytes, size_t *length) {
+    mtl_text directory = {0}, entry = {0};
+    *bytes = NULL;
+    if (bytes_path(key, &directory, &entry) && is_sound(entry.data, key)) {
+        int file = open(entry.data, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+        struct stat status;
+        if (file >= 0 && fstat(file, &status) == 0 && status.st_size > (off_t)sizeof(trailer)) {
+            *length = (size_t)status.st_size - sizeof(trailer);
+            *bytes = read_all(file, *length);
+        }
+        if (file >= 0) close(file);
+    }
+    mtl_text_free(&directory);
+    mtl_text_free(&entry);
+    return *bytes != NULL;
+}
+
+void mtl_cache_store(const mtl_digest *key, const char *bytes, size_t length) {
+    mtl_text directory = {0}, entry = {0}, made = {0}, file = {0};
+    if (bytes_path(key, &directory, &entry)) {
+        remove_old_builds(directory.data);
+        mtl_text_format(&made, "%s/%sXXXXXX", directory.data, build_prefix);
+        if (!made.failed && mkdtemp(made.data)) {
+            mtl_text_format(&file, "%s/bytes", made.data);
+            if (!file.failed && write_file(file.data, bytes, length) && add_trailer(file.data, key))
+                rename(file.data, entry.data);
+            remove_directory(made.data);
+        }
+    }
+    mtl_text_free(&directory);
+    mtl_text_free(&entry);
+    mtl_text_free(&made);
+    mtl_text_free(&file);
+}

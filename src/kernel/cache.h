@@ -22,6 +22,11 @@ typedef struct mtl_build {
  * and `log` has the reason in words. */
 void *mtl_cache_get(const mtl_build *build, mtl_text *log);
 
+/* Bytes that no dynamic loader reads, such as a GPU's machine code, under a key of everything that they were made from. What is found
+ * is the caller's to free; storing may fail, and nothing is said about it. */
+bool mtl_cache_load(const mtl_digest *key, char **bytes, size_t *length);
+void mtl_cache_store(const mtl_digest *key, const char *bytes, size_t length);
+
 /* Where it is: an absolute path; false where the environment names none. */
 bool mtl_cache_path(mtl_text *path);
 

@@ -14,11 +14,14 @@ typedef struct mtl_variant {
     const unsigned char *key;
     int (*run)(void *group, char *stacks, unsigned long begin, unsigned long end); /* CPU */
     int stack_bits;
+    void *function; /* CUDA: a CUfunction */
 } mtl_variant;
 
 struct metalloid_kernel {
     mtl_definition definition;
     mtl_mentions mentions;
+    metalloid_kernel_language language;
+    int shared_memory; /* CUDA: dynamic, of a block */
     metalloid_math_mode math_mode;
     bool ensure_row_contiguous, debug, address_sanitizer;
     int64_t most_iterations;
@@ -48,5 +51,9 @@ void mtl_kernel_fill(const mtl_view *output, double value);
 
 metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metalloid_kernel *kernel,
                                        const mtl_launch *launch);
+
+/* Inputs that are `strided` are copied first; `inputs` are the launch's. A scalar may be in CPU memory. */
+metalloid_status mtl_kernel_launch_cuda(const metalloid_context *context, metalloid_kernel *kernel,
+                                        const mtl_launch *launch, const bool *strided, mtl_view *inputs);
 
 #endif

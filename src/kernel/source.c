@@ -401,6 +401,81 @@ static void add_threads(mtl_text *out, const mtl_definition *definition, const m
              "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = MTL_STACK_BITS;\n");
 }
 
+/* ---- the kernel of a GPU ---- */
+
+/* Data is a parameter for each buffer, which alone the compiler believes to overlap no other; the rest is one struct, laid out as
+ * mtl_cuda_layout says. */
+static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                            const mtl_types *types, const mtl_unit_options *options) {
+    mtl_cuda_layout layout = mtl_cuda_layout_of(definition, mentions);
+    int inputs = definition->input_count;
+    mtl_text_add_string(out, "struct mtl_launch {\n    mtl_dispatch dispatch;\n");
+    if (inputs) {
+        mtl_text_format(out, "    unsigned long scalar[%d];\n    int rank[%d], shape_at[%d], strides_at[%d];\n", inputs,
+                        inputs, inputs, inputs);
+    }
+    if (layout.strides_at) mtl_text_format(out, "    long strides[%d];\n", (int)MTL_CUDA_EXTENTS);
+    if (layout.shapes_at) mtl_text_format(out, "    int shapes[%d];\n", (int)MTL_CUDA_EXTENTS);
+    mtl_text_format(out,
+                    "};\nstatic_assert(sizeof(mtl_launch) == %d, \"\");\n"
+                    "extern \"C\" __global__ void __launch_bounds__(%d) mtl_kernel(",
+                    layout.size, options->most_threads);
+    for (int i = 0; i < inputs; i++) {
+        mtl_text_format(out, "const %s *__restrict__ __mtl_in_%d, ", mtl_metal_type(types->inputs[i].dtype), i);
+    }
+    for (int i = 0; i < definition->output_count; i++) {
+        mtl_text_format(out, definition->atomic_outputs ? "atomic<%s> *__restrict__ __mtl_out_%d, "
+                                                        : "%s *__restrict__ __mtl_out_%d, ",
+                        mtl_metal_type(types->outputs[i]), i);
+    }
+    mtl_text_add_string(out, "const __grid_constant__ mtl_launch launch) {\n"
+                             "    const mtl_dispatch &dispatch = launch.dispatch;\n"
+                             "    mtl_group group;\n"
+                             "    unsigned index, local[3];\n"
+                             "    if (!__mtl_place(dispatch, group, index, local)) return;\n"
+                             "    unsigned lx = local[0], ly = local[1], lz = local[2];\n"
+                             "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
+                             "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
+                             "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
+                             "    (void)x, (void)y, (void)z;\n    ");
+    mtl_text_format(out, "custom_kernel_%s", definition->name);
+    add_template_values(out, types, "<", ", ", ">");
+    mtl_text_add_string(out, "(group");
+    for (int i = 0; i < inputs; i++) {
+        const char *type = mtl_metal_type(types->inputs[i].dtype);
+        /* A scalar of the host's comes with the launch. */
+        if (types->inputs[i].is_scalar)
+            mtl_text_format(out, ", *(__mtl_in_%d ? __mtl_in_%d : (const %s *)&launch.scalar[%d])", i, i, type, i);
+        else mtl_text_format(out, ", __mtl_in_%d", i);
+        unsigned char mentioned = mentions->input[i];
+        if (mentioned & MTL_MENTIONS_SHAPE) mtl_text_format(out, ", launch.shapes + launch.shape_at[%d]", i);
+        if (mentioned & MTL_MENTIONS_STRIDES) mtl_text_format(out, ", launch.strides + launch.strides_at[%d]", i);
+        if (mentioned & MTL_MENTIONS_RANK) mtl_text_format(out, ", launch.rank[%d]", i);
+    }
+    for (int i = 0; i < definition->output_count; i++) mtl_text_format(out, ", __mtl_out_%d", i);
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (mentions->attributes >> i & 1) mtl_text_format(out, ", %s", attributes[i].value);
+    }
+    mtl_text_add_string(out, ");\n}\n");
+}
+
+mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions) {
+    mtl_cuda_layout layout = {.scalars_at = 40}; /* behind mtl_dispatch */
+    unsigned char mentioned = 0;
+    for (int i = 0; i < definition->input_count; i++) mentioned |= mentions->input[i];
+    layout.ints_at = layout.scalars_at + 8 * definition->input_count;
+    layout.size = (layout.ints_at + 12 * definition->input_count + 7) / 8 * 8;
+    if (mentioned & MTL_MENTIONS_STRIDES) {
+        layout.strides_at = layout.size;
+        layout.size += 8 * MTL_CUDA_EXTENTS;
+    }
+    if (mentioned & MTL_MENTIONS_SHAPE) {
+        layout.shapes_at = layout.size;
+        layout.size += 4 * MTL_CUDA_EXTENTS;
+    }
+    return layout;
+}
+
 /* ---- the header of Metal's types and functions ---- */
 
 /* What a call's types and the source make of the header: parts that nothing mentions cost time to compile. */
@@ -481,6 +556,7 @@ static void add_swizzles(mtl_text *out, const mtl_definition *definition) {
 static void add_prelude(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                         const mtl_unit_options *options) {
     if (options->math_mode == METALLOID_MATH_FAST) mtl_text_add_string(out, "#define MSL_MATH_FAST 1\n");
+    if (options->target == MTL_TARGET_CUDA) mtl_text_add_string(out, "#define MTL_TARGET_CUDA 1\n");
     if (options->target == MTL_TARGET_CPU) mtl_text_format(out, "#define MTL_STACK_BITS %d\n", options->stack_bits);
     if (mentions->thread_elements) mtl_text_add_string(out, "#define MSL_THREAD_ELEMENTS 1\n");
     add_swizzles(out, definition);
@@ -512,7 +588,7 @@ static bool has_halves(const mtl_definition *definition, const mtl_mentions *men
 static void add_signature(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types) {
     add_template_parameters(out, types);
-    mtl_text_format(out, "static inline __attribute__((always_inline)) void custom_kernel_%s(mtl_group &__mtl_group",
+    mtl_text_format(out, "__mtl_inline void custom_kernel_%s(mtl_group &__mtl_group",
                     definition->name);
     for_parameters(out, definition, mentions, types, declare_parameter);
     mtl_text_add_string(out, ")");
@@ -536,7 +612,8 @@ void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
                              "from[2]); }\n");
     add_signature(out, definition, mentions, types);
     mtl_text_add_string(out, ";\n");
-    if (threads) add_threads(out, definition, mentions, types);
+    if (options.target == MTL_TARGET_CUDA) add_cuda_kernel(out, definition, mentions, types, &options);
+    else if (threads) add_threads(out, definition, mentions, types);
     else add_loops(out, definition, mentions, types);
     mtl_text_add_string(out, "#line 1 \"header\"\n");
     mtl_translate(out, definition->header, MTL_REGION_HEADER, &options);

@@ -78,9 +78,19 @@ typedef struct mtl_unit_options {
     metalloid_math_mode math_mode;
     int stack_bits;      /* CPU: log2 of a thread's stack */
     bool count_iterations; /* CPU */
+    int most_threads;      /* CUDA: of a threadgroup */
     bool halves;           /* 16-bit floats are in play */
     const mtl_names *meeting; /* where threads have stacks: the functions at which lanes meet; else NULL */
 } mtl_unit_options;
+
+/* CUDA: the struct that a launch passes beside the buffers, as offsets in bytes; 0: not there. Its first 40 bytes are grid, threadgroup
+ * and threadgroups (3 x uint32 each) and flags; then of each input a scalar's 8 bytes, the ranks, and where in `shapes` and
+ * `strides` those of an input begin. */
+enum { MTL_CUDA_EXTENTS = 128, MTL_CUDA_WHOLE = 1, MTL_CUDA_LINEAR = 2 };
+typedef struct mtl_cuda_layout {
+    int scalars_at, ints_at, strides_at, shapes_at, size;
+} mtl_cuda_layout;
+mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions);
 
 /* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them. */
 void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,

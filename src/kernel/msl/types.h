@@ -3,13 +3,18 @@
 // half and bfloat are classes everywhere: clang 14 on x86-64 and NVRTC have no arithmetic type of 16 bits, and one definition
 // keeps CPU and GPU alike. Every operation is done in float and rounded once to nearest, which for + - * / and sqrt gives
 // the correctly rounded 16-bit result (float has more than 2 * 11 + 2 bits).
-#if defined(__CUDACC_RTC__)
+#if defined(__CUDACC_RTC__) || MTL_TARGET_CUDA
 #define MSL_GPU 1
 #define MSL_FN __forceinline__
 #else
 #define MSL_GPU 0
 #define MSL_FN inline __attribute__((always_inline))
-#pragma clang system_header
+#endif
+#if MTL_MATH_FAST
+#define MSL_MATH_FAST 1
+#if MSL_GPU && !defined(__FAST_MATH__)
+#define __FAST_MATH__ 1
+#endif
 #endif
 #ifndef MSL_MATH_FAST
 #define MSL_MATH_FAST 0

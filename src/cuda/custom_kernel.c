@@ -1,0 +1,362 @@
+/* Custom kernels on CUDA. SPDX-License-Identifier: MIT
+ *
+ * NVRTC makes machine code of the same unit that a C++ compiler gets on the CPU, with the other runtime part of the Metal header.
+ * A threadgroup is a block, a simdgroup a warp. A launch has a parameter for each buffer and one struct for everything else, in
+ * which shapes and strides travel too: nothing is copied to the device, and every launch can be captured. */
+#include "core/dtype.h"
+#include "cuda/driver.h"
+#include "cuda/nvrtc.h"
+#include "kernel/cache.h"
+#include "kernel/cuda_source.h"
+#include "kernel/kernel.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+enum {
+    MOST_OPTIONS = 16,
+    MOST_BLOCKS_YZ = 65535, /* along y and z of a grid */
+    COPY_AXES = 16,
+    COPY_THREADS = 256,
+};
+
+static const char op[] = "metal_kernel";
+
+/* ---- compiling ------------------------------------------------------------------------------------------------------------- */
+
+static pthread_mutex_t building = PTHREAD_MUTEX_INITIALIZER;
+
+static int options_of(metalloid_math_mode mode, bool metal, const char *options[MOST_OPTIONS]) {
+    int count = 0;
+    options[count++] = "-std=c++17";
+    options[count++] = "-default-device";
+    options[count++] = "-w";
+    if (metal && mode == METALLOID_MATH_FAST) options[count++] = "--use_fast_math";
+    return count;
+}
+
+static mtl_digest key_of(const mtl_text *unit, int arch, const char *const *options, int count) {
+    mtl_sha256 hash;
+    mtl_sha256_begin(&hash);
+    const char *version = metalloid_version(), *compiler = mtl_nvrtc_identity();
+    mtl_sha256_add(&hash, version, strlen(version) + 1);
+    mtl_sha256_add(&hash, compiler, strlen(compiler) + 1);
+    mtl_sha256_add(&hash, &arch, sizeof arch);
+    for (int i = 0; i < count; i++) mtl_sha256_add(&hash, options[i], strlen(options[i]) + 1);
+    mtl_sha256_add(&hash, unit->data, unit->length);
+    return mtl_sha256_end(&hash);
+}
+
+/* The unit's kernel `symbol`, from the cache or compiled. */
+static metalloid_status build(const mtl_cuda_call *call, const char *name, const mtl_text *unit, metalloid_math_mode mode,
+                              bool metal, bool include, const char *symbol, int shared_memory, CUfunction *function) {
+    const char *why, *options[MOST_OPTIONS];
+    if (unit->failed) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
+    if (!mtl_nvrtc_available(&why))
+        return mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s has to be compiled, but %s", op, name, why);
+    int arch = call->device->major * 10 + call->device->minor;
+    int count = options_of(mode, metal, options);
+    mtl_digest key = key_of(unit, arch, options, count);
+    size_t length;
+    char *code;
+    mtl_text log = {0};
+    pthread_mutex_lock(&building);
+    bool kept = mtl_cache_load(&key, &code, &length);
+    if (!kept) {
+        code = mtl_nvrtc_compile(mtl_text_string((mtl_text *)(uintptr_t)unit), arch, options, count, include, &length, &log);
+        if (code) mtl_cache_store(&key, code, length);
+    }
+    pthread_mutex_unlock(&building);
+    metalloid_status status;
+    if (code) {
+        status = mtl_cuda_load(call, code, symbol, shared_memory, function);
+    } else {
+        status = mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op, name, mtl_text_string(&log));
+    }
+    free(code);
+    mtl_text_free(&log);
+    return status;
+}
+
+/* ---- from a kernel to a function -------------------------------------------------------------------------------------------- */
+
+static uint64_t hash_of(const unsigned char *bytes, size_t count) { /* FNV-1a */
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < count; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    return hash;
+}
+
+/* Registers are shared among a block's threads: how many there can be is part of what is compiled. */
+static int most_threads_of(const uint32_t threads[3]) {
+    uint32_t count = threads[0] * threads[1] * threads[2];
+    return count <= 256 ? 256 : count <= 512 ? 512 : 1024;
+}
+
+static metalloid_status get_function(const mtl_cuda_call *call, metalloid_kernel *kernel, const mtl_launch *launch,
+                                     CUfunction *function) {
+    const mtl_definition *definition = &kernel->definition;
+    bool metal = kernel->language == METALLOID_KERNEL_METAL;
+    int most_threads = metal ? most_threads_of(launch->threadgroup) : 0;
+    size_t length = launch->key_length + 3;
+    unsigned char local[512], *key = length <= sizeof local ? local : malloc(length);
+    if (!key) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
+    memcpy(key, launch->key, launch->key_length);
+    key[launch->key_length] = (unsigned char)call->device->id;
+    key[launch->key_length + 1] = (unsigned char)(most_threads / 256);
+    key[launch->key_length + 2] = 0xff; /* no key of the CPU ends so */
+    uint64_t hash = hash_of(key, length);
+    metalloid_status status = METALLOID_OK;
+    for (mtl_variant *at = atomic_load_explicit(&kernel->variants, memory_order_acquire); at; at = at->next) {
+        if (at->hash != hash || at->key_length != length || memcmp(at->key, key, length) != 0) continue;
+        *function = at->function;
+        goto done;
+    }
+    mtl_text unit = {0};
+    const mtl_unit_options options = {
+        .target = MTL_TARGET_CUDA, .math_mode = kernel->math_mode, .most_threads = most_threads};
+    bool include = false;
+    if (metal) mtl_translation_unit(&unit, definition, &kernel->mentions, &launch->types, &options);
+    else mtl_cuda_unit(&unit, definition, &kernel->mentions, &launch->types, &include);
+    status = build(call, definition->name, &unit, kernel->math_mode, metal, include, "mtl_kernel", kernel->shared_memory,
+                   function);
+    mtl_text_free(&unit);
+    if (status) goto done;
+    mtl_variant *variant = malloc(sizeof *variant + length);
+    if (!variant) {
+        status = mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
+        goto done;
+    }
+    *variant = (mtl_variant){
+        .hash = hash, .key_length = length, .key = (unsigned char *)(variant + 1), .function = *function};
+    memcpy(variant + 1, key, length);
+    variant->next = atomic_load(&kernel->variants);
+    while (!atomic_compare_exchange_weak(&kernel->variants, &variant->next, variant)) continue;
+done:
+    if (key != local) free(key);
+    return status;
+}
+
+/* ---- inputs that are not row-contiguous ---------------------------------------------------------------------------------------- */
+
+typedef struct copy_arguments {
+    long count;
+    int rank, unused;
+    long shape[COPY_AXES], stride[COPY_AXES]; /* strides in bytes */
+} copy_arguments;
+
+static const char copy_source[] =
+    "struct copy_arguments { long count; int rank, unused; long shape[16], stride[16]; };\n"
+    "template <class T> __device__ void copy(const char *from, T *to, const copy_arguments &a) {\n"
+    "    for (long i = blockIdx.x * 256l + threadIdx.x; i < a.count; i += gridDim.x * 256l) {\n"
+    "        long rest = i, at = 0;\n"
+    "        for (int axis = a.rank - 1; axis >= 0; --axis) {\n"
+    "            at += rest % a.shape[axis] * a.stride[axis];\n"
+    "            rest /= a.shape[axis];\n"
+    "        }\n"
+    "        to[i] = *(const T *)(from + at);\n"
+    "    }\n"
+    "}\n"
+    "#define COPY(size, T) extern \"C\" __global__ void copy_##size(const char *from, T *to, \\\n"
+    "    const __grid_constant__ copy_arguments a) { copy(from, to, a); }\n"
+    "COPY(1, unsigned char)\nCOPY(2, unsigned short)\nCOPY(4, unsigned)\nCOPY(8, unsigned long)\n";
+
+static _Atomic(CUfunction) copy_functions[MTL_CUDA_DEVICES][4];
+
+static metalloid_status copy_to_rows(const mtl_cuda_call *call, mtl_view *view, CUdeviceptr *memory) {
+    int64_t size = mtl_dtype_size(view->dtype);
+    MTL_TRY(mtl_cuda_allocate(call, (size_t)(view->elements * size), memory));
+    static const char *const names[] = {"copy_1", "copy_2", "copy_4", "copy_8"};
+    int which = size == 1 ? 0 : size == 2 ? 1 : size == 4 ? 2 : 3;
+    _Atomic(CUfunction) *place = &copy_functions[call->device->id][which];
+    CUfunction function = atomic_load_explicit(place, memory_order_acquire);
+    if (!function) {
+        mtl_text unit = {0};
+        mtl_text_add_string(&unit, copy_source);
+        metalloid_status status =
+            build(call, "copy", &unit, METALLOID_MATH_SAFE, false, false, names[which], 0, &function);
+        mtl_text_free(&unit);
+        if (status) return status;
+        atomic_store_explicit(place, function, memory_order_release);
+    }
+    const mtl_view *views[] = {view};
+    mtl_loop loop;
+    mtl_loop_init(&loop, view->rank, 1, views);
+    MTL_REQUIRE(loop.rank <= COPY_AXES, op, "%s has more than %d axes that do not merge", view->name, (int)COPY_AXES);
+    copy_arguments arguments = {.count = view->elements, .rank = loop.rank};
+    for (int axis = 0; axis < loop.rank; axis++) {
+        arguments.shape[axis] = loop.shape[axis];
+        arguments.stride[axis] = loop.stride[axis][0];
+    }
+    int64_t blocks = (view->elements + COPY_THREADS - 1) / COPY_THREADS;
+    const uint32_t grid[] = {(uint32_t)(blocks < 65536 ? blocks : 65536), 1, 1}, threads[] = {COPY_THREADS, 1, 1};
+    void *from = view->data, *parameters[] = {&from, memory, &arguments};
+    MTL_TRY(mtl_cuda_launch_function(call, function, grid, threads, 0, parameters));
+    view->data = (char *)*memory;
+    for (int axis = view->rank - 1; axis >= 0; axis--) {
+        view->stride[axis] = size;
+        size *= view->shape[axis];
+    }
+    return METALLOID_OK;
+}
+
+/* ---- launches ------------------------------------------------------------------------------------------------------------------ */
+
+static metalloid_status fill(const mtl_cuda_call *call, const mtl_view *output, double value) {
+    char element[16] __attribute__((aligned(16))) = {0};
+    mtl_view one = {.data = element, .dtype = output->dtype, .rank = 0, .elements = 1};
+    mtl_kernel_fill(&one, value);
+    uint64_t bits;
+    memcpy(&bits, element, sizeof bits);
+    return mtl_cuda_fill(call, (CUdeviceptr)output->data, output->elements, (int)mtl_dtype_size(output->dtype), bits);
+}
+
+/* What the launch takes from the host: everything but the buffers. */
+static metalloid_status lay_out(const metalloid_kernel *kernel, const mtl_launch *launch, const mtl_cuda_layout *layout,
+                                const uint32_t groups[3], uint32_t flags, char *bytes) {
+    int inputs = kernel->definition.input_count, shapes = 0, strides = 0;
+    uint32_t head[10] = {0};
+    memcpy(head, launch->grid, 12);
+    memcpy(head + 3, launch->threadgroup, 12);
+    memcpy(head + 6, groups, 12);
+    head[9] = flags;
+    memcpy(bytes, head, sizeof head);
+    for (int i = 0; i < inputs; i++) {
+        const mtl_view *view = &launch->inputs[i];
+        if (view->rank == 0 && view->device.device_type == kDLCPU)
+            memcpy(bytes + layout->scalars_at + 8 * i, view->data, (size_t)mtl_dtype_size(view->dtype));
+        const int ints[] = {launch->ranks[i], shapes, strides};
+        for (int k = 0; k < 3; k++) memcpy(bytes + layout->ints_at + 4 * (inputs * k + i), &ints[k], 4);
+        size_t rank = (size_t)launch->ranks[i];
+        MTL_REQUIRE(shapes + (int)rank <= MTL_CUDA_EXTENTS && strides + (int)rank <= MTL_CUDA_EXTENTS, op,
+                    "kernel %s reads shapes of more than %d axes in all", kernel->definition.name, (int)MTL_CUDA_EXTENTS);
+        if (launch->shapes[i]) {
+            memcpy(bytes + layout->shapes_at + 4 * shapes, launch->shapes[i], 4 * rank);
+            shapes += (int)rank;
+        }
+        if (launch->strides[i]) {
+            memcpy(bytes + layout->strides_at + 8 * strides, launch->strides[i], 8 * rank);
+            strides += (int)rank;
+        }
+    }
+    return METALLOID_OK;
+}
+
+static metalloid_status launch_metal(const mtl_cuda_call *call, const metalloid_kernel *kernel, const mtl_launch *launch,
+                                     CUfunction function) {
+    enum { MOST_BYTES = 4096 };
+    mtl_cuda_layout layout = mtl_cuda_layout_of(&kernel->definition, &kernel->mentions);
+    char bytes[MOST_BYTES] __attribute__((aligned(16)));
+    memset(bytes, 0, (size_t)layout.size);
+    uint32_t groups[3], flags = MTL_CUDA_WHOLE;
+    for (int axis = 0; axis < 3; axis++) {
+        groups[axis] = (launch->grid[axis] - 1) / launch->threadgroup[axis] + 1;
+        if (launch->grid[axis] % launch->threadgroup[axis]) flags &= ~(uint32_t)MTL_CUDA_WHOLE;
+    }
+    uint32_t blocks[3] = {groups[0], groups[1], groups[2]};
+    if (groups[1] > MOST_BLOCKS_YZ || groups[2] > MOST_BLOCKS_YZ) {
+        uint64_t all = (uint64_t)groups[0] * groups[1];
+        MTL_REQUIRE(all <= INT32_MAX && all * groups[2] <= INT32_MAX, op, "%s has too many threadgroups", "grid");
+        blocks[0] = (uint32_t)(all * groups[2]);
+        blocks[1] = blocks[2] = 1;
+        flags |= MTL_CUDA_LINEAR;
+    }
+    MTL_TRY(lay_out(kernel, launch, &layout, groups, flags, bytes));
+    void *pointers[2 * MTL_MOST_BUFFERS], *parameters[2 * MTL_MOST_BUFFERS + 1];
+    int count = 0;
+    for (int i = 0; i < kernel->definition.input_count; i++) {
+        const mtl_view *view = &launch->inputs[i];
+        pointers[count++] = view->rank == 0 && view->device.device_type == kDLCPU ? NULL : view->data;
+    }
+    for (int i = 0; i < kernel->definition.output_count; i++) pointers[count++] = launch->outputs[i].data;
+    for (int i = 0; i < count; i++) parameters[i] = &pointers[i];
+    parameters[count] = bytes;
+    return mtl_cuda_launch_function(call, function, blocks, launch->threadgroup, 0, parameters);
+}
+
+/* MLX's conventions: whole blocks, and of each input its pointer, then what of shape, strides and rank the source mentions. */
+static metalloid_status launch_cuda_source(const mtl_cuda_call *call, const metalloid_kernel *kernel,
+                                           const mtl_launch *launch, CUfunction function) {
+    enum { MOST_PARAMETERS = (MTL_POINTERS_OF_INPUT + 1) * MTL_MOST_BUFFERS };
+    struct {
+        int32_t shape[MTL_CUDA_NDIM];
+        int64_t strides[MTL_CUDA_NDIM];
+        int32_t rank;
+    } extents[MTL_MOST_BUFFERS];
+    void *pointers[2 * MTL_MOST_BUFFERS], *parameters[MOST_PARAMETERS];
+    CUdeviceptr scalars[MTL_MOST_BUFFERS] = {0};
+    int count = 0, buffers = 0;
+    metalloid_status status = METALLOID_OK;
+    for (int i = 0; i < kernel->definition.input_count && !status; i++) {
+        const mtl_view *view = &launch->inputs[i];
+        pointers[buffers] = view->data;
+        if (view->rank == 0 && view->device.device_type == kDLCPU) { /* such a kernel reads a scalar through a pointer */
+            uint64_t bits = 0;
+            size_t size = (size_t)mtl_dtype_size(view->dtype);
+            memcpy(&bits, view->data, size);
+            status = mtl_cuda_allocate(call, 8, &scalars[i]);
+            if (!status) status = mtl_cuda_fill(call, scalars[i], 1, (int)size, bits);
+            pointers[buffers] = (void *)scalars[i];
+        }
+        parameters[count++] = &pointers[buffers++];
+        if (view->rank == 0) continue;
+        unsigned char mentioned = kernel->mentions.input[i];
+        if (mentioned && view->rank > MTL_CUDA_NDIM) {
+            status = mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: %s has %d axes, and kernel %s reads at most %d", op, view->name,
+                              view->rank, kernel->definition.name, (int)MTL_CUDA_NDIM);
+            break;
+        }
+        memset(&extents[i], 0, sizeof extents[i]);
+        if (mentioned & MTL_MENTIONS_SHAPE) {
+            memcpy(extents[i].shape, launch->shapes[i], 4 * (size_t)view->rank);
+            parameters[count++] = extents[i].shape;
+        }
+        if (mentioned & MTL_MENTIONS_STRIDES) {
+            memcpy(extents[i].strides, launch->strides[i], 8 * (size_t)view->rank);
+            parameters[count++] = extents[i].strides;
+        }
+        extents[i].rank = view->rank;
+        if (mentioned & MTL_MENTIONS_RANK) parameters[count++] = &extents[i].rank;
+    }
+    for (int i = 0; i < kernel->definition.output_count; i++) {
+        pointers[buffers] = launch->outputs[i].data;
+        parameters[count++] = &pointers[buffers++];
+    }
+    uint32_t blocks[3];
+    for (int axis = 0; axis < 3; axis++) blocks[axis] = (launch->grid[axis] - 1) / launch->threadgroup[axis] + 1;
+    if (!status) {
+        status = mtl_cuda_launch_function(call, function, blocks, launch->threadgroup, kernel->shared_memory, parameters);
+    }
+    for (int i = 0; i < kernel->definition.input_count; i++) {
+        if (scalars[i]) mtl_cuda_release(call, scalars[i]);
+    }
+    return status;
+}
+
+static metalloid_status run(const mtl_cuda_call *call, metalloid_kernel *kernel, const mtl_launch *launch,
+                            const bool *strided, mtl_view *inputs) {
+    CUfunction function;
+    CUdeviceptr copies[MTL_MOST_BUFFERS] = {0};
+    metalloid_status status = get_function(call, kernel, launch, &function);
+    for (int i = 0; i < kernel->definition.input_count && !status; i++) {
+        if (strided[i]) status = copy_to_rows(call, &inputs[i], &copies[i]);
+    }
+    for (int i = 0; i < kernel->definition.output_count && launch->has_init_value && !status; i++)
+        status = fill(call, &launch->outputs[i], launch->init_value);
+    if (!status) {
+        status = kernel->language == METALLOID_KERNEL_METAL ? launch_metal(call, kernel, launch, function)
+                                                            : launch_cuda_source(call, kernel, launch, function);
+    }
+    for (int i = 0; i < kernel->definition.input_count; i++) {
+        if (copies[i]) mtl_cuda_release(call, copies[i]);
+    }
+    return status;
+}
+
+metalloid_status mtl_kernel_launch_cuda(const metalloid_context *context, metalloid_kernel *kernel,
+                                        const mtl_launch *launch, const bool *strided, mtl_view *inputs) {
+    mtl_cuda_call call;
+    MTL_TRY(mtl_cuda_begin(&call, context, op, launch->outputs[0].device, false));
+    return mtl_cuda_end(&call, run(&call, kernel, launch, strided, inputs));
+}

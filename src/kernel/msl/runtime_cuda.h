@@ -1,0 +1,47 @@
+// What the generated kernels of a GPU are made of: the dispatch, and a thread's place in it.
+#define __mtl_inline static __forceinline__
+
+// As the library fills it (src/cuda/custom_kernel.c).
+struct mtl_dispatch {
+    unsigned grid[3], threadgroup[3], threadgroups[3];
+    unsigned flags;
+};
+enum { mtl_flag_whole = 1, mtl_flag_linear = 2 };
+
+struct mtl_group {
+    unsigned position[3], extent[3];
+};
+
+__mtl_inline unsigned __mtl_count(const unsigned (&extent)[3]) { return extent[0] * extent[1] * extent[2]; }
+
+// A thread's index in its threadgroup and its place there. A threadgroup at the grid's edge is smaller than the others, and its
+// threads are numbered by its own extents; those of the block that are too many leave. Where a grid of blocks cannot have so many
+// threadgroups along y or z, all are along x.
+__mtl_inline bool __mtl_place(const mtl_dispatch &dispatch, mtl_group &group, unsigned &index, unsigned (&local)[3]) {
+    group.position[0] = blockIdx.x;
+    group.position[1] = blockIdx.y;
+    group.position[2] = blockIdx.z;
+    if (dispatch.flags & mtl_flag_linear) {
+        unsigned rest = blockIdx.x / dispatch.threadgroups[0];
+        group.position[0] = blockIdx.x % dispatch.threadgroups[0];
+        group.position[1] = rest % dispatch.threadgroups[1];
+        group.position[2] = rest / dispatch.threadgroups[1];
+    }
+    index = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+    group.extent[0] = blockDim.x;
+    group.extent[1] = blockDim.y;
+    group.extent[2] = blockDim.z;
+    local[0] = threadIdx.x;
+    local[1] = threadIdx.y;
+    local[2] = threadIdx.z;
+    if (dispatch.flags & mtl_flag_whole) return true;
+    for (int i = 0; i < 3; ++i) {
+        unsigned left = dispatch.grid[i] - group.position[i] * dispatch.threadgroup[i];
+        group.extent[i] = left < dispatch.threadgroup[i] ? left : dispatch.threadgroup[i];
+    }
+    if (index >= __mtl_count(group.extent)) return false;
+    local[0] = index % group.extent[0];
+    local[1] = index / group.extent[0] % group.extent[1];
+    local[2] = index / group.extent[0] / group.extent[1];
+    return true;
+}
