@@ -86,7 +86,7 @@ static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, ch
     static const char *const always[] = {
         "-x", "c++", "-std=c++17", "-nostdinc", "-nostdinc++", "-nostdlib", "-shared", "-fPIC", "-fno-exceptions",
         "-fno-rtti", "-fvisibility=hidden", "-fsigned-char", "-fno-math-errno", "-fno-trapping-math",
-        "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-march=native", "-w",
+        "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-march=native", "-Wno-everything",
         "-fno-color-diagnostics", "-ferror-limit=20", "-Werror=frame-larger-than",
 #if defined(__x86_64__)
         "-mno-red-zone", "-mprefer-vector-width=512",

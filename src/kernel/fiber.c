@@ -86,9 +86,8 @@ static void *declare(mtl_group *group, unsigned variable, unsigned long bytes, u
 
 static void *declare_separately(mtl_group *group, unsigned variable, unsigned long bytes, unsigned long alignment) {
     void *memory = NULL;
-    if (variable < mtl_most_variables && bytes <= group->memory_size)
-        memory = aligned_alloc(alignment < 16 ? 16 : alignment, (bytes + alignment + 15) / 16 * 16);
-    if (!memory) {
+    if (variable >= mtl_most_variables || bytes > group->memory_size ||
+        posix_memalign(&memory, alignment < 16 ? 16 : alignment, bytes) != 0) {
         group->failure = mtl_failure_memory;
         return group->memory;
     }

@@ -375,7 +375,7 @@ static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl
 /* Threads that meet: each has a stack. */
 static void add_threads(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                         const mtl_types *types) {
-    mtl_text_add_string(out, "static __attribute__((noinline, noreturn)) void __mtl_thread() {\n"
+    mtl_text_add_string(out, "static __attribute__((noinline)) void __mtl_thread() {\n"
                              "    mtl_group &group = __mtl_this_group();\n"
                              "    const mtl_dispatch &dispatch = *group.dispatch;\n"
                              "    unsigned index = __mtl_this_index();\n"

@@ -52,7 +52,7 @@ static PyObject *kernel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     PyObject *inputs, *outputs;
     int contiguous = 1, atomic = 0, mode = 0, debug = 0, sanitizer = 0;
     long long iterations = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!O!s|spipzppL", keywords, &name, &PyTuple_Type, &inputs,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!O!s|sppizppL", keywords, &name, &PyTuple_Type, &inputs,
                                      &PyTuple_Type, &outputs, &source, &options.header, &contiguous, &atomic, &mode,
                                      &options.fallback_compiler, &debug, &sanitizer, &iterations))
         return NULL;

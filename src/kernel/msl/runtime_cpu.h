@@ -161,7 +161,7 @@ static __attribute__((noinline)) void __mtl_threadgroup_barrier() {
 }
 
 /* The calling thread is done with the kernel's body. */
-static __attribute__((noinline, noreturn)) void __mtl_finish() {
+static __attribute__((noinline)) void __mtl_finish() {
     mtl_group &group = __mtl_this_group();
     unsigned index = __mtl_this_index(), bit = 1u << index % mtl_simd_lanes;
     mtl_simdgroup &simd = group.simdgroup[index / mtl_simd_lanes];
@@ -169,7 +169,7 @@ static __attribute__((noinline, noreturn)) void __mtl_finish() {
     simd.alive &= ~bit;
     group.finished++;
     __mtl_yield();
-    __builtin_unreachable();
+    __builtin_trap(); /* nobody switches back to it */
 }
 
 /* Loops of a kernel that counts them come by here. */
