@@ -403,6 +403,29 @@ static void add_threads(mtl_text *out, const mtl_definition *definition, const m
 
 /* ---- the kernel of a GPU ---- */
 
+static void add_cuda_call(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                          const mtl_types *types) {
+    mtl_text_format(out, "custom_kernel_%s", definition->name);
+    add_template_values(out, types, "<", ", ", ">");
+    mtl_text_add_string(out, "(group");
+    for (int i = 0; i < definition->input_count; i++) {
+        const char *type = mtl_metal_type(types->inputs[i].dtype);
+        /* A scalar of the host's comes with the launch. */
+        if (types->inputs[i].is_scalar)
+            mtl_text_format(out, ", *(__mtl_in_%d ? __mtl_in_%d : (const %s *)&launch.scalar[%d])", i, i, type, i);
+        else mtl_text_format(out, ", __mtl_in_%d", i);
+        unsigned char mentioned = mentions->input[i];
+        if (mentioned & MTL_MENTIONS_SHAPE) mtl_text_format(out, ", launch.shapes + launch.shape_at[%d]", i);
+        if (mentioned & MTL_MENTIONS_STRIDES) mtl_text_format(out, ", launch.strides + launch.strides_at[%d]", i);
+        if (mentioned & MTL_MENTIONS_RANK) mtl_text_format(out, ", launch.rank[%d]", i);
+    }
+    for (int i = 0; i < definition->output_count; i++) mtl_text_format(out, ", __mtl_out_%d", i);
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (mentions->attributes >> i & 1) mtl_text_format(out, ", %s", attributes[i].value);
+    }
+    mtl_text_add_string(out, ");\n");
+}
+
 /* Data is a parameter for each buffer, which alone the compiler believes to overlap no other; the rest is one struct, laid out as
  * mtl_cuda_layout says. */
 static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
@@ -431,32 +454,43 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
     mtl_text_add_string(out, "const __grid_constant__ mtl_launch launch) {\n"
                              "    const mtl_dispatch &dispatch = launch.dispatch;\n"
                              "    mtl_group group;\n"
-                             "    unsigned index, local[3];\n"
-                             "    if (!__mtl_place(dispatch, group, index, local)) return;\n"
+                             "    unsigned index, local[3];\n");
+    if (mtl_cuda_is_wide(definition, mentions)) {
+        mtl_text_format(out,
+                        "    if (dispatch.flags & mtl_flag_wide) {\n"
+                        "        unsigned first = blockIdx.x * blockDim.x * %d + threadIdx.x;\n"
+                        "        unsigned y = blockIdx.y * blockDim.y + threadIdx.y, z = blockIdx.z * blockDim.z + threadIdx.z;\n"
+                        "        if (y >= dispatch.grid[1] || z >= dispatch.grid[2]) return;\n"
+                        "        if ((blockIdx.x + 1) * blockDim.x * %d <= dispatch.grid[0]) {\n"
+                        "#pragma unroll\n"
+                        "            for (unsigned step = 0; step < %d; ++step) {\n"
+                        "                unsigned x = first + step * blockDim.x;\n"
+                        "                ",
+                        MTL_CUDA_WIDTH, MTL_CUDA_WIDTH, MTL_CUDA_WIDTH);
+        add_cuda_call(out, definition, mentions, types);
+        mtl_text_add_string(out, "            }\n"
+                                 "        } else {\n"
+                                 "            for (unsigned x = first; x < dispatch.grid[0]; x += blockDim.x) {\n"
+                                 "                ");
+        add_cuda_call(out, definition, mentions, types);
+        mtl_text_add_string(out, "            }\n        }\n        return;\n    }\n");
+    }
+    mtl_text_add_string(out, "    if (!__mtl_place(dispatch, group, index, local)) return;\n"
                              "    unsigned lx = local[0], ly = local[1], lz = local[2];\n"
                              "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
                              "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
                              "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
                              "    (void)x, (void)y, (void)z;\n    ");
-    mtl_text_format(out, "custom_kernel_%s", definition->name);
-    add_template_values(out, types, "<", ", ", ">");
-    mtl_text_add_string(out, "(group");
-    for (int i = 0; i < inputs; i++) {
-        const char *type = mtl_metal_type(types->inputs[i].dtype);
-        /* A scalar of the host's comes with the launch. */
-        if (types->inputs[i].is_scalar)
-            mtl_text_format(out, ", *(__mtl_in_%d ? __mtl_in_%d : (const %s *)&launch.scalar[%d])", i, i, type, i);
-        else mtl_text_format(out, ", __mtl_in_%d", i);
-        unsigned char mentioned = mentions->input[i];
-        if (mentioned & MTL_MENTIONS_SHAPE) mtl_text_format(out, ", launch.shapes + launch.shape_at[%d]", i);
-        if (mentioned & MTL_MENTIONS_STRIDES) mtl_text_format(out, ", launch.strides + launch.strides_at[%d]", i);
-        if (mentioned & MTL_MENTIONS_RANK) mtl_text_format(out, ", launch.rank[%d]", i);
-    }
-    for (int i = 0; i < definition->output_count; i++) mtl_text_format(out, ", __mtl_out_%d", i);
-    for (int i = 0; i < ATTRIBUTES; i++) {
-        if (mentions->attributes >> i & 1) mtl_text_format(out, ", %s", attributes[i].value);
-    }
-    mtl_text_add_string(out, ");\n}\n");
+    add_cuda_call(out, definition, mentions, types);
+    mtl_text_add_string(out, "}\n");
+}
+
+/* One element a thread is too few loads under way for a GPU's memory. Where nothing depends on the threadgroup, and the body is
+ * short, a thread can do several positions of the grid. */
+bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions) {
+    enum { SHORT = 600 };
+    return !mentions->lanes_meet && !mentions->relative && !definition->atomic_outputs &&
+           strlen(definition->source) < SHORT;
 }
 
 mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions) {

@@ -104,9 +104,9 @@ struct swizzle {
     template <class U>                                                                                                \
     MSL_FN constexpr explicit vec(const vec<U, N> &b) : vec(EACH(T, MSL_CONVERT, )) {}                                       \
     template <class V, class U, int W, int... I>                                                                      \
-    MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(V(b)) {}                               \
+    MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(b.operator V()) {}                      \
     template <class V>                                                                                                \
-    MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(V(b)) {}                                              \
+    MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(b.operator V()) {}                                     \
     MSL_FN constexpr T &operator[](int i) { return e[i]; }                                                            \
     MSL_FN constexpr T operator[](int i) const { return MSL_AT_##N; }                                                 \
     MSL_VEC_ARITHMETIC(EACH, +)                                                                                       \
