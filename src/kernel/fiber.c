@@ -9,17 +9,22 @@
 
 enum {
     GROUP_MEMORY = 8 << 20,     /* of threadgroup variables; Metal has 32 KiB */
-    MOST_KEPT_BYTES = 1 << 24,  /* stacks of this size each are given back to the system */
+    SMALL_STACK_BITS = 14,
+    MOST_KEPT_STACK_BITS = 17, /* larger ones are given back to the system */
 };
 
 /* ---- which thread runs next ------------------------------------------------------------------------------------------------ */
+
+static unsigned long mark_of(const mtl_group *group, unsigned index, unsigned level) {
+    return level < mtl_near_levels ? group->thread[index].mark[level] : group->far_mark[index][level - mtl_near_levels];
+}
 
 /* Below 0: a comes first in program order; 0: the same place of it. */
 static int compare(const mtl_group *group, unsigned a, unsigned b) {
     const mtl_thread *first = &group->thread[a], *second = &group->thread[b];
     unsigned levels = first->level < second->level ? first->level : second->level;
     for (unsigned i = 0; i < levels; i++) {
-        unsigned long left = group->place[a].mark[i], right = group->place[b].mark[i];
+        unsigned long left = mark_of(group, a, i), right = mark_of(group, b, i);
         if (left != right) return left < right ? -1 : 1;
     }
     if (first->level != second->level) return first->level < second->level ? -1 : 1;
@@ -118,7 +123,8 @@ static bool map_stacks(mtl_workspace *workspace, int stack_bits) {
         munmap(aligned, size);
         return false;
     }
-    madvise(aligned, size, MADV_NOHUGEPAGE); /* a page of each stack is used */
+    /* Small stacks are used all, and a few large pages hold them; of large ones a small page is. */
+    madvise(aligned, size, stack_bits <= SMALL_STACK_BITS ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     mtl_group *group = &workspace->group;
     memcpy(aligned, &group, sizeof(mtl_group *)); /* at the far end of the first stack: how threads find their group */
     workspace->stacks = aligned;
@@ -176,7 +182,7 @@ void mtl_workspace_give(mtl_workspace *workspace, bool reusable) {
     if (group->declare == declare_separately) {
         for (int i = 0; i < mtl_most_variables; i++) free(group->variable[i]);
     }
-    if (!reusable || workspace->stack_bits > 16) {
+    if (!reusable || workspace->stack_bits > MOST_KEPT_STACK_BITS) {
         free_workspace(workspace);
         return;
     }

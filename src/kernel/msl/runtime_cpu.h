@@ -30,7 +30,7 @@ __mtl_inline unsigned __mtl_this_index() {
 #else
 #define __mtl_more_clobbers
 #endif
-static __attribute__((noinline)) void __mtl_switch(void **from, void *to) {
+__mtl_inline void __mtl_switch(void **from, void *to) {
     __asm__ volatile(
         "pushq %%rbp\n\t"
         "pushq %%rbx\n\t"
@@ -57,7 +57,7 @@ __mtl_inline void *__mtl_fresh_stack(char *top, void (*entry)()) {
     return stack;
 }
 #elif defined(__aarch64__)
-static __attribute__((noinline)) void __mtl_switch(void **from, void *to) {
+__mtl_inline void __mtl_switch(void **from, void *to) {
     register void **first __asm__("x0") = from;
     register void *second __asm__("x1") = to;
     __asm__ volatile(
@@ -91,58 +91,61 @@ __mtl_inline void *__mtl_fresh_stack(char *top, void (*entry)()) {
 __mtl_inline unsigned __mtl_lane() { return __mtl_this_index() % mtl_simd_lanes; }
 
 /* The calling thread has left its simdgroup's ready lanes: runs others, and returns when its turn comes again. */
-static __attribute__((noinline)) void __mtl_yield() {
-    mtl_group &group = __mtl_this_group();
-    unsigned index = __mtl_this_index();
-    unsigned first = index / mtl_simd_lanes * mtl_simd_lanes, ready = group.simdgroup[index / mtl_simd_lanes].ready;
-    int next = ready ? (int)(first + (unsigned)__builtin_ctz(ready)) : group.next(&group, index);
+__mtl_inline void __mtl_yield(mtl_group &group, unsigned index, const mtl_simdgroup &simd) {
+    unsigned ready = simd.ready;
+    int next = ready ? (int)(index / mtl_simd_lanes * mtl_simd_lanes + (unsigned)__builtin_ctz(ready))
+                     : group.next(&group, index);
     if (next == (int)index) return;
     __mtl_switch(&group.thread[index].stack, next < 0 ? group.home : group.thread[next].stack);
 }
 
-/* Runs once when every active lane of this simdgroup stands at this call:
- *     combine(const Argument (&values)[32], Result (&results)[32], unsigned active)
- * where values[i] is there for the bits i of `active`, and results[i] has to be set. Both are trivially copyable. One lane runs
- * combine for all of them: what depends on the lane stands in Argument. */
+/* One lane does the exchange for all that wait at it. */
 template <typename Result, typename Argument, typename Combine>
-static __attribute__((noinline)) void __mtl_exchange(const Argument *mine, Result *result, Combine combine) {
-    static const char identity = 0;
-    mtl_group &group = __mtl_this_group();
-    unsigned index = __mtl_this_index(), lane = index % mtl_simd_lanes;
-    mtl_thread &self = group.thread[index];
-    mtl_simdgroup &simd = group.simdgroup[index / mtl_simd_lanes];
-    self.argument = mine;
-    self.result = result;
-    self.exchange = &identity;
-    self.sequence++;
-    simd.ready &= ~(1u << lane);
-    simd.waiting |= 1u << lane;
-    __mtl_yield();
-    if (simd.leader != (int)lane) return;
-
-    const mtl_thread *threads = &self - lane;
+static __attribute__((noinline)) void __mtl_lead(mtl_simdgroup &simd, const mtl_thread *threads, Combine combine) {
     unsigned active = simd.active;
     Argument values[mtl_simd_lanes];
     Result results[mtl_simd_lanes];
-    for (unsigned left = active; left; left &= left - 1) {
-        unsigned i = (unsigned)__builtin_ctz(left);
-        values[i] = *(const Argument *)threads[i].argument;
-    }
-    combine(values, results, active);
-    for (unsigned left = active; left; left &= left - 1) {
-        unsigned i = (unsigned)__builtin_ctz(left);
-        *(Result *)threads[i].result = results[i];
+    if (active == ~0u) {
+        for (unsigned i = 0; i < mtl_simd_lanes; i++) values[i] = *(const Argument *)threads[i].argument;
+        combine(values, results, ~0u);
+        for (unsigned i = 0; i < mtl_simd_lanes; i++) *(Result *)threads[i].result = results[i];
+    } else {
+        for (unsigned left = active; left; left &= left - 1) {
+            unsigned i = (unsigned)__builtin_ctz(left);
+            values[i] = *(const Argument *)threads[i].argument;
+        }
+        combine(values, results, active);
+        for (unsigned left = active; left; left &= left - 1) {
+            unsigned i = (unsigned)__builtin_ctz(left);
+            *(Result *)threads[i].result = results[i];
+        }
     }
     simd.leader = -1;
     simd.waiting &= ~active;
     simd.ready |= active;
 }
 
+/* Runs once when every active lane of this simdgroup stands at this call:
+ *     combine(const Argument (&values)[32], Result (&results)[32], unsigned active)
+ * where values[i] is there for the bits i of `active`, and results[i] has to be set. Both are trivially copyable. One lane runs
+ * combine for all of them: what depends on the lane stands in Argument. All of it but combine is inlined, so that a switch
+ * comes back by a jump, which is predicted, and saves what is live, no more. */
 template <typename Result, typename Argument, typename Combine>
 __mtl_inline Result __mtl_collective(const Argument &mine, Combine combine) {
+    mtl_group &group = __mtl_this_group();
+    unsigned index = __mtl_this_index(), lane = index % mtl_simd_lanes;
+    mtl_thread &self = group.thread[index];
+    mtl_simdgroup &simd = group.simdgroup[index / mtl_simd_lanes];
     Argument argument = mine;
     Result result;
-    __mtl_exchange<Result, Argument, Combine>(&argument, &result, combine);
+    self.argument = &argument;
+    self.result = &result;
+    self.exchange = (const void *)&__mtl_lead<Result, Argument, Combine>;
+    self.sequence++;
+    simd.ready &= ~(1u << lane);
+    simd.waiting |= 1u << lane;
+    __mtl_yield(group, index, simd);
+    if (simd.leader == (int)lane) __mtl_lead<Result, Argument, Combine>(simd, &self - lane, combine);
     return result;
 }
 
@@ -150,48 +153,58 @@ __mtl_inline void __mtl_simdgroup_barrier() {
     __mtl_collective<char>((char)0, [](const char (&)[mtl_simd_lanes], char (&)[mtl_simd_lanes], unsigned) {});
 }
 
-static __attribute__((noinline)) void __mtl_threadgroup_barrier() {
+__mtl_inline void __mtl_threadgroup_barrier() {
     mtl_group &group = __mtl_this_group();
     unsigned index = __mtl_this_index(), bit = 1u << index % mtl_simd_lanes;
     mtl_simdgroup &simd = group.simdgroup[index / mtl_simd_lanes];
     group.thread[index].sequence++;
     simd.ready &= ~bit;
     simd.barrier |= bit;
-    __mtl_yield();
+    __mtl_yield(group, index, simd);
 }
 
 /* The calling thread is done with the kernel's body. */
-static __attribute__((noinline)) void __mtl_finish() {
+__mtl_inline void __mtl_finish() {
     mtl_group &group = __mtl_this_group();
     unsigned index = __mtl_this_index(), bit = 1u << index % mtl_simd_lanes;
     mtl_simdgroup &simd = group.simdgroup[index / mtl_simd_lanes];
     simd.ready &= ~bit;
     simd.alive &= ~bit;
     group.finished++;
-    __mtl_yield();
+    __mtl_yield(group, index, simd);
     __builtin_trap(); /* nobody switches back to it */
 }
 
 /* Loops of a kernel that counts them come by here. */
-__mtl_inline bool __mtl_iterate() {
+static __attribute__((noinline)) bool __mtl_iterate() {
     mtl_group &group = __mtl_this_group();
-    mtl_thread &self = group.thread[__mtl_this_index()];
-    if (__builtin_expect(++self.iterations > group.dispatch->most_iterations, 0)) {
+    unsigned index = __mtl_this_index();
+    if (__builtin_expect(++group.iterations[index] > group.dispatch->most_iterations, 0)) {
         group.failure = mtl_failure_iterations;
-        __mtl_switch(&self.stack, group.home);
+        __mtl_switch(&group.thread[index].stack, group.home);
     }
     return false;
 }
 
-/* The marks of src/kernel/places.c. The thread is at the place `number`, within so many loops of its function. */
+/* The marks of src/kernel/places.c. */
+__mtl_inline unsigned long &__mtl_mark(mtl_group &group, unsigned index, unsigned level) {
+    return __builtin_expect(level < mtl_near_levels, 1) ? group.thread[index].mark[level]
+                                                        : group.far_mark[index][level - mtl_near_levels];
+}
+
+__mtl_inline unsigned __mtl_level(const mtl_thread &self, unsigned loops) {
+    unsigned level = self.frame + loops;
+    return __builtin_expect(level < mtl_most_levels - 1, 1) ? level : mtl_most_levels - 2;
+}
+
+/* The thread is at the place `number`, within so many loops of its function. */
 __mtl_inline void __mtl_at(unsigned loops, unsigned long number) {
     mtl_group &group = __mtl_this_group();
     unsigned index = __mtl_this_index();
     mtl_thread &self = group.thread[index];
-    unsigned level = self.frame + loops;
-    if (level >= mtl_most_levels) level = mtl_most_levels - 1;
-    group.place[index].mark[level] = number << 32;
-    self.level = level + 1;
+    unsigned level = __mtl_level(self, loops);
+    __mtl_mark(group, index, level) = number << 32;
+    self.level = (unsigned short)(level + 1);
     self.sequence = 0;
 }
 
@@ -200,12 +213,11 @@ __mtl_inline bool __mtl_loop(unsigned loops, unsigned long number) {
     mtl_group &group = __mtl_this_group();
     unsigned index = __mtl_this_index();
     mtl_thread &self = group.thread[index];
-    unsigned level = self.frame + loops;
-    if (level >= mtl_most_levels) level = mtl_most_levels - 1;
-    unsigned long *mark = &group.place[index].mark[level];
-    *mark = *mark >> 32 == number ? *mark + 1 : number << 32;
-    mark[1] = 0;
-    self.level = level + 1;
+    unsigned level = __mtl_level(self, loops);
+    unsigned long &mark = __mtl_mark(group, index, level);
+    mark = mark >> 32 == number ? mark + 1 : number << 32;
+    __mtl_mark(group, index, level + 1) = 0;
+    self.level = (unsigned short)(level + 1);
     self.sequence = 0;
     return false;
 }
@@ -218,10 +230,12 @@ struct __mtl_frame {
         unsigned index = __mtl_this_index();
         mtl_thread &self = group.thread[index];
         before = self.frame;
-        self.frame = self.level < mtl_most_levels ? self.level : mtl_most_levels - 1;
-        group.place[index].mark[self.frame] = 0;
+        self.frame = self.level < mtl_most_levels - 1 ? self.level : (unsigned short)(mtl_most_levels - 2);
+        __mtl_mark(group, index, self.frame) = 0;
     }
-    __mtl_inline_member ~__mtl_frame() { __mtl_this_group().thread[__mtl_this_index()].frame = before; }
+    __mtl_inline_member ~__mtl_frame() {
+        __mtl_this_group().thread[__mtl_this_index()].frame = (unsigned short)before;
+    }
 };
 
 /* A variable in threadgroup memory. */
@@ -260,14 +274,15 @@ static bool __mtl_run_group(mtl_group &group, char *stacks, void (*entry)()) {
     for (unsigned i = 0; i < group.threads; i++) {
         mtl_thread &thread = group.thread[i];
         /* Stacks begin at different places of their pages: at equal ones they would all fall into the same few cache sets. */
-        unsigned long top = ((unsigned long)(i + 1) << MTL_STACK_BITS) - i % 16 * 448;
+        unsigned long top = ((unsigned long)(i + 1) << MTL_STACK_BITS) - i % 32 * 64;
         thread.stack = __mtl_fresh_stack(stacks + top, entry);
-        thread.level = thread.frame = thread.sequence = 0;
-        thread.iterations = 0;
-        group.place[i].mark[0] = 0;
-        thread.position[0] = x;
-        thread.position[1] = y;
-        thread.position[2] = z;
+        thread.level = thread.frame = 0;
+        thread.sequence = 0;
+        thread.mark[0] = 0;
+        if (group.dispatch->most_iterations) group.iterations[i] = 0;
+        group.position_of[i][0] = x;
+        group.position_of[i][1] = y;
+        group.position_of[i][2] = z;
         if (++x == group.extent[0]) {
             x = 0;
             if (++y == group.extent[1]) y = 0, z++;
