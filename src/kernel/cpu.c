@@ -282,7 +282,7 @@ typedef struct job {
 
 static void run_range(job *j, mtl_workspace *workspace, unsigned long begin, unsigned long end) {
     if (begin == end || atomic_load_explicit(&j->failed, memory_order_relaxed)) return;
-    mtl_group *group = &workspace->group;
+    mtl_group *group = workspace->group;
     group->dispatch = j->dispatch;
     j->variant->run(group, workspace->stacks, begin, end);
     int none = 0;
@@ -304,7 +304,7 @@ static int64_t now_ns(void) {
 }
 
 static metalloid_status report(const metalloid_kernel *kernel, const job *j) {
-    const mtl_group *group = &j->failed_in->group;
+    const mtl_group *group = j->failed_in->group;
     const char *name = kernel->definition.name;
     const unsigned *at = group->position;
     switch (j->failed) {
@@ -378,7 +378,7 @@ static metalloid_status run(const metalloid_context *context, const metalloid_ke
     }
     if (bits) pthread_sigmask(SIG_SETMASK, &signals, NULL);
     metalloid_status status = j->failed ? report(kernel, j) : METALLOID_OK;
-    for (int i = 0; i < workers; i++) mtl_workspace_give(workspaces[i], !workspaces[i]->group.failure);
+    for (int i = 0; i < workers; i++) mtl_workspace_give(workspaces[i], !workspaces[i]->group->failure);
     return status;
 }
 

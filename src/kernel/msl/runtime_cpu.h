@@ -5,15 +5,26 @@
  * With part of the lanes elsewhere, those that are first in program order go on first, so that lanes meet again where a
  * GPU's would. The common case, all lanes at the same place, costs one switch a lane.
  *
- * The stacks of a worker lie behind each other in a region that is aligned to its size, and the region's first word points
- * to its mtl_group: a thread finds what it belongs to by its stack pointer, without thread-local storage. */
+ * The stacks of a worker lie behind each other in a region that is aligned to its size; behind the last one, in the middle of
+ * the region, is its mtl_group. So a thread finds what it belongs to by its stack pointer alone: no thread-local storage, and
+ * no load that the next switch would have to wait for. */
 #define __mtl_inline static inline __attribute__((always_inline))
 #define __mtl_inline_member inline __attribute__((always_inline))
 
-__mtl_inline unsigned long __mtl_stack_pointer() { return (unsigned long)__builtin_frame_address(0); }
+/* Read anew each time: kept, it would come back from the stack after a switch, which is what everything then waits for. */
+__mtl_inline unsigned long __mtl_stack_pointer() {
+    unsigned long pointer;
+#if defined(__x86_64__)
+    __asm__ volatile("movq %%rsp, %0" : "=r"(pointer));
+#else
+    __asm__ volatile("mov %0, sp" : "=r"(pointer));
+#endif
+    return pointer;
+}
 
 __mtl_inline mtl_group &__mtl_this_group() {
-    return **(mtl_group **)(__mtl_stack_pointer() & ~(((unsigned long)mtl_most_threads << MTL_STACK_BITS) - 1));
+    const unsigned long stacks = (unsigned long)mtl_most_threads << MTL_STACK_BITS;
+    return *(mtl_group *)((__mtl_stack_pointer() & ~(stacks - 1)) + stacks);
 }
 
 __mtl_inline unsigned __mtl_this_index() {
@@ -90,13 +101,19 @@ __mtl_inline void *__mtl_fresh_stack(char *top, void (*entry)()) {
 
 __mtl_inline unsigned __mtl_lane() { return __mtl_this_index() % mtl_simd_lanes; }
 
-/* The calling thread has left its simdgroup's ready lanes: runs others, and returns when its turn comes again. */
+/* The calling thread has left its simdgroup's ready lanes: runs others, and returns when its turn comes again. Mostly it is
+ * the next lane's turn: a branch, which is predicted, so that its stack need not be waited for. */
 __mtl_inline void __mtl_yield(mtl_group &group, unsigned index, const mtl_simdgroup &simd) {
     unsigned ready = simd.ready;
+    mtl_thread *self = &group.thread[index];
+    if (__builtin_expect((ready & (2u << index % mtl_simd_lanes)) != 0, 1)) {
+        __mtl_switch(&self->stack, self[1].stack);
+        return;
+    }
     int next = ready ? (int)(index / mtl_simd_lanes * mtl_simd_lanes + (unsigned)__builtin_ctz(ready))
                      : group.next(&group, index);
     if (next == (int)index) return;
-    __mtl_switch(&group.thread[index].stack, next < 0 ? group.home : group.thread[next].stack);
+    __mtl_switch(&self->stack, next < 0 ? group.home : group.thread[next].stack);
 }
 
 /* One lane does the exchange for all that wait at it. */
@@ -145,7 +162,9 @@ __mtl_inline Result __mtl_collective(const Argument &mine, Combine combine) {
     simd.ready &= ~(1u << lane);
     simd.waiting |= 1u << lane;
     __mtl_yield(group, index, simd);
-    if (simd.leader == (int)lane) __mtl_lead<Result, Argument, Combine>(simd, &self - lane, combine);
+    mtl_simdgroup &again = __mtl_this_group().simdgroup[__mtl_this_index() / mtl_simd_lanes];
+    if (__builtin_expect(again.leader == (int)(__mtl_this_index() % mtl_simd_lanes), 0))
+        __mtl_lead<Result, Argument, Combine>(again, &self - lane, combine);
     return result;
 }
 
