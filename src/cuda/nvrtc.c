@@ -35,7 +35,7 @@ static struct { NVRTC_FUNCTIONS(NVRTC_FIELD) } nvrtc;
 
 static pthread_once_t opened = PTHREAD_ONCE_INIT;
 static char why_closed[512];
-static char identity[PATH_MAX + 64], include_option[PATH_MAX + 32];
+static char identity[PATH_MAX + 64], include_option[PATH_MAX + 32], cccl_option[PATH_MAX + 64];
 static int newest_arch;
 
 static bool is_directory(const char *path) {
@@ -105,11 +105,12 @@ static void find_include(void *function) {
             snprintf(path, sizeof path, "%s/%s/cuda_fp16.h", library, places[i]);
             if (access(path, R_OK) != 0) continue;
             snprintf(include_option, sizeof include_option, "-I%.3000s/%s", library, places[i]);
-            return;
+            break;
         }
     }
-    if (is_directory("/usr/local/cuda/include"))
+    if (!include_option[0] && is_directory("/usr/local/cuda/include"))
         snprintf(include_option, sizeof include_option, "-I/usr/local/cuda/include");
+    snprintf(cccl_option, sizeof cccl_option, "%s/cccl", include_option); /* cuda/std, since CUDA 13 */
 }
 
 static void open_nvrtc(void) {
@@ -165,7 +166,10 @@ char *mtl_nvrtc_compile(const char *unit, int arch, const char *const *options, 
     snprintf(target, sizeof target, "-arch=%s_%d", machine_code ? "sm" : "compute", machine_code ? arch : newest_arch);
     int used = 0;
     all[used++] = target;
-    if (include && include_option[0]) all[used++] = include_option;
+    if (include && include_option[0]) {
+        all[used++] = include_option;
+        all[used++] = cccl_option;
+    }
     for (int i = 0; i < count && used < MOST_OPTIONS; i++) all[used++] = options[i];
     program unit_program = NULL;
     char *bytes = NULL;
