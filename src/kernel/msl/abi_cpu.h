@@ -39,6 +39,7 @@ typedef struct mtl_simdgroup {
     unsigned alive, ready, waiting, barrier;
     unsigned active; /* the lanes of the exchange that `leader` does next */
     int leader;      /* -1: none */
+    unsigned long shared[8]; /* the result of an exchange that has one for all; every lane has read it before the next is done */
 } mtl_simdgroup;
 
 /* What one worker needs to run threadgroups, one after the other. */

@@ -168,8 +168,49 @@ __mtl_inline Result __mtl_collective(const Argument &mine, Combine combine) {
     return result;
 }
 
+/* The same with one result, of at most 64 bytes, for all lanes: combine(values, active) returns it. */
+template <typename Result, typename Argument, typename Combine>
+static __attribute__((noinline)) void __mtl_lead_uniform(mtl_simdgroup &simd, const mtl_thread *threads,
+                                                         Combine combine) {
+    unsigned active = simd.active;
+    Argument values[mtl_simd_lanes];
+    if (active == ~0u) {
+        for (unsigned i = 0; i < mtl_simd_lanes; i++) values[i] = *(const Argument *)threads[i].argument;
+        *(Result *)simd.shared = combine(values, ~0u);
+    } else {
+        for (unsigned left = active; left; left &= left - 1) {
+            unsigned i = (unsigned)__builtin_ctz(left);
+            values[i] = *(const Argument *)threads[i].argument;
+        }
+        *(Result *)simd.shared = combine(values, active);
+    }
+    simd.leader = -1;
+    simd.waiting &= ~active;
+    simd.ready |= active;
+}
+
+template <typename Result, typename Argument, typename Combine>
+__mtl_inline Result __mtl_collective_uniform(const Argument &mine, Combine combine) {
+    static_assert(sizeof(Result) <= sizeof(mtl_simdgroup::shared), "a result for all lanes is small");
+    mtl_group &group = __mtl_this_group();
+    unsigned index = __mtl_this_index(), lane = index % mtl_simd_lanes;
+    mtl_thread &self = group.thread[index];
+    mtl_simdgroup &simd = group.simdgroup[index / mtl_simd_lanes];
+    Argument argument = mine;
+    self.argument = &argument;
+    self.exchange = (const void *)&__mtl_lead_uniform<Result, Argument, Combine>;
+    self.sequence++;
+    simd.ready &= ~(1u << lane);
+    simd.waiting |= 1u << lane;
+    __mtl_yield(group, index, simd);
+    mtl_simdgroup &again = __mtl_this_group().simdgroup[__mtl_this_index() / mtl_simd_lanes];
+    if (__builtin_expect(again.leader == (int)(__mtl_this_index() % mtl_simd_lanes), 0))
+        __mtl_lead_uniform<Result, Argument, Combine>(again, &self - lane, combine);
+    return *(const Result *)again.shared;
+}
+
 __mtl_inline void __mtl_simdgroup_barrier() {
-    __mtl_collective<char>((char)0, [](const char (&)[mtl_simd_lanes], char (&)[mtl_simd_lanes], unsigned) {});
+    __mtl_collective_uniform<char>((char)0, [](const char (&)[mtl_simd_lanes], unsigned) { return (char)0; });
 }
 
 __mtl_inline void __mtl_threadgroup_barrier() {
@@ -293,7 +334,7 @@ static bool __mtl_run_group(mtl_group &group, char *stacks, void (*entry)()) {
     for (unsigned i = 0; i < group.threads; i++) {
         mtl_thread &thread = group.thread[i];
         /* Stacks begin at different places of their pages: at equal ones they would all fall into the same few cache sets. */
-        unsigned long top = ((unsigned long)(i + 1) << MTL_STACK_BITS) - i % 32 * 64;
+        unsigned long top = ((unsigned long)(i + 1) << MTL_STACK_BITS) - (i + i / 16) % 32 * 64;
         thread.stack = __mtl_fresh_stack(stacks + top, entry);
         thread.level = thread.frame = 0;
         thread.sequence = 0;
@@ -310,7 +351,10 @@ static bool __mtl_run_group(mtl_group &group, char *stacks, void (*entry)()) {
     for (unsigned s = 0; s < group.simdgroups; s++) {
         unsigned lanes = group.threads - s * mtl_simd_lanes;
         unsigned all = lanes >= mtl_simd_lanes ? ~0u : (1u << lanes) - 1;
-        group.simdgroup[s] = mtl_simdgroup{all, all, 0, 0, 0, -1};
+        mtl_simdgroup &simd = group.simdgroup[s];
+        simd.alive = simd.ready = all;
+        simd.waiting = simd.barrier = simd.active = 0;
+        simd.leader = -1;
     }
     __mtl_switch(&group.home, group.thread[0].stack);
     return group.failure == mtl_failure_none;
