@@ -18,6 +18,7 @@
 enum {
     MOST_OPTIONS = 16,
     MOST_BLOCKS_YZ = 65535, /* along y and z of a grid */
+    BLOCKS_FOR_WIDTH = 32,  /* of a multiprocessor */
     COPY_AXES = 16,
     COPY_THREADS = 256,
 };
@@ -261,6 +262,12 @@ static metalloid_status launch_metal(const mtl_cuda_call *call, const metalloid_
         blocks[0] = (uint32_t)(all * groups[2]);
         blocks[1] = blocks[2] = 1;
         flags |= MTL_CUDA_LINEAR;
+    }
+    /* With the blocks for it, a thread does several positions. */
+    int64_t enough = (int64_t)call->device->multiprocessors * BLOCKS_FOR_WIDTH;
+    if (!(flags & MTL_CUDA_LINEAR) && (int64_t)blocks[0] >= enough && mtl_cuda_is_wide(&kernel->definition, &kernel->mentions)) {
+        blocks[0] = (blocks[0] - 1) / MTL_CUDA_WIDTH + 1;
+        flags |= MTL_CUDA_WIDE;
     }
     MTL_TRY(lay_out(kernel, launch, &layout, groups, flags, bytes));
     void *pointers[2 * MTL_MOST_BUFFERS], *parameters[2 * MTL_MOST_BUFFERS + 1];

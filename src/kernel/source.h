@@ -4,6 +4,7 @@
 
 #include "core/dtype.h"
 #include "kernel/text.h"
+#include "kernel/tokenizer.h"
 
 enum {
     MTL_MOST_BUFFERS = 64,     /* inputs, and outputs, of a kernel; Metal has 31 in all */
@@ -62,6 +63,16 @@ void mtl_metal_source(mtl_text *out, const mtl_definition *definition, const mtl
 
 typedef enum mtl_target { MTL_TARGET_CPU, MTL_TARGET_CUDA } mtl_target;
 
+/* Functions of the user's, parts of whose text are their names. */
+typedef struct mtl_name {
+    const char *text;
+    size_t length;
+} mtl_name;
+typedef struct mtl_names {
+    mtl_name *name;
+    size_t count;
+} mtl_names;
+
 typedef struct mtl_unit_options {
     mtl_target target;
     metalloid_math_mode math_mode;
@@ -69,24 +80,34 @@ typedef struct mtl_unit_options {
     bool count_iterations; /* CPU */
     int most_threads;      /* CUDA: of a threadgroup */
     bool halves;           /* 16-bit floats are in play */
+    const mtl_names *meeting; /* where threads have stacks: the functions at which lanes meet; else NULL */
 } mtl_unit_options;
 
 /* CUDA: the struct that a launch passes beside the buffers, as offsets in bytes; 0: not there. Its first 40 bytes are grid, threadgroup
  * and threadgroups (3 x uint32 each) and flags; then of each input a scalar's 8 bytes, the ranks, and where in `shapes` and
  * `strides` those of an input begin. */
-enum { MTL_CUDA_EXTENTS = 128, MTL_CUDA_WHOLE = 1, MTL_CUDA_LINEAR = 2 };
+enum { MTL_CUDA_EXTENTS = 128, MTL_CUDA_WHOLE = 1, MTL_CUDA_LINEAR = 2, MTL_CUDA_WIDE = 4, MTL_CUDA_WIDTH = 4 };
 typedef struct mtl_cuda_layout {
     int scalars_at, ints_at, strides_at, shapes_at, size;
 } mtl_cuda_layout;
 mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions);
 
+/* Whether the kernel has a form in which a thread does MTL_CUDA_WIDTH positions along x. */
+bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions);
+
 /* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them. */
 void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types, const mtl_unit_options *options);
 
+/* The functions of header and body at which lanes meet. False: no memory. */
+bool mtl_find_meeting_functions(mtl_names *names, const mtl_definition *definition);
+
 /* Metal source as C++, with as many lines: address spaces, threadgroup variables, literals, attributes, includes. */
 typedef enum mtl_region { MTL_REGION_HEADER, MTL_REGION_BODY } mtl_region;
 void mtl_translate(mtl_text *out, const char *source, mtl_region region, const mtl_unit_options *options);
+
+/* Whether a token is the name of a function of Metal's at which the lanes of a simdgroup, or its quads, exchange something. */
+bool mtl_is_exchange(const mtl_token *token);
 
 const char *mtl_metal_type(mtl_dtype dtype); /* as MLX spells it: float16_t */
 

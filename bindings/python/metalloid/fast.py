@@ -1,5 +1,6 @@
 """The functions of ``mlx.core.fast``, with its signatures: ``mx.fast.X(...)`` becomes ``metalloid.fast.X(...)``."""
 
+from metalloid._kernel import metal_kernel
 from metalloid._native import (
     cross_entropy,
     gated_delta_update,
@@ -13,6 +14,7 @@ __all__ = [
     "cross_entropy",
     "gated_delta_update",
     "layer_norm",
+    "metal_kernel",
     "rms_norm",
     "rope",
     "scaled_dot_product_attention",

@@ -178,9 +178,7 @@ MSL_FN uint ballot(bool b) { return ::__ballot_sync(active(), b); }
 
 MSL_FN uint lane() { return __mtl_lane(); }
 MSL_FN uint active() {
-    return __mtl_collective<uint>(0u, [](const uint (&)[32], uint (&out)[32], uint mask) {
-        for (uint i = 0; i < 32; ++i) out[i] = mask;
-    });
+    return __mtl_collective_uniform<uint>('\0', [](const char (&)[32], uint mask) { return mask; });
 }
 template <class T>
 struct from {
@@ -207,6 +205,21 @@ template <int Width, class T, class F>
 MSL_FN T reduce(const T &x, F) {
     using B = bytes<T>;
     using C = combined_t<T>;
+    if constexpr (Width == 32 && sizeof(B) <= 64) {
+        return from_bytes<T>(__mtl_collective_uniform<B>(to_bytes(x), [](const B (&in)[32], uint mask) {
+            if (mask == 0xffffffffu) { // a tree, level by level in vectors
+                C c[32];
+                for (uint i = 0; i < 32; ++i) c[i] = C(from_bytes<T>(in[i]));
+                for (uint step = 16; step > 0; step /= 2)
+                    for (uint i = 0; i < step; ++i) c[i] = F()(c[i], c[i + step]);
+                return to_bytes(T(c[0]));
+            }
+            uint first = uint(__builtin_ctz(mask));
+            C sum(from_bytes<T>(in[first]));
+            for (uint rest = mask & (mask - 1); rest; rest &= rest - 1) sum = F()(sum, C(from_bytes<T>(in[__builtin_ctz(rest)])));
+            return to_bytes(T(sum));
+        }));
+    }
     return from_bytes<T>(__mtl_collective<B>(to_bytes(x), [](const B (&in)[32], B (&out)[32], uint mask) {
         for (uint base = 0; base < 32; base += Width) {
             bool first = true;
@@ -245,11 +258,13 @@ MSL_FN T prefix(const T &x, F, T identity) {
                                              }));
 }
 MSL_FN uint ballot(bool b) {
-    return __mtl_collective<uint>(b, [](const bool (&in)[32], uint (&out)[32], uint mask) {
+    return __mtl_collective_uniform<uint>(b, [](const bool (&in)[32], uint mask) {
         uint votes = 0;
-        for (uint i = 0; i < 32; ++i)
-            if (mask >> i & 1 && in[i]) votes |= 1u << i;
-        for (uint i = 0; i < 32; ++i) out[i] = votes;
+        for (uint rest = mask; rest; rest &= rest - 1) {
+            uint i = uint(__builtin_ctz(rest));
+            if (in[i]) votes |= 1u << i;
+        }
+        return votes;
     });
 }
 

@@ -6,7 +6,8 @@
 //
 // GPU products: of half and of bfloat, one mma.m16n8k8 of that type; of float, the left factor is split into two numbers of tf32,
 // high and low, which are the upper and the lower 8 rows of one mma.m16n8k8.tf32, and so is the right one, which makes two of
-// them. What is lost is what tf32 does not keep of the low parts: 2^-22 of a factor, where float's own rounding is 2^-24.
+// them. What is lost is what tf32 does not keep of the low parts: 2^-22 of a factor, where float's own rounding is 2^-24. Tensor cores cut
+// off sums where float rounds them: they add 8 products, and the running sum is added to outside.
 namespace metal {
 
 namespace msl_ {
@@ -147,8 +148,8 @@ MSL_FN uint tf32(float x) {
         float d0, d1, d2, d3;                                                                                         \
         asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};" \
                      : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)                                                         \
-                     : "r"(a0), "r"(0u), "r"(b0), "f"(c.x), "f"(c.y), "f"(0.0f), "f"(0.0f));                          \
-        return vec<float, 2>(d0, d1);                                                                                 \
+                     : "r"(a0), "r"(0u), "r"(b0), "f"(0.0f), "f"(0.0f), "f"(0.0f), "f"(0.0f));                        \
+        return vec<float, 2>(c.x + d0, c.y + d1);                                                                     \
     }
 #if __CUDA_ARCH__ >= 800
 MSL_MMA_16(half, "f16")
@@ -162,14 +163,14 @@ MSL_FN vec<float, 2> product(vec<float, 2> a, const float (&b)[2], vec<float, 2>
     uint bh0 = tf32(b[0]), bh1 = tf32(b[1]);
     uint bl0 = tf32(b[0] - float_of(bh0)), bl1 = tf32(b[1] - float_of(bh1));
     // Lanes have neighbouring columns of the left factor and neighbouring rows of the right: one order of k for both.
-    float d0 = c.x, d1 = c.y, d2 = 0.0f, d3 = 0.0f;
+    float d0 = 0.0f, d1 = 0.0f, d2 = 0.0f, d3 = 0.0f;
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
                  : "r"(ah0), "r"(al0), "r"(ah1), "r"(al1), "r"(bl0), "r"(bl1));
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
                  : "r"(ah0), "r"(al0), "r"(ah1), "r"(al1), "r"(bh0), "r"(bh1));
-    return vec<float, 2>(d0 + d2, d1 + d3);
+    return vec<float, 2>(c.x + (d0 + d2), c.y + (d1 + d3));
 #else
     // Without tf32: lane l's row of the left factor against its two columns of the right, by shuffles.
     uint l = lane();

@@ -98,15 +98,15 @@ struct swizzle {
         if (__builtin_is_constant_evaluated())                                                                        \
             MSL_ASSIGN_##N;                                                                                           \
         else                                                                                                          \
-            msl_::copy(this, &b, sizeof *this);                                                                 \
+            whole = b.whole;                                                                 \
         return *this;                                                                                                 \
     }                                                                                                                 \
     template <class U>                                                                                                \
     MSL_FN constexpr explicit vec(const vec<U, N> &b) : vec(EACH(T, MSL_CONVERT, )) {}                                       \
     template <class V, class U, int W, int... I>                                                                      \
-    MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(V(b)) {}                               \
+    MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(b.operator V()) {}                      \
     template <class V>                                                                                                \
-    MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(V(b)) {}                                              \
+    MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(b.operator V()) {}                                     \
     MSL_FN constexpr T &operator[](int i) { return e[i]; }                                                            \
     MSL_FN constexpr T operator[](int i) const { return MSL_AT_##N; }                                                 \
     MSL_VEC_ARITHMETIC(EACH, +)                                                                                       \
@@ -154,6 +154,9 @@ struct alignas(sizeof(T) * 2) vec<T, 2> {
             T r, g;
         };
         T e[2];
+        struct alignas(sizeof(T) * 2) {
+            T e[2];
+        } whole; // one store
 #define MSL_WIDTH 2
         MSL_SWIZZLES_2(MSL_S2, MSL_S3, MSL_S4)
 #undef MSL_WIDTH
@@ -175,6 +178,9 @@ struct alignas(sizeof(T) * 4) vec<T, 3> {
             T r, g, b;
         };
         T e[3];
+        struct alignas(sizeof(T) * 4) {
+            T e[3];
+        } whole; // one store
 #define MSL_WIDTH 3
         MSL_SWIZZLES_3(MSL_S2, MSL_S3, MSL_S4)
 #undef MSL_WIDTH
@@ -198,6 +204,9 @@ struct alignas(sizeof(T) * 4) vec<T, 4> {
             T r, g, b, a;
         };
         T e[4];
+        struct alignas(sizeof(T) * 4) {
+            T e[4];
+        } whole; // one store
 #define MSL_WIDTH 4
         MSL_SWIZZLES_4(MSL_S2, MSL_S3, MSL_S4)
 #undef MSL_WIDTH

@@ -1,0 +1,43 @@
+"""Every row of the support table of docs/custom-kernels.md, and kernels as users write them, against NumPy."""
+
+import metal_cases
+import numpy as np
+import pytest
+
+import metalloid.fast
+
+
+@pytest.mark.parametrize("case", metal_cases.CASES, ids=lambda case: case.name)
+def test_kernel_agrees_with_numpy(case):
+    input_names, output_names = case.names
+    kernel = metalloid.fast.metal_kernel(
+        "language", input_names, output_names, case.source, header=case.header, atomic_outputs=case.atomic_outputs
+    )
+    outputs = kernel(
+        inputs=case.inputs,
+        output_shapes=[expected.shape for expected in case.expected],
+        output_dtypes=[expected.dtype for expected in case.expected],
+        grid=case.grid,
+        threadgroup=case.threadgroup,
+        template=case.template,
+        init_value=case.init_value,
+    )
+    for output, expected in zip(outputs, case.expected, strict=True):
+        wide = np.complex128 if expected.dtype.kind == "c" else np.float64
+        np.testing.assert_allclose(output.astype(wide), expected.astype(wide), case.rtol, case.atol)
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("texture2d<float> t;", "textures"),
+        ("texture2d<half, access::read> t;", "textures"),
+        ("sampler s;", "samplers"),
+        ("visible_function_table<void()> t;", "function tables"),
+        ("raytracing::intersector<int> i;", "ray tracing"),
+    ],
+)
+def test_what_is_not_supported_says_so(source, what):
+    kernel = metalloid.fast.metal_kernel("unsupported", [], ["out"], source)
+    with pytest.raises(RuntimeError, match=what):
+        kernel(inputs=[], output_shapes=[(1,)], output_dtypes=[np.float32], grid=(1, 1, 1), threadgroup=(1, 1, 1))
