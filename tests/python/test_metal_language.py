@@ -1,10 +1,9 @@
 """Every row of the support table of docs/custom-kernels.md, and kernels as users write them, against NumPy."""
 
 import metal_cases
+import metalloid.fast
 import numpy as np
 import pytest
-
-import metalloid.fast
 
 
 @pytest.mark.parametrize("case", metal_cases.CASES, ids=lambda case: case.name)
@@ -46,7 +45,13 @@ def test_what_is_not_supported_says_so(source, what):
 def test_a_cuda_kernel_wants_a_gpu():
     x = np.ones(4, np.float32)
     kernel = metalloid.fast.cuda_kernel("k", ["a"], ["out"], "out[threadIdx.x] = a[threadIdx.x];")
-    call = {"inputs": [x], "output_shapes": [x.shape], "output_dtypes": [x.dtype], "grid": (4, 1, 1), "threadgroup": (4, 1, 1)}
+    call = {
+        "inputs": [x],
+        "output_shapes": [x.shape],
+        "output_dtypes": [x.dtype],
+        "grid": (4, 1, 1),
+        "threadgroup": (4, 1, 1),
+    }
     assert "mtl_kernel" in kernel.source(**call)
     with pytest.raises((RuntimeError, ValueError), match="CUDA C"):
         kernel(**call)

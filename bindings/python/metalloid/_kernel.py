@@ -162,7 +162,9 @@ class MetalKernel:
 
         # What the library refuses without looking at arrays is refused before there is memory for results.
         names = [_name_of(dtype) for dtype in output_dtypes]
-        shapes = [(shape,) if isinstance(shape, int) else tuple(int(extent) for extent in shape) for shape in output_shapes]
+        shapes = [
+            (shape,) if isinstance(shape, int) else tuple(int(extent) for extent in shape) for shape in output_shapes
+        ]
         if any(extent < 0 for shape in shapes for extent in shape):
             raise ValueError(f"metal_kernel: output_shapes must not be negative, got {output_shapes!r}")
         for name in names:
