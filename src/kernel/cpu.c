@@ -26,7 +26,8 @@ enum {
     STACK_BITS = 13, /* of a thread: 8 KiB, so that those of a threadgroup stay in the caches */
     SANITIZER_STACK_BITS = 18,
     LARGEST_STACK_BITS = 20,
-    FRAMES = 5, /* this many of the largest size fit in a stack: a function, what it calls, an exchange, the library's own */
+    FRAMES =
+        5, /* this many of the largest size fit in a stack: a function, what it calls, an exchange, the library's own */
     ALONE_NS = 10 * 1000, /* the caller is on its own for so long */
     WORTH_NS = 15 * 1000, /* what is left has to take longer for others to be woken */
     PARTS_A_THREAD = 8,
@@ -87,12 +88,30 @@ static mtl_digest key_of(const mtl_compiler *compiler, const char *const *argume
 static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, char frame_limit[64],
                               const char *arguments[48]) {
     static const char *const always[] = {
-        "-x", "c++", "-std=c++17", "-nostdinc", "-nostdinc++", "-nostdlib", "-shared", "-fPIC", "-fno-exceptions",
-        "-fno-rtti", "-fvisibility=hidden", "-fsigned-char", "-fno-math-errno", "-fno-trapping-math",
-        "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-march=native", "-Wno-everything",
-        "-fno-color-diagnostics", "-ferror-limit=20", "-Werror=frame-larger-than",
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-nostdinc",
+        "-nostdinc++",
+        "-nostdlib",
+        "-shared",
+        "-fPIC",
+        "-fno-exceptions",
+        "-fno-rtti",
+        "-fvisibility=hidden",
+        "-fsigned-char",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fno-stack-protector",
+        "-fno-asynchronous-unwind-tables",
+        "-march=native",
+        "-Wno-everything",
+        "-fno-color-diagnostics",
+        "-ferror-limit=20",
+        "-Werror=frame-larger-than",
 #if defined(__x86_64__)
-        "-mno-red-zone", "-mprefer-vector-width=512",
+        "-mno-red-zone",
+        "-mprefer-vector-width=512",
 #endif
     };
     static const char *const safe[] = {"-ffp-contract=fast", NULL};
@@ -201,8 +220,8 @@ static metalloid_status build(const metalloid_kernel *kernel, const mtl_types *t
         const char *wanted = getenv("METALLOID_CXX");
         if (wanted && *wanted) {
             return mtl_fail(METALLOID_COMPILE_FAILED,
-                            "%s: METALLOID_CXX=%.200s is no program that can be run, and kernel %s has to be compiled", op,
-                            wanted, kernel->definition.name);
+                            "%s: METALLOID_CXX=%.200s is no program that can be run, and kernel %s has to be compiled",
+                            op, wanted, kernel->definition.name);
         }
         return mtl_fail(METALLOID_COMPILE_FAILED,
                         "%s: no C++ compiler for kernel %s: install clang (Debian: apt install clang), or the PyPI "
@@ -309,17 +328,18 @@ static metalloid_status report(const metalloid_kernel *kernel, const job *j) {
     const unsigned *at = group->position;
     switch (j->failed) {
     case mtl_failure_barrier:
-        return mtl_fail(METALLOID_KERNEL_FAILED,
-                        "%s: kernel %s: %u of the %u threads of threadgroup (%u, %u, %u) ended without the barrier that "
-                        "the others wait at",
-                        op, name, group->finished, group->threads, at[0], at[1], at[2]);
+        return mtl_fail(
+            METALLOID_KERNEL_FAILED,
+            "%s: kernel %s: %u of the %u threads of threadgroup (%u, %u, %u) ended without the barrier that "
+            "the others wait at",
+            op, name, group->finished, group->threads, at[0], at[1], at[2]);
     case mtl_failure_iterations:
         return mtl_fail(METALLOID_KERNEL_FAILED,
-                        "%s: kernel %s: a thread of threadgroup (%u, %u, %u) went through more than %lld iterations", op,
-                        name, at[0], at[1], at[2], (long long)kernel->most_iterations);
+                        "%s: kernel %s: a thread of threadgroup (%u, %u, %u) went through more than %lld iterations",
+                        op, name, at[0], at[1], at[2], (long long)kernel->most_iterations);
     default:
-        return mtl_fail(METALLOID_KERNEL_FAILED, "%s: kernel %s: its threadgroup variables need more than %lu bytes", op,
-                        name, group->memory_size);
+        return mtl_fail(METALLOID_KERNEL_FAILED, "%s: kernel %s: its threadgroup variables need more than %lu bytes",
+                        op, name, group->memory_size);
     }
 }
 

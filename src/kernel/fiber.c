@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 
 enum {
-    GROUP_MEMORY = 8 << 20,     /* of threadgroup variables; Metal has 32 KiB */
+    GROUP_MEMORY = 8 << 20, /* of threadgroup variables; Metal has 32 KiB */
     SMALL_STACK_BITS = 14,
     MOST_KEPT_STACK_BITS = 17, /* larger ones are given back to the system */
 };
@@ -147,9 +147,9 @@ static mtl_workspace *new_workspace(int stack_bits) {
     if (!workspace) return NULL;
     bool mapped = stack_bits ? map_stacks(workspace, stack_bits)
                              : (workspace->group = calloc(1, sizeof *workspace->group)) != NULL;
-    void *memory = mapped ? mmap(NULL, GROUP_MEMORY, PROT_READ | PROT_WRITE,
-                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-                          : MAP_FAILED;
+    void *memory =
+        mapped ? mmap(NULL, GROUP_MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+               : MAP_FAILED;
     if (memory == MAP_FAILED) {
         free_workspace(workspace);
         return NULL;

@@ -31,8 +31,8 @@ static bool is_meeting(const translation *t, size_t i, size_t *open) {
 
 /* Where the body of a function or a lambda opens at `i`: its name, or SIZE_MAX for a lambda without one; false for other braces. */
 static bool is_body(const translation *t, size_t i, size_t *name) {
-    static const char *const qualifiers[] = {"const", "constant", "device", "noexcept", "mutable", "thread",
-                                             "threadgroup", NULL};
+    static const char *const qualifiers[] = {"const",   "constant", "device",      "noexcept",
+                                             "mutable", "thread",   "threadgroup", NULL};
     static const char *const statements[] = {"if", "for", "while", "switch", "catch", NULL};
     static const char *const of_type[] = {"::", "*", "&", ">", "<", ",", NULL};
     if (!mtl_is(t, i, "{")) return false;
@@ -47,7 +47,8 @@ static bool is_body(const translation *t, size_t i, size_t *name) {
     size_t open = mtl_opening_bracket(t, close), before = open == SIZE_MAX ? SIZE_MAX : mtl_before(t, open);
     if (before == SIZE_MAX) return false;
     if (mtl_is(t, before, "]")) {
-        size_t capture = mtl_opening_bracket(t, before), equals = capture == SIZE_MAX ? capture : mtl_before(t, capture);
+        size_t capture = mtl_opening_bracket(t, before),
+               equals = capture == SIZE_MAX ? capture : mtl_before(t, capture);
         *name = equals != SIZE_MAX && mtl_is(t, equals, "=") ? mtl_before(t, equals) : SIZE_MAX;
         if (*name != SIZE_MAX && !mtl_is_identifier(t, *name)) *name = SIZE_MAX;
         return true;

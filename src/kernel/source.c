@@ -48,9 +48,9 @@ static const attribute attributes[] = {
 enum { ATTRIBUTES = sizeof attributes / sizeof attributes[0] };
 
 const char *mtl_metal_type(mtl_dtype dtype) {
-    static const char *const name[MTL_DTYPES] = {"float",   "float16_t", "bfloat16_t", "double",   "bool",
-                                                 "int8_t",  "int16_t",   "int32_t",    "int64_t",  "uint8_t",
-                                                 "uint16_t", "uint32_t", "uint64_t",   "complex64_t"};
+    static const char *const name[MTL_DTYPES] = {"float",    "float16_t", "bfloat16_t", "double",     "bool",
+                                                 "int8_t",   "int16_t",   "int32_t",    "int64_t",    "uint8_t",
+                                                 "uint16_t", "uint32_t",  "uint64_t",   "complex64_t"};
     return name[dtype];
 }
 
@@ -59,8 +59,8 @@ const char *mtl_metal_type(mtl_dtype dtype) {
 /* Names of Metal's in simd_ and quad_ begin with one of these; others are users' variables. */
 bool mtl_is_exchange(const mtl_token *token) {
     static const char *const beginnings[] = {
-        "all",     "any",     "ballot", "active", "is_first", "is_helper", "broadcast", "shuffle", "rotate", "sum",
-        "product", "min",     "max",    "and",    "or",       "xor",       "prefix",
+        "all", "any",     "ballot", "active", "is_first", "is_helper", "broadcast", "shuffle", "rotate",
+        "sum", "product", "min",    "max",    "and",      "or",        "xor",       "prefix",
     };
     static const char *const of_matrices[] = {"simdgroup_barrier", "simdgroup_load", "simdgroup_store",
                                               "simdgroup_multiply", "simdgroup_async"};
@@ -173,9 +173,8 @@ static void add_template_values(mtl_text *out, const mtl_types *types, const cha
 }
 
 static void add_template_parameters(mtl_text *out, const mtl_types *types) {
-    static const char *const kinds[] = {[METALLOID_TEMPLATE_INT] = "int",
-                                        [METALLOID_TEMPLATE_BOOL] = "bool",
-                                        [METALLOID_TEMPLATE_DTYPE] = "typename"};
+    static const char *const kinds[] = {
+        [METALLOID_TEMPLATE_INT] = "int", [METALLOID_TEMPLATE_BOOL] = "bool", [METALLOID_TEMPLATE_DTYPE] = "typename"};
     if (!types->template_count) return;
     mtl_text_add_string(out, "template <");
     for (int i = 0; i < types->template_count; i++) {
@@ -227,8 +226,9 @@ void mtl_metal_source(mtl_text *out, const mtl_definition *definition, const mtl
     }
     for (int i = 0; i < definition->output_count; i++) {
         const char *type = mtl_metal_type(types->outputs[i]);
-        mtl_text_format(out, definition->atomic_outputs ? "%s  device atomic<%s>* %s [[buffer(%d)]]"
-                                                        : "%s  device %s* %s [[buffer(%d)]]",
+        mtl_text_format(out,
+                        definition->atomic_outputs ? "%s  device atomic<%s>* %s [[buffer(%d)]]"
+                                                   : "%s  device %s* %s [[buffer(%d)]]",
                         separator, type, definition->output_names[i], buffer++);
         separator = ",\n";
     }
@@ -334,8 +334,9 @@ static void add_call(mtl_text *out, const mtl_definition *definition, const mtl_
  * depends on the cut into threadgroups, the row goes through all of the caller's. */
 static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                       const mtl_types *types) {
-    mtl_text_add_string(out, "static __attribute__((noinline)) void __mtl_row(mtl_group &group, unsigned begin, unsigned end, "
-                             "unsigned y, unsigned z, unsigned first, unsigned ly, unsigned lz");
+    mtl_text_add_string(
+        out, "static __attribute__((noinline)) void __mtl_row(mtl_group &group, unsigned begin, unsigned end, "
+             "unsigned y, unsigned z, unsigned first, unsigned ly, unsigned lz");
     for_parameters(out, definition, mentions, types, declare_buffer);
     mtl_text_add_string(out, ") {\n"
                              "    const mtl_dispatch &dispatch = *group.dispatch;\n"
@@ -345,31 +346,33 @@ static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl
                              "        (void)dispatch, (void)index;\n"
                              "        ");
     add_call(out, definition, mentions, types, pass_in_loop);
-    mtl_text_format(out,
-                    "    }\n"
-                    "}\n"
-                    "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *, "
-                    "unsigned long at, unsigned long end) {\n"
-                    "    mtl_group &group = *worker;\n"
-                    "    const mtl_dispatch &dispatch = *group.dispatch;\n"
-                    "    while (at < end) {\n"
-                    "        unsigned long run = __mtl_place_group(group, at, end, %s);\n"
-                    "        unsigned first = group.position[0] * dispatch.threadgroup[0];\n"
-                    "        for (unsigned lz = 0; lz < group.extent[2]; lz++) {\n"
-                    "            for (unsigned ly = 0; ly < group.extent[1]; ly++) {\n"
-                    "                unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
-                    "                unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
-                    "                __mtl_row(group, first, first + group.extent[0], y, z, first, ly, lz",
-                    mentions->relative ? "false" : "true");
+    mtl_text_format(
+        out,
+        "    }\n"
+        "}\n"
+        "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *, "
+        "unsigned long at, unsigned long end) {\n"
+        "    mtl_group &group = *worker;\n"
+        "    const mtl_dispatch &dispatch = *group.dispatch;\n"
+        "    while (at < end) {\n"
+        "        unsigned long run = __mtl_place_group(group, at, end, %s);\n"
+        "        unsigned first = group.position[0] * dispatch.threadgroup[0];\n"
+        "        for (unsigned lz = 0; lz < group.extent[2]; lz++) {\n"
+        "            for (unsigned ly = 0; ly < group.extent[1]; ly++) {\n"
+        "                unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
+        "                unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
+        "                __mtl_row(group, first, first + group.extent[0], y, z, first, ly, lz",
+        mentions->relative ? "false" : "true");
     for_parameters(out, definition, mentions, types, pass_buffer);
-    mtl_text_add_string(out, ");\n"
-                             "            }\n"
-                             "        }\n"
-                             "        at += run;\n"
-                             "    }\n"
-                             "    return 1;\n"
-                             "}\n"
-                             "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = 0;\n");
+    mtl_text_add_string(out,
+                        ");\n"
+                        "            }\n"
+                        "        }\n"
+                        "        at += run;\n"
+                        "    }\n"
+                        "    return 1;\n"
+                        "}\n"
+                        "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = 0;\n");
 }
 
 /* Threads that meet: each has a stack. */
@@ -388,17 +391,18 @@ static void add_threads(mtl_text *out, const mtl_definition *definition, const m
                              "    ");
     add_call(out, definition, mentions, types, pass_in_thread);
     mtl_text_add_string(
-        out, "    __mtl_finish();\n"
-             "}\n"
-             "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *stacks, "
-             "unsigned long at, unsigned long end) {\n"
-             "    for (; at < end; at++) {\n"
-             "        __mtl_place_group(*worker, at, end, false);\n"
-             "        if (!__mtl_run_group(*worker, stacks, __mtl_thread)) return 0;\n"
-             "    }\n"
-             "    return 1;\n"
-             "}\n"
-             "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = MTL_STACK_BITS;\n");
+        out,
+        "    __mtl_finish();\n"
+        "}\n"
+        "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *stacks, "
+        "unsigned long at, unsigned long end) {\n"
+        "    for (; at < end; at++) {\n"
+        "        __mtl_place_group(*worker, at, end, false);\n"
+        "        if (!__mtl_run_group(*worker, stacks, __mtl_thread)) return 0;\n"
+        "    }\n"
+        "    return 1;\n"
+        "}\n"
+        "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = MTL_STACK_BITS;\n");
 }
 
 /* ---- the kernel of a GPU ---- */
@@ -447,8 +451,9 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
         mtl_text_format(out, "const %s *__restrict__ __mtl_in_%d, ", mtl_metal_type(types->inputs[i].dtype), i);
     }
     for (int i = 0; i < definition->output_count; i++) {
-        mtl_text_format(out, definition->atomic_outputs ? "atomic<%s> *__restrict__ __mtl_out_%d, "
-                                                        : "%s *__restrict__ __mtl_out_%d, ",
+        mtl_text_format(out,
+                        definition->atomic_outputs ? "atomic<%s> *__restrict__ __mtl_out_%d, "
+                                                   : "%s *__restrict__ __mtl_out_%d, ",
                         mtl_metal_type(types->outputs[i]), i);
     }
     mtl_text_add_string(out, "const __grid_constant__ mtl_launch launch) {\n"
@@ -456,17 +461,18 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                              "    mtl_group group;\n"
                              "    unsigned index, local[3];\n");
     if (mtl_cuda_is_wide(definition, mentions)) {
-        mtl_text_format(out,
-                        "    if (dispatch.flags & mtl_flag_wide) {\n"
-                        "        unsigned first = blockIdx.x * blockDim.x * %d + threadIdx.x;\n"
-                        "        unsigned y = blockIdx.y * blockDim.y + threadIdx.y, z = blockIdx.z * blockDim.z + threadIdx.z;\n"
-                        "        if (y >= dispatch.grid[1] || z >= dispatch.grid[2]) return;\n"
-                        "        if ((blockIdx.x + 1) * blockDim.x * %d <= dispatch.grid[0]) {\n"
-                        "#pragma unroll\n"
-                        "            for (unsigned step = 0; step < %d; ++step) {\n"
-                        "                unsigned x = first + step * blockDim.x;\n"
-                        "                ",
-                        MTL_CUDA_WIDTH, MTL_CUDA_WIDTH, MTL_CUDA_WIDTH);
+        mtl_text_format(
+            out,
+            "    if (dispatch.flags & mtl_flag_wide) {\n"
+            "        unsigned first = blockIdx.x * blockDim.x * %d + threadIdx.x;\n"
+            "        unsigned y = blockIdx.y * blockDim.y + threadIdx.y, z = blockIdx.z * blockDim.z + threadIdx.z;\n"
+            "        if (y >= dispatch.grid[1] || z >= dispatch.grid[2]) return;\n"
+            "        if ((blockIdx.x + 1) * blockDim.x * %d <= dispatch.grid[0]) {\n"
+            "#pragma unroll\n"
+            "            for (unsigned step = 0; step < %d; ++step) {\n"
+            "                unsigned x = first + step * blockDim.x;\n"
+            "                ",
+            MTL_CUDA_WIDTH, MTL_CUDA_WIDTH, MTL_CUDA_WIDTH);
         add_cuda_call(out, definition, mentions, types);
         mtl_text_add_string(out, "            }\n"
                                  "        } else {\n"
@@ -622,8 +628,7 @@ static bool has_halves(const mtl_definition *definition, const mtl_mentions *men
 static void add_signature(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types) {
     add_template_parameters(out, types);
-    mtl_text_format(out, "__mtl_inline void custom_kernel_%s(mtl_group &__mtl_group",
-                    definition->name);
+    mtl_text_format(out, "__mtl_inline void custom_kernel_%s(mtl_group &__mtl_group", definition->name);
     for_parameters(out, definition, mentions, types, declare_parameter);
     mtl_text_add_string(out, ")");
 }

@@ -7,10 +7,11 @@
 #include "kernel/tokenizer.h"
 
 enum {
-    MTL_MOST_BUFFERS = 64,     /* inputs, and outputs, of a kernel; Metal has 31 in all */
-    MTL_MOST_TEMPLATES = 64,   /* template arguments */
+    MTL_MOST_BUFFERS = 64,   /* inputs, and outputs, of a kernel; Metal has 31 in all */
+    MTL_MOST_TEMPLATES = 64, /* template arguments */
     MTL_LONGEST_NAME = 255,
-    MTL_POINTERS_OF_INPUT = 4, /* of mtl_dispatch.pointers: data, shape (int), strides (int64_t), rank (int); an output has one */
+    MTL_POINTERS_OF_INPUT =
+        4, /* of mtl_dispatch.pointers: data, shape (int), strides (int64_t), rank (int); an output has one */
 };
 
 /* What a kernel was made from. Names are identifiers. */
@@ -26,11 +27,11 @@ typedef struct mtl_definition {
 enum { MTL_MENTIONS_SHAPE = 1, MTL_MENTIONS_STRIDES = 2, MTL_MENTIONS_RANK = 4 };
 
 typedef struct mtl_mentions {
-    unsigned attributes;                    /* bit i: attribute i of mtl_attributes */
-    unsigned char input[MTL_MOST_BUFFERS];  /* MTL_MENTIONS_* of it */
-    bool lanes_meet;                        /* barriers, or exchanges in a simdgroup */
+    unsigned attributes;                                        /* bit i: attribute i of mtl_attributes */
+    unsigned char input[MTL_MOST_BUFFERS];                      /* MTL_MENTIONS_* of it */
+    bool lanes_meet;                                            /* barriers, or exchanges in a simdgroup */
     bool halves, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
-    bool relative;                          /* anything that depends on the cut into threadgroups */
+    bool relative;                                              /* anything that depends on the cut into threadgroups */
 } mtl_mentions;
 
 /* What is compiled anew for: the types of one call. */
@@ -76,10 +77,10 @@ typedef struct mtl_names {
 typedef struct mtl_unit_options {
     mtl_target target;
     metalloid_math_mode math_mode;
-    int stack_bits;      /* CPU: log2 of a thread's stack */
-    bool count_iterations; /* CPU */
-    int most_threads;      /* CUDA: of a threadgroup */
-    bool halves;           /* 16-bit floats are in play */
+    int stack_bits;           /* CPU: log2 of a thread's stack */
+    bool count_iterations;    /* CPU */
+    int most_threads;         /* CUDA: of a threadgroup */
+    bool halves;              /* 16-bit floats are in play */
     const mtl_names *meeting; /* where threads have stacks: the functions at which lanes meet; else NULL */
 } mtl_unit_options;
 

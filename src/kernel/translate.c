@@ -25,8 +25,8 @@ static void translate_number(translation *t, size_t i) {
 
 /* ---- address spaces ----------------------------------------------------------------------------------------------------------- */
 
-static const char *const plain_spaces[] = {"device",      "thread",           "ray_data",
-                                           "object_data", "threadgroup_imageblock", NULL};
+static const char *const plain_spaces[] = {"device", "thread", "ray_data", "object_data", "threadgroup_imageblock",
+                                           NULL};
 
 /* Whether a const stands in the same specifiers, before or behind: C++ takes it once. */
 static bool is_const_already(const translation *t, size_t i) {
@@ -89,7 +89,8 @@ static char enclosing_bracket(const translation *t, size_t i) {
     long depth = 0;
     for (size_t at = mtl_before(t, i); at != SIZE_MAX; at = mtl_before(t, at)) {
         if (mtl_is(t, at, ")") || mtl_is(t, at, "]") || mtl_is(t, at, "}")) depth++;
-        if ((mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{")) && depth-- == 0) return t->token[at].text[0];
+        if ((mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{")) && depth-- == 0)
+            return t->token[at].text[0];
     }
     return '\0';
 }
@@ -229,7 +230,8 @@ static void translate_include(translation *t, size_t i) {
 static void translate_global(translation *t, size_t i) {
     size_t previous = mtl_before(t, i);
     static const char *const no_scope[] = {"return", "else", "case", "do", "sizeof", "throw", NULL};
-    if (previous != SIZE_MAX && (mtl_is(t, previous, ">") || (mtl_is_identifier(t, previous) && !mtl_is_one_of(t, previous, no_scope))))
+    if (previous != SIZE_MAX &&
+        (mtl_is(t, previous, ">") || (mtl_is_identifier(t, previous) && !mtl_is_one_of(t, previous, no_scope))))
         return;
     mtl_blank(t, i);
 }
@@ -292,7 +294,9 @@ static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) 
         if (!middle && angles && nested <= 0 && mtl_is(t, at, ">")) return at;
         size_t behind = mtl_is(t, at, "<") ? behind_arguments(t, at) : at;
         if (behind > at) at = behind;
-        else at = mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{") ? mtl_behind_bracket(t, at) : mtl_after(t, at);
+        else
+            at = mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{") ? mtl_behind_bracket(t, at)
+                                                                                : mtl_after(t, at);
     }
     return t->count;
 }

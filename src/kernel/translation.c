@@ -73,7 +73,8 @@ size_t mtl_behind_angle(const translation *t, size_t i) {
     for (size_t at = i; at < t->count;) {
         if (mtl_is(t, at, "<")) depth++;
         if (mtl_is(t, at, ">") && --depth == 0) return mtl_after(t, at);
-        if (mtl_is(t, at, ";") || mtl_is(t, at, "{") || mtl_is(t, at, "}") || mtl_is(t, at, ")") || mtl_is(t, at, "]")) return i;
+        if (mtl_is(t, at, ";") || mtl_is(t, at, "{") || mtl_is(t, at, "}") || mtl_is(t, at, ")") || mtl_is(t, at, "]"))
+            return i;
         at = mtl_is(t, at, "(") || mtl_is(t, at, "[") ? mtl_behind_bracket(t, at) : mtl_after(t, at);
     }
     return i;
@@ -101,4 +102,3 @@ void mtl_add_behind(translation *t, size_t i, const char *text) {
     t->token[i].behind = mtl_keep(t, &joined);
     mtl_text_free(&joined);
 }
-

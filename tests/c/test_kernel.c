@@ -13,8 +13,21 @@
 static void every_byte_belongs_to_a_token(void **state) {
     (void)state;
     static const char *const texts[] = {
-        "", "a", "/* open", "\"open", "'", "R\"x(raw )\" )x\" after", "#define A(x) \\\n  x + 1\nint b;", "#error it's\nint x;",
-        "1.5e-3f 0x1p-4 0xe+1 1'000", "\xc3\xa9t\xc3\xa9", "a->b::c", "// comment \\\n goes on\nx", "#", "#include", "u8\"x\" L'c'",
+        "",
+        "a",
+        "/* open",
+        "\"open",
+        "'",
+        "R\"x(raw )\" )x\" after",
+        "#define A(x) \\\n  x + 1\nint b;",
+        "#error it's\nint x;",
+        "1.5e-3f 0x1p-4 0xe+1 1'000",
+        "\xc3\xa9t\xc3\xa9",
+        "a->b::c",
+        "// comment \\\n goes on\nx",
+        "#",
+        "#include",
+        "u8\"x\" L'c'",
     };
     for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
         mtl_tokens tokens;
@@ -109,7 +122,8 @@ static void places_are_marked(void **state) {
     static const pair pairs[] = {
         {"simd_sum(x);", "(__mtl_at(0, 16777216), simd_sum(x));"},
         {"for (;;) a();", "for (;;) a();"},
-        {"for (;;) metal::simd_sum(x);", "for (;;) if (__mtl_loop(0, 16777216)); else  (__mtl_at(1, 16777225), metal::simd_sum(x));"},
+        {"for (;;) metal::simd_sum(x);",
+         "for (;;) if (__mtl_loop(0, 16777216)); else  (__mtl_at(1, 16777225), metal::simd_sum(x));"},
         {"float simd_sum_of(float x) { return simd_sum(x); }",
          "float simd_sum_of(float x) { __mtl_frame __mtl_here;  return (__mtl_at(0, 16777229), simd_sum(x)); }"},
     };
@@ -140,9 +154,12 @@ static void digests_are_the_standards(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_byte_belongs_to_a_token), cmocka_unit_test(numbers_end_where_they_should),
-        cmocka_unit_test(metal_becomes_cxx),             cmocka_unit_test(arms_are_wrapped),
-        cmocka_unit_test(places_are_marked),             cmocka_unit_test(digests_are_the_standards),
+        cmocka_unit_test(every_byte_belongs_to_a_token),
+        cmocka_unit_test(numbers_end_where_they_should),
+        cmocka_unit_test(metal_becomes_cxx),
+        cmocka_unit_test(arms_are_wrapped),
+        cmocka_unit_test(places_are_marked),
+        cmocka_unit_test(digests_are_the_standards),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -22,12 +22,12 @@ static size_t lines_of(const char *text) {
 }
 
 static void translate(const char *text, mtl_region region, bool count_iterations) {
-    const mtl_definition definition = {.name = "k", .source = region == MTL_REGION_BODY ? text : "",
+    const mtl_definition definition = {.name = "k",
+                                       .source = region == MTL_REGION_BODY ? text : "",
                                        .header = region == MTL_REGION_HEADER ? text : ""};
     mtl_names meeting = {0};
     expect(mtl_find_meeting_functions(&meeting, &definition), "no memory");
-    const mtl_unit_options options = {
-        .count_iterations = count_iterations, .halves = true, .meeting = &meeting};
+    const mtl_unit_options options = {.count_iterations = count_iterations, .halves = true, .meeting = &meeting};
     mtl_text out = {0};
     mtl_translate(&out, text, region, &options);
     expect(!out.failed, "no memory");
@@ -63,8 +63,13 @@ static void call(metalloid_kernel *kernel, source *from) {
     int64_t shape[2] = {take(from) % 4, (int8_t)take(from)}, strides[2] = {(int8_t)take(from), 1};
     float memory[256] = {0};
     const uint8_t bits[] = {32, 16, 8, 64, 5};
-    DLTensor tensor = {memory, {kDLCPU, 0}, rarely(from) ? -1 : take(from) % 3, {(uint8_t)(take(from) % 8), bits[take(from) % 5], 1},
-                       shape, take(from) % 2 ? strides : NULL, 0};
+    DLTensor tensor = {memory,
+                       {kDLCPU, 0},
+                       rarely(from) ? -1 : take(from) % 3,
+                       {(uint8_t)(take(from) % 8), bits[take(from) % 5], 1},
+                       shape,
+                       take(from) % 2 ? strides : NULL,
+                       0};
     const DLTensor *inputs[] = {rarely(from) ? NULL : &tensor};
     DLTensor *outputs[] = {&tensor};
     const char *names[] = {"T", "int", "", "a b", NULL, "__mtl_x"};

@@ -43,10 +43,21 @@ static bool read_names(PyObject *tuple, const char *names[MOST_BUFFERS], const c
 }
 
 static PyObject *kernel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *keywords[] = {"name",           "input_names", "output_names",      "source",
-                               "header",         "ensure_row_contiguous", "atomic_outputs", "math_mode",
-                               "fallback_compiler", "debug",    "address_sanitizer", "most_iterations",
-                               "language",       "shared_memory", NULL};
+    static char *keywords[] = {"name",
+                               "input_names",
+                               "output_names",
+                               "source",
+                               "header",
+                               "ensure_row_contiguous",
+                               "atomic_outputs",
+                               "math_mode",
+                               "fallback_compiler",
+                               "debug",
+                               "address_sanitizer",
+                               "most_iterations",
+                               "language",
+                               "shared_memory",
+                               NULL};
     metalloid_kernel_options options = METALLOID_KERNEL_OPTIONS_INIT;
     const char *name, *source;
     PyObject *inputs, *outputs;
@@ -68,9 +79,8 @@ static PyObject *kernel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     options.address_sanitizer = sanitizer;
     options.most_iterations = iterations;
     metalloid_kernel *created;
-    metalloid_status status =
-        metalloid_kernel_create(name, input_names, (int)PyTuple_GET_SIZE(inputs), output_names,
-                                (int)PyTuple_GET_SIZE(outputs), source, &options, &created);
+    metalloid_status status = metalloid_kernel_create(name, input_names, (int)PyTuple_GET_SIZE(inputs), output_names,
+                                                      (int)PyTuple_GET_SIZE(outputs), source, &options, &created);
     if (status) return raise_status(status);
     kernel *made = (kernel *)type->tp_alloc(type, 0);
     if (!made) {
@@ -147,11 +157,13 @@ static const struct {
     const char *name;
     DLDataType dtype;
 } dtypes[] = {
-    {"float32", {kDLFloat, 32, 1}}, {"float16", {kDLFloat, 16, 1}},      {"bfloat16", {kDLBfloat, 16, 1}},
-    {"float64", {kDLFloat, 64, 1}}, {"bool", {METALLOID_DL_BOOL, 8, 1}}, {"int8", {kDLInt, 8, 1}},
-    {"int16", {kDLInt, 16, 1}},     {"int32", {kDLInt, 32, 1}},          {"int64", {kDLInt, 64, 1}},
-    {"uint8", {kDLUInt, 8, 1}},     {"uint16", {kDLUInt, 16, 1}},        {"uint32", {kDLUInt, 32, 1}},
-    {"uint64", {kDLUInt, 64, 1}},   {"complex64", {METALLOID_DL_COMPLEX, 64, 1}},
+    {"float32", {kDLFloat, 32, 1}},      {"float16", {kDLFloat, 16, 1}},
+    {"bfloat16", {kDLBfloat, 16, 1}},    {"float64", {kDLFloat, 64, 1}},
+    {"bool", {METALLOID_DL_BOOL, 8, 1}}, {"int8", {kDLInt, 8, 1}},
+    {"int16", {kDLInt, 16, 1}},          {"int32", {kDLInt, 32, 1}},
+    {"int64", {kDLInt, 64, 1}},          {"uint8", {kDLUInt, 8, 1}},
+    {"uint16", {kDLUInt, 16, 1}},        {"uint32", {kDLUInt, 32, 1}},
+    {"uint64", {kDLUInt, 64, 1}},        {"complex64", {METALLOID_DL_COMPLEX, 64, 1}},
 };
 enum { DTYPES = sizeof dtypes / sizeof dtypes[0] };
 
@@ -169,7 +181,8 @@ static bool read_dtype(const char *name, DLDataType *dtype) {
 static bool read_templates(opened *o, PyObject *templates, int *count) {
     Py_ssize_t given = PyTuple_GET_SIZE(templates);
     if (given > MOST_TEMPLATES) {
-        PyErr_Format(PyExc_ValueError, "%s: there may be %d template arguments, got %zd", op, (int)MOST_TEMPLATES, given);
+        PyErr_Format(PyExc_ValueError, "%s: there may be %d template arguments, got %zd", op, (int)MOST_TEMPLATES,
+                     given);
         return false;
     }
     for (Py_ssize_t i = 0; i < given; i++) {
@@ -248,10 +261,8 @@ static PyObject *run_call(PyObject *self, PyObject *args, bool run) {
         }
         if (run) {
             metalloid_status status;
-            Py_BEGIN_ALLOW_THREADS
-            status = metalloid_kernel_launch(o.context, made->kernel, &call);
-            Py_END_ALLOW_THREADS
-            result = status ? raise_status(status) : Py_NewRef(Py_None);
+            Py_BEGIN_ALLOW_THREADS status = metalloid_kernel_launch(o.context, made->kernel, &call);
+            Py_END_ALLOW_THREADS result = status ? raise_status(status) : Py_NewRef(Py_None);
         } else {
             result = source_of(made->kernel, &call, translated);
         }

@@ -39,14 +39,15 @@ typedef struct mtl_simdgroup {
     unsigned alive, ready, waiting, barrier;
     unsigned active; /* the lanes of the exchange that `leader` does next */
     int leader;      /* -1: none */
-    unsigned long shared[8]; /* the result of an exchange that has one for all; every lane has read it before the next is done */
+    unsigned long
+        shared[8]; /* the result of an exchange that has one for all; every lane has read it before the next is done */
 } mtl_simdgroup;
 
 /* What one worker needs to run threadgroups, one after the other. */
 typedef struct mtl_group {
     const mtl_dispatch *dispatch;
-    void *home;       /* stack of the worker's own thread while threads of the group run */
-    int failure;      /* mtl_failure_* */
+    void *home;  /* stack of the worker's own thread while threads of the group run */
+    int failure; /* mtl_failure_* */
     unsigned threads, simdgroups, finished;
     unsigned position[3], extent[3]; /* of the threadgroup in the grid of threadgroups; its threads along each axis */
 

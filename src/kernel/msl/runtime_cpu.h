@@ -8,7 +8,7 @@
  * The stacks of a worker lie behind each other in a region that is aligned to its size; behind the last one, in the middle of
  * the region, is its mtl_group. So a thread finds what it belongs to by its stack pointer alone: no thread-local storage, and
  * no load that the next switch would have to wait for. */
-#define __mtl_inline static inline __attribute__((always_inline))
+#define __mtl_inline        static inline __attribute__((always_inline))
 #define __mtl_inline_member inline __attribute__((always_inline))
 
 /* Read anew each time: kept, it would come back from the stack after a switch, which is what everything then waits for. */
@@ -35,30 +35,29 @@ __mtl_inline unsigned __mtl_this_index() {
  * compiler where it is named as clobbered; the flags of floating point are nobody's to change. */
 #if defined(__x86_64__)
 #if defined(__AVX512F__)
-#define __mtl_more_clobbers                                                                                          \
-    , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27",     \
+#define __mtl_more_clobbers                                                                                       \
+    , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", \
         "xmm28", "xmm29", "xmm30", "xmm31", "k1", "k2", "k3", "k4", "k5", "k6", "k7"
 #else
 #define __mtl_more_clobbers
 #endif
 __mtl_inline void __mtl_switch(void **from, void *to) {
-    __asm__ volatile(
-        "pushq %%rbp\n\t"
-        "pushq %%rbx\n\t"
-        "leaq 1f(%%rip), %%rax\n\t"
-        "pushq %%rax\n\t"
-        "movq %%rsp, (%0)\n\t"
-        "movq %1, %%rsp\n\t"
-        "popq %%rax\n\t"
-        "jmpq *%%rax\n"
-        "1:\n\t"
-        "popq %%rbx\n\t"
-        "popq %%rbp\n\t"
-        : "+D"(from), "+S"(to)
-        :
-        : "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "cc", "memory", "xmm0", "xmm1",
-          "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14",
-          "xmm15" __mtl_more_clobbers);
+    __asm__ volatile("pushq %%rbp\n\t"
+                     "pushq %%rbx\n\t"
+                     "leaq 1f(%%rip), %%rax\n\t"
+                     "pushq %%rax\n\t"
+                     "movq %%rsp, (%0)\n\t"
+                     "movq %1, %%rsp\n\t"
+                     "popq %%rax\n\t"
+                     "jmpq *%%rax\n"
+                     "1:\n\t"
+                     "popq %%rbx\n\t"
+                     "popq %%rbp\n\t"
+                     : "+D"(from), "+S"(to)
+                     :
+                     : "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "cc", "memory",
+                       "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+                       "xmm12", "xmm13", "xmm14", "xmm15" __mtl_more_clobbers);
 }
 /* A stack on which the switch will call `entry`: its pointer is as a call would leave it. */
 __mtl_inline void *__mtl_fresh_stack(char *top, void (*entry)()) {
@@ -71,24 +70,24 @@ __mtl_inline void *__mtl_fresh_stack(char *top, void (*entry)()) {
 __mtl_inline void __mtl_switch(void **from, void *to) {
     register void **first __asm__("x0") = from;
     register void *second __asm__("x1") = to;
-    __asm__ volatile(
-        "stp x29, x30, [sp, #-32]!\n\t"
-        "adr x9, 1f\n\t"
-        "stp x19, x9, [sp, #16]\n\t"
-        "mov x10, sp\n\t"
-        "str x10, [%0]\n\t"
-        "mov sp, %1\n\t"
-        "ldr x9, [sp, #24]\n\t"
-        "br x9\n"
-        "1:\n\t"
-        "ldr x19, [sp, #16]\n\t"
-        "ldp x29, x30, [sp], #32\n\t"
-        : "+r"(first), "+r"(second)
-        :
-        : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16", "x17", "x20",
-          "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "cc", "memory", "v0", "v1", "v2", "v3", "v4", "v5",
-          "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21",
-          "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31");
+    __asm__ volatile("stp x29, x30, [sp, #-32]!\n\t"
+                     "adr x9, 1f\n\t"
+                     "stp x19, x9, [sp, #16]\n\t"
+                     "mov x10, sp\n\t"
+                     "str x10, [%0]\n\t"
+                     "mov sp, %1\n\t"
+                     "ldr x9, [sp, #24]\n\t"
+                     "br x9\n"
+                     "1:\n\t"
+                     "ldr x19, [sp, #16]\n\t"
+                     "ldp x29, x30, [sp], #32\n\t"
+                     : "+r"(first), "+r"(second)
+                     :
+                     : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16",
+                       "x17", "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "cc", "memory", "v0", "v1",
+                       "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16",
+                       "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30",
+                       "v31");
 }
 __mtl_inline void *__mtl_fresh_stack(char *top, void (*entry)()) {
     void **stack = (void **)top - 4;
@@ -210,7 +209,7 @@ __mtl_inline Result __mtl_collective_uniform(const Argument &mine, Combine combi
 }
 
 __mtl_inline void __mtl_simdgroup_barrier() {
-    __mtl_collective_uniform<char>((char)0, [](const char (&)[mtl_simd_lanes], unsigned) { return (char)0; });
+    __mtl_collective_uniform<char>((char)0, [](const char(&)[mtl_simd_lanes], unsigned) { return (char)0; });
 }
 
 __mtl_inline void __mtl_threadgroup_barrier() {
@@ -293,14 +292,11 @@ struct __mtl_frame {
         self.frame = self.level < mtl_most_levels - 1 ? self.level : (unsigned short)(mtl_most_levels - 2);
         __mtl_mark(group, index, self.frame) = 0;
     }
-    __mtl_inline_member ~__mtl_frame() {
-        __mtl_this_group().thread[__mtl_this_index()].frame = (unsigned short)before;
-    }
+    __mtl_inline_member ~__mtl_frame() { __mtl_this_group().thread[__mtl_this_index()].frame = (unsigned short)before; }
 };
 
 /* A variable in threadgroup memory. */
-template <typename Type>
-__mtl_inline Type &__mtl_variable(mtl_group &group, unsigned variable) {
+template <typename Type> __mtl_inline Type &__mtl_variable(mtl_group &group, unsigned variable) {
     void *memory = group.variable[variable];
     if (!memory) memory = group.declare(&group, variable, sizeof(Type), alignof(Type));
     return *(Type *)memory;
