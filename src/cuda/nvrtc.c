@@ -15,18 +15,18 @@
 
 typedef struct program *program; /* nvrtcProgram */
 
-#define NVRTC_FUNCTIONS(X)                                                                                              \
-    X(Version, int (*)(int *, int *))                                                                                  \
-    X(GetNumSupportedArchs, int (*)(int *))                                                                            \
-    X(GetSupportedArchs, int (*)(int *))                                                                               \
-    X(CreateProgram, int (*)(program *, const char *, const char *, int, const char *const *, const char *const *))     \
-    X(DestroyProgram, int (*)(program *))                                                                              \
-    X(CompileProgram, int (*)(program, int, const char *const *))                                                      \
-    X(GetProgramLogSize, int (*)(program, size_t *))                                                                   \
-    X(GetProgramLog, int (*)(program, char *))                                                                         \
-    X(GetCUBINSize, int (*)(program, size_t *))                                                                        \
-    X(GetCUBIN, int (*)(program, char *))                                                                              \
-    X(GetPTXSize, int (*)(program, size_t *))                                                                          \
+#define NVRTC_FUNCTIONS(X)                                                                                          \
+    X(Version, int (*)(int *, int *))                                                                               \
+    X(GetNumSupportedArchs, int (*)(int *))                                                                         \
+    X(GetSupportedArchs, int (*)(int *))                                                                            \
+    X(CreateProgram, int (*)(program *, const char *, const char *, int, const char *const *, const char *const *)) \
+    X(DestroyProgram, int (*)(program *))                                                                           \
+    X(CompileProgram, int (*)(program, int, const char *const *))                                                   \
+    X(GetProgramLogSize, int (*)(program, size_t *))                                                                \
+    X(GetProgramLog, int (*)(program, char *))                                                                      \
+    X(GetCUBINSize, int (*)(program, size_t *))                                                                     \
+    X(GetCUBIN, int (*)(program, char *))                                                                           \
+    X(GetPTXSize, int (*)(program, size_t *))                                                                       \
     X(GetPTX, int (*)(program, char *))
 
 #define NVRTC_FIELD(name, type) __typeof__((type)NULL) name;
@@ -116,23 +116,26 @@ static void find_include(void *function) {
         }
     }
     const char *home = secure_getenv("CUDA_HOME");
-    if (home && *home && snprintf(folder, sizeof folder, "%s/include", home) < (int)sizeof folder && take_include(folder)) return;
+    if (home && *home && snprintf(folder, sizeof folder, "%s/include", home) < (int)sizeof folder &&
+        take_include(folder))
+        return;
     take_include("/usr/local/cuda/include");
 }
 
 static void open_nvrtc(void) {
     void *library = open_anywhere();
     if (!library) {
-        snprintf(why_closed, sizeof why_closed,
-                 "there is no NVRTC to compile it with: install the CUDA toolkit, or the PyPI package nvidia-cuda-nvrtc, or "
-                 "name libnvrtc.so.13 or .12 in METALLOID_NVRTC");
+        snprintf(
+            why_closed, sizeof why_closed,
+            "there is no NVRTC to compile it with: install the CUDA toolkit, or the PyPI package nvidia-cuda-nvrtc, or "
+            "name libnvrtc.so.13 or .12 in METALLOID_NVRTC");
         return;
     }
-#define NVRTC_FIND(name, type)                                                                                         \
-    *(void **)(void *)&nvrtc.name = dlsym(library, "nvrtc" #name);                                                      \
-    if (!nvrtc.name) {                                                                                                 \
-        snprintf(why_closed, sizeof why_closed, "NVRTC has no nvrtc" #name ": version 12 or later is needed");          \
-        return;                                                                                                        \
+#define NVRTC_FIND(name, type)                                                                                 \
+    *(void **)(void *)&nvrtc.name = dlsym(library, "nvrtc" #name);                                             \
+    if (!nvrtc.name) {                                                                                         \
+        snprintf(why_closed, sizeof why_closed, "NVRTC has no nvrtc" #name ": version 12 or later is needed"); \
+        return;                                                                                                \
     }
     NVRTC_FUNCTIONS(NVRTC_FIND)
     int major = 0, minor = 0, count = 0;

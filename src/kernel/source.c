@@ -461,17 +461,18 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                              "    mtl_group group;\n"
                              "    unsigned index, local[3];\n");
     if (mtl_cuda_is_wide(definition, mentions)) {
-        mtl_text_format(out,
-                        "    if (dispatch.flags & mtl_flag_wide) {\n"
-                        "        unsigned first = blockIdx.x * blockDim.x * %d + threadIdx.x;\n"
-                        "        unsigned y = blockIdx.y * blockDim.y + threadIdx.y, z = blockIdx.z * blockDim.z + threadIdx.z;\n"
-                        "        if (y >= dispatch.grid[1] || z >= dispatch.grid[2]) return;\n"
-                        "        if ((blockIdx.x + 1) * blockDim.x * %d <= dispatch.grid[0]) {\n"
-                        "#pragma unroll\n"
-                        "            for (unsigned step = 0; step < %d; ++step) {\n"
-                        "                unsigned x = first + step * blockDim.x;\n"
-                        "                ",
-                        MTL_CUDA_WIDTH, MTL_CUDA_WIDTH, MTL_CUDA_WIDTH);
+        mtl_text_format(
+            out,
+            "    if (dispatch.flags & mtl_flag_wide) {\n"
+            "        unsigned first = blockIdx.x * blockDim.x * %d + threadIdx.x;\n"
+            "        unsigned y = blockIdx.y * blockDim.y + threadIdx.y, z = blockIdx.z * blockDim.z + threadIdx.z;\n"
+            "        if (y >= dispatch.grid[1] || z >= dispatch.grid[2]) return;\n"
+            "        if ((blockIdx.x + 1) * blockDim.x * %d <= dispatch.grid[0]) {\n"
+            "#pragma unroll\n"
+            "            for (unsigned step = 0; step < %d; ++step) {\n"
+            "                unsigned x = first + step * blockDim.x;\n"
+            "                ",
+            MTL_CUDA_WIDTH, MTL_CUDA_WIDTH, MTL_CUDA_WIDTH);
         add_cuda_call(out, definition, mentions, types);
         mtl_text_add_string(out, "            }\n"
                                  "        } else {\n"

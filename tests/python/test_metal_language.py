@@ -1,10 +1,9 @@
 """Every row of the support table of docs/custom-kernels.md, and kernels as users write them, against NumPy."""
 
 import metal_cases
+import metalloid.fast
 import numpy as np
 import pytest
-
-import metalloid.fast
 
 
 @pytest.mark.parametrize("case", metal_cases.CASES, ids=lambda case: case.name)
@@ -41,3 +40,20 @@ def test_what_is_not_supported_says_so(source, what):
     kernel = metalloid.fast.metal_kernel("unsupported", [], ["out"], source)
     with pytest.raises(RuntimeError, match=what):
         kernel(inputs=[], output_shapes=[(1,)], output_dtypes=[np.float32], grid=(1, 1, 1), threadgroup=(1, 1, 1))
+
+
+def test_a_cuda_kernel_wants_a_gpu():
+    x = np.ones(4, np.float32)
+    kernel = metalloid.fast.cuda_kernel("k", ["a"], ["out"], "out[threadIdx.x] = a[threadIdx.x];")
+    call = {
+        "inputs": [x],
+        "output_shapes": [x.shape],
+        "output_dtypes": [x.dtype],
+        "grid": (4, 1, 1),
+        "threadgroup": (4, 1, 1),
+    }
+    assert "mtl_kernel" in kernel.source(**call)
+    with pytest.raises((RuntimeError, ValueError), match="CUDA C"):
+        kernel(**call)
+    with pytest.raises(ValueError, match="shared_memory"):
+        metalloid.fast.cuda_kernel("k", [], ["out"], "", shared_memory=-1)

@@ -306,3 +306,46 @@ def metal_kernel(
         **settings,
     )
     return MetalKernel(native, name, len(input_names), len(output_names))
+
+
+def cuda_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    shared_memory: int = 0,
+) -> Callable[..., list[Any]]:
+    """A kernel from the body of a function in CUDA C++, as ``mlx.core.fast.cuda_kernel`` makes it, for arrays on NVIDIA GPUs.
+
+    Args:
+        name: of the kernel, an identifier.
+        input_names, output_names: of the function's parameters.
+        source: the function's body; ``const T* name`` for an input (a scalar too), ``T* name`` for an output, and
+            ``name_shape``, ``name_strides``, ``name_ndim`` where the source mentions them. Blocks are whole: the body
+            guards itself.
+        header: stands before the function.
+        ensure_row_contiguous: copies inputs that are not; without it the kernel reads their strides.
+        shared_memory: bytes of dynamic shared memory of a block.
+
+    Raises:
+        ValueError: a name that is no identifier, no output, a negative size. Nothing is compiled yet.
+    """
+    for what, text in (("name", name), ("source", source), ("header", header)):
+        if "\0" in text:
+            raise ValueError(f"cuda_kernel: {what} must not contain NUL")
+    for what, names in (("input_names", input_names), ("output_names", output_names)):
+        if isinstance(names, str):
+            raise ValueError(f"cuda_kernel: {what} must be a list of strings, got one string")
+    native = _native.Kernel(
+        name,
+        tuple(input_names),
+        tuple(output_names),
+        source,
+        header,
+        ensure_row_contiguous=ensure_row_contiguous,
+        language=1,
+        shared_memory=shared_memory,
+    )
+    return MetalKernel(native, name, len(input_names), len(output_names))

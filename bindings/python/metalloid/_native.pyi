@@ -36,6 +36,8 @@ class Kernel:
         debug: bool = False,
         address_sanitizer: bool = False,
         most_iterations: int = 0,
+        language: int = 0,
+        shared_memory: int = 0,
     ) -> Kernel: ...
     def launch(
         self,

@@ -1,6 +1,6 @@
 """The functions of ``mlx.core.fast``, with its signatures: ``mx.fast.X(...)`` becomes ``metalloid.fast.X(...)``."""
 
-from metalloid._kernel import metal_kernel
+from metalloid._kernel import cuda_kernel, metal_kernel
 from metalloid._native import (
     cross_entropy,
     gated_delta_update,
@@ -12,6 +12,7 @@ from metalloid._native import (
 
 __all__ = [
     "cross_entropy",
+    "cuda_kernel",
     "gated_delta_update",
     "layer_norm",
     "metal_kernel",

@@ -55,21 +55,25 @@ static PyObject *kernel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
                                "debug",
                                "address_sanitizer",
                                "most_iterations",
+                               "language",
+                               "shared_memory",
                                NULL};
     metalloid_kernel_options options = METALLOID_KERNEL_OPTIONS_INIT;
     const char *name, *source;
     PyObject *inputs, *outputs;
-    int contiguous = 1, atomic = 0, mode = 0, debug = 0, sanitizer = 0;
+    int contiguous = 1, atomic = 0, mode = 0, debug = 0, sanitizer = 0, language = METALLOID_KERNEL_METAL;
     long long iterations = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!O!s|sppizppL", keywords, &name, &PyTuple_Type, &inputs,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!O!s|sppizppLii", keywords, &name, &PyTuple_Type, &inputs,
                                      &PyTuple_Type, &outputs, &source, &options.header, &contiguous, &atomic, &mode,
-                                     &options.fallback_compiler, &debug, &sanitizer, &iterations))
+                                     &options.fallback_compiler, &debug, &sanitizer, &iterations, &language,
+                                     &options.shared_memory))
         return NULL;
     const char *input_names[MOST_BUFFERS], *output_names[MOST_BUFFERS];
     if (!read_names(inputs, input_names, "input_names") || !read_names(outputs, output_names, "output_names"))
         return NULL;
     options.ensure_row_contiguous = contiguous;
     options.atomic_outputs = atomic;
+    options.language = (metalloid_kernel_language)language;
     options.math_mode = (metalloid_math_mode)mode;
     options.debug = debug;
     options.address_sanitizer = sanitizer;
