@@ -57,7 +57,7 @@ def normal(*shape, seed=7, dtype=F32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-# ---- MLX's documentation and tests -----------------------------------------------------------------------------------
+# ---- MLX's documentation and tests ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -93,7 +93,9 @@ def test_strides_are_those_of_the_array():
     shape, strides, first = run(
         source, {"x": x}, outputs=("shape", "strides", "first"), ensure_row_contiguous=False,
         out=[((3,), np.int32), ((3,), np.int64), ((1,), np.int32)], grid=(1, 1, 1))  # fmt: skip
-    assert shape.tolist() == [2, 3, 2] and strides.tolist() == [12, -4, 2] and first[0] == 8
+    assert shape.tolist() == [2, 3, 2]
+    assert strides.tolist() == [12, -4, 2]
+    assert first[0] == 8
 
 
 def test_template_arguments_and_scalars():
@@ -136,7 +138,8 @@ def test_one_name_two_sources():
     moved = run(
         "uint e = thread_position_in_grid.x; out[e] = x[e] + 100.0f;", {"x": x}, out=((32,), F32), grid=(32, 1, 1)
     )
-    assert np.array_equal(doubled, x * 2) and np.array_equal(moved, x + 100)
+    assert np.array_equal(doubled, x * 2)
+    assert np.array_equal(moved, x + 100)
 
 
 def test_math_mode():
@@ -155,7 +158,21 @@ def test_math_mode():
 def test_dtypes_of_one_kernel():
     kernel = metal_kernel(name="twice", input_names=["x"], output_names=["out"],
                           source="uint i = thread_position_in_grid.x; out[i] = x[i] + x[i];")  # fmt: skip
-    names = ["float32", "float16", "bfloat16", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "complex64"]
+    names = [
+        "float32",
+        "float16",
+        "bfloat16",
+        "float64",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "complex64",
+    ]
     for name in names:
         dtype = ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
         x = np.arange(5).astype(dtype)
@@ -226,7 +243,7 @@ def test_atomic_gradient_of_grid_sample(channels):
     np.testing.assert_allclose(grid_grad, expected_grid, atol=2e-3)
 
 
-# ---- positions -------------------------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------------------------------------
 
 VECTORS = ["thread_position_in_grid", "thread_position_in_threadgroup", "threadgroup_position_in_grid",
            "threadgroups_per_grid", "threads_per_grid", "threads_per_threadgroup",
@@ -267,7 +284,7 @@ def test_attributes(grid, group, meet):
                                   index % 4, index // 4, -(-threads // 4), -(-nominal // 4)]  # fmt: skip
 
 
-# ---- threads that meet -------------------------------------------------------------------------------------------------
+# ---- threads that meet ---------------------------------------------------------------------------------------------
 
 
 def test_sum_over_a_threadgroup():
@@ -462,7 +479,7 @@ def test_threads_of_the_pool(threads, count):
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------------------------
 
 
 def test_barrier_that_some_threads_do_not_reach():
@@ -585,7 +602,7 @@ def test_outputs_overlap_nothing():
         kernel.launch((out,), (out,), (1, 1, 1), (1, 1, 1), (), None)
 
 
-# ---- source, initial values, libraries ---------------------------------------------------------------------------------
+# ---- source, initial values, libraries -----------------------------------------------------------------------------
 
 
 def test_source_and_verbose(capsys):
@@ -626,7 +643,9 @@ def test_torch():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64):
         x = torch.arange(10).to(dtype)
         out = run(source, {"x": x, "s": 3}, out=((10,), dtype), grid=(10, 1, 1), template=[("T", dtype)])
-        assert isinstance(out, torch.Tensor) and out.dtype == dtype and torch.equal(out, x * 3 + 1)
+        assert isinstance(out, torch.Tensor)
+        assert out.dtype == dtype
+        assert torch.equal(out, x * 3 + 1)
 
 
 def test_mlx():
@@ -635,10 +654,12 @@ def test_mlx():
     for dtype in (mx.float32, mx.bfloat16, mx.int32, mx.bool_):
         x = mx.arange(10).astype(dtype)
         out = run(source, {"x": x}, out=((10,), dtype), grid=(10, 1, 1), template=[("T", dtype)])
-        assert isinstance(out, mx.array) and out.dtype == dtype and mx.array_equal(out, (x * 2).astype(dtype))
+        assert isinstance(out, mx.array)
+        assert out.dtype == dtype
+        assert mx.array_equal(out, (x * 2).astype(dtype))
 
 
-# ---- the cache, the compiler ---------------------------------------------------------------------------------------------
+# ---- the cache, the compiler ---------------------------------------------------------------------------------------
 
 PROGRAM = """
 import sys, time
@@ -655,7 +676,9 @@ assert np.array_equal(y, x + 1)
 def program(directory, text=PROGRAM, check=True, **changes):
     environment = dict(os.environ, METALLOID_CACHE=str(directory)) | changes
     environment = {name: value for name, value in environment.items() if value is not None}
-    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -668,7 +691,8 @@ def test_cache_is_private_and_used(tmp_path):
     directory = tmp_path / "deep" / "cache"
     program(directory)
     (entry,) = entries(directory)
-    assert stat.S_IMODE(directory.stat().st_mode) == 0o700 and stat.S_IMODE(entry.stat().st_mode) == 0o600
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600
     assert [path.name for path in directory.iterdir()] == [entry.name], "nothing is left behind"
     before = entry.stat().st_mtime_ns
     program(directory)
@@ -703,8 +727,10 @@ def test_entry_that_is_not_sound_is_made_again(tmp_path, damage):
         entry.symlink_to(evil)
     program(tmp_path)
     (entry,) = entries(tmp_path)
-    assert entry.stat().st_uid == os.geteuid() and stat.S_IMODE(entry.stat().st_mode) == 0o600
-    assert not entry.is_symlink() and len(entry.read_bytes()) == len(whole)
+    assert entry.stat().st_uid == os.geteuid()
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+    assert not entry.is_symlink()
+    assert len(entry.read_bytes()) == len(whole)
 
 
 def test_directory_that_others_may_write_becomes_private(tmp_path):
@@ -756,7 +782,8 @@ def test_full_disk(tmp_path):
     """Files end at a size that no object fits in: an error that says so, and nothing left."""
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({1 << 16}, {1 << 16}))\n" + PROGRAM
     done = program(tmp_path, limited, check=False)
-    assert done.returncode == 1 and "RuntimeError: metal_kernel" in done.stderr
+    assert done.returncode == 1
+    assert "RuntimeError: metal_kernel" in done.stderr
     assert not list(tmp_path.iterdir())
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
@@ -772,12 +799,15 @@ def test_debug_build_keeps_its_sources(tmp_path):
     program(tmp_path, PROGRAM.replace('input_names=["x"]', 'input_names=["x"], debug_options={"debug": True}'))
     (kept,) = tmp_path.glob("*.debug")
     assert (kept / "source").read_text() == "uint i = thread_position_in_grid.x; y[i] = x[i] + 1;"
-    assert (kept / "unit.cc").exists() and (kept / "header").exists()
+    assert (kept / "unit.cc").exists()
+    assert (kept / "header").exists()
 
 
 def asan_runtime():
     for name in ("libclang_rt.asan-x86_64.so", "libclang_rt.asan-aarch64.so"):
-        path = subprocess.run([CLANG, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        path = subprocess.run(
+            [CLANG, f"-print-file-name={name}"], capture_output=True, text=True, check=False
+        ).stdout.strip()
         if os.path.isabs(path) and os.path.exists(path):
             return path
     return None

@@ -248,8 +248,8 @@ def metal_kernel(
     *,
     debug_options: DebugOptions | None = None,
 ) -> Callable[..., list[Any]]:
-    """A kernel from the body of a function in the Metal Shading Language, as ``mlx.core.fast.metal_kernel`` makes it; it
-    runs where there is no Metal.
+    """A kernel from the body of a function in the Metal Shading Language, as ``mlx.core.fast.metal_kernel`` makes it;
+    it runs where there is no Metal.
 
     Args:
         name: of the kernel, an identifier.
