@@ -81,14 +81,19 @@ INLINE vec vec_join(vec_half low, vec_half high) {
 #endif
 }
 INLINE vec vec_to_two_f16(vec low, vec high) { return vec_join(vec_to_f16(low), vec_to_f16(high)); }
-INLINE vec vec_to_two_bf16(vec low, vec high) {
 #ifdef MTL_ISA_AVX512_BF16
-    /* As vec_to_bf16. */
-    __mmask16 small = _kor_mask16(_mm512_fpclass_ps_mask(low, 0x20), _mm512_fpclass_ps_mask(high, 0x20));
-    if (__builtin_expect(_kortestz_mask16_u8(small, small), 1)) return (vec)_mm512_cvtne2ps_pbh(high, low);
-#endif
+/* Out of line: its constants would push those of the loops around it out of their registers. */
+static __attribute__((noinline, cold, unused)) vec vec_to_two_bf16_with_subnormals(vec low, vec high) {
     return vec_join(vec_to_bf16(low), vec_to_bf16(high));
 }
+INLINE vec vec_to_two_bf16(vec low, vec high) { /* as vec_to_bf16 */
+    __mmask16 small = _kor_mask16(_mm512_fpclass_ps_mask(low, 0x20), _mm512_fpclass_ps_mask(high, 0x20));
+    if (__builtin_expect(_kortestz_mask16_u8(small, small), 1)) return (vec)_mm512_cvtne2ps_pbh(high, low);
+    return vec_to_two_bf16_with_subnormals(low, high);
+}
+#else
+INLINE vec vec_to_two_bf16(vec low, vec high) { return vec_join(vec_to_bf16(low), vec_to_bf16(high)); }
+#endif
 #if VECTOR_BYTES == 64
 #define VEC_HAS_TWO_BF16
 /* One load, and one shuffle a vector, which puts an element above a zero. */
