@@ -115,8 +115,8 @@ INLINE vec vec_exp2_narrow(vec x) {
 #endif
 }
 
-/* 2^x for sums over logits: any x, NaN for NaN. Relative error 2e-7, and 3e-6 where `narrow`, for logits of 16 bits; what
- * would be below 2^-126 may be 0. Above 2^120 any number above 2^100, or infinity. */
+/* 2^x for sums over logits: any x, NaN for NaN. Relative error 2e-7, and 3e-6 where `narrow`, for logits of 16 bits;
+ * what would be below 2^-126 may be 0. Above 2^120 any number above 2^100, or infinity. */
 INLINE vec vec_exp2_of_logits(vec x, bool narrow) {
 #ifdef MTL_IN_DOUBLE
     (void)narrow;
