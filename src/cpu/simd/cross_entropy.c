@@ -1,10 +1,10 @@
 /* loss = logsumexp(logits) - logits[target]. SPDX-License-Identifier: MIT
  *
  * One read of the logits: the target is left out of the sum, so that loss = log1p(sum of exp(x - target)) keeps its
- * digits  however small it is, and any shift near the largest logit does; the largest of the first few is taken. A
- * chunk in which a  term is too large for that, by far the exception, is summed again. A chunk is summed in reals,
- * LANES at a time, and the  chunks' sums in double. Powers are of 2; the rounding of log2(e), the same for all
- * logits, is as a difference in scale of  1e-8. Rows with infinity, where x - shift would be NaN, and those of
+ * digits however small it is, and any shift near the largest logit does; the largest of the first few is taken. A
+ * chunk in which a term is too large for that, by far the exception, is summed again. A chunk is summed in reals,
+ * LANES at a time, and the chunks' sums in double. Powers are of 2; the rounding of log2(e), the same for all
+ * logits, is as a difference in scale of 1e-8. Rows with infinity, where x - shift would be NaN, and those of
  * nothing but -infinity go to the plain kernel. */
 #include "cpu/simd/math.h"
 
