@@ -54,8 +54,9 @@ typedef enum metalloid_status {
     METALLOID_OUT_OF_MEMORY = 2,  /* the workspace could not be allocated; nothing was written */
     METALLOID_UNSUPPORTED = 3,    /* no backend of this build serves the tensors' device, or the device is too old */
     METALLOID_DEVICE_FAILURE = 4, /* the device or its driver refused the work; the message has its words */
-    METALLOID_COMPILE_FAILED = 5, /* a custom kernel's source does not compile, or there is nothing to compile it with */
-    METALLOID_KERNEL_FAILED = 6,  /* a custom kernel was stopped: a barrier that only a part of the threads reach, a loop
+    METALLOID_COMPILE_FAILED =
+        5,                       /* a custom kernel's source does not compile, or there is nothing to compile it with */
+    METALLOID_KERNEL_FAILED = 6, /* a custom kernel was stopped: a barrier that only a part of the threads reach, a loop
                                    * that goes on; its outputs hold whatever it wrote */
 } metalloid_status;
 
@@ -294,17 +295,17 @@ typedef struct metalloid_kernel_options {
 
     /* On the CPU: */
     const char *fallback_compiler; /* a C++ compiler where neither METALLOID_CXX nor PATH names one; NULL: none */
-    bool debug; /* -g, little optimization, the generated source kept beside the object: for a debugger */
-    bool address_sanitizer;   /* reports accesses out of bounds; its run-time has to be in the process (LD_PRELOAD) */
-    int64_t most_iterations;  /* all loops of a thread together; a kernel with one more is stopped. 0: no limit */
+    bool debug;              /* -g, little optimization, the generated source kept beside the object: for a debugger */
+    bool address_sanitizer;  /* reports accesses out of bounds; its run-time has to be in the process (LD_PRELOAD) */
+    int64_t most_iterations; /* all loops of a thread together; a kernel with one more is stopped. 0: no limit */
 
     int shared_memory; /* METALLOID_KERNEL_CUDA: bytes of dynamic shared memory of a block */
 } metalloid_kernel_options;
 
-#define METALLOID_KERNEL_OPTIONS_INIT                                                                             \
-    {                                                                                                             \
-        sizeof(metalloid_kernel_options), METALLOID_KERNEL_METAL, NULL, true, false, METALLOID_MATH_SAFE, NULL,    \
-            false, false, 0, 0                                                                                     \
+#define METALLOID_KERNEL_OPTIONS_INIT                                                                                  \
+    {                                                                                                                  \
+        sizeof(metalloid_kernel_options), METALLOID_KERNEL_METAL, NULL, true, false, METALLOID_MATH_SAFE, NULL, false, \
+            false, 0, 0                                                                                                \
     }
 
 /* Names are identifiers of C, none of them twice; at least one output. Nothing is compiled yet. The strings are copied. */
@@ -324,12 +325,12 @@ typedef enum metalloid_template_kind {
 typedef struct metalloid_template_argument {
     const char *name; /* an identifier */
     metalloid_template_kind kind;
-    int64_t value;    /* of an int (in its range) or a bool */
+    int64_t value; /* of an int (in its range) or a bool */
     DLDataType dtype;
 } metalloid_template_argument;
 
 typedef struct metalloid_kernel_call {
-    size_t size; /* sizeof(metalloid_kernel_call) of the caller; the initializer sets it */
+    size_t size;                   /* sizeof(metalloid_kernel_call) of the caller; the initializer sets it */
     int input_count, output_count; /* as many as the kernel has names */
 
     /* bool, integer, floating or complex64, any rank; one of rank 0 is a reference in the kernel. Outputs are row-contiguous and

@@ -30,18 +30,53 @@ static bool is_identifier(const char *name) {
 /* Words that C++ or Metal keep for themselves, and that a parameter cannot be called. */
 static bool is_keyword(const char *name) {
     static const char *const words[] = {
-        "alignas",     "alignof",   "and",      "and_eq",   "asm",       "atomic_cancel", "auto",       "bitand",
-        "bitor",       "bool",      "break",    "case",     "catch",     "char",          "char16_t",   "char32_t",
-        "class",       "compl",     "const",    "constant", "const_cast", "constexpr",    "continue",   "decltype",
-        "default",     "delete",    "device",   "do",       "double",    "dynamic_cast",  "else",       "enum",
-        "explicit",    "export",    "extern",   "false",    "float",     "for",           "fragment",   "friend",
-        "goto",        "half",      "if",       "inline",   "int",       "kernel",        "long",       "mutable",
-        "namespace",   "new",       "noexcept", "not",      "not_eq",    "nullptr",       "operator",   "or",
-        "or_eq",       "private",   "protected", "public",  "register",  "reinterpret_cast", "return",  "short",
-        "signed",      "sizeof",    "static",   "static_assert", "static_cast", "struct", "switch",     "template",
-        "this",        "thread",    "thread_local", "threadgroup", "throw", "true",       "try",        "typedef",
-        "typeid",      "typename",  "union",    "unsigned", "using",     "vertex",        "virtual",    "void",
-        "volatile",    "wchar_t",   "while",    "xor",      "xor_eq",
+        "alignas",      "alignof",
+        "and",          "and_eq",
+        "asm",          "atomic_cancel",
+        "auto",         "bitand",
+        "bitor",        "bool",
+        "break",        "case",
+        "catch",        "char",
+        "char16_t",     "char32_t",
+        "class",        "compl",
+        "const",        "constant",
+        "const_cast",   "constexpr",
+        "continue",     "decltype",
+        "default",      "delete",
+        "device",       "do",
+        "double",       "dynamic_cast",
+        "else",         "enum",
+        "explicit",     "export",
+        "extern",       "false",
+        "float",        "for",
+        "fragment",     "friend",
+        "goto",         "half",
+        "if",           "inline",
+        "int",          "kernel",
+        "long",         "mutable",
+        "namespace",    "new",
+        "noexcept",     "not",
+        "not_eq",       "nullptr",
+        "operator",     "or",
+        "or_eq",        "private",
+        "protected",    "public",
+        "register",     "reinterpret_cast",
+        "return",       "short",
+        "signed",       "sizeof",
+        "static",       "static_assert",
+        "static_cast",  "struct",
+        "switch",       "template",
+        "this",         "thread",
+        "thread_local", "threadgroup",
+        "throw",        "true",
+        "try",          "typedef",
+        "typeid",       "typename",
+        "union",        "unsigned",
+        "using",        "vertex",
+        "virtual",      "void",
+        "volatile",     "wchar_t",
+        "while",        "xor",
+        "xor_eq",
     };
     for (size_t i = 0; i < sizeof words / sizeof words[0]; i++) {
         if (strcmp(words[i], name) == 0) return true;
@@ -177,9 +212,9 @@ typedef struct checked {
     const int **shapes;
     const int64_t **strides;
     int *ranks;
-    void *extents;           /* all shapes and strides */
-    void **copies;           /* of inputs, or NULL */
-    char *block;             /* all of it, or NULL */
+    void *extents; /* all shapes and strides */
+    void **copies; /* of inputs, or NULL */
+    char *block;   /* all of it, or NULL */
 } checked;
 
 static bool is_row_contiguous(const mtl_view *view) {
@@ -203,8 +238,7 @@ static metalloid_status check_counts(const metalloid_kernel *kernel, const metal
     MTL_REQUIRE(call->outputs, op, "%s must not be NULL", "outputs");
     MTL_REQUIRE(call->template_count >= 0 && call->template_count <= MTL_MOST_TEMPLATES, op,
                 "there may be 0 to %d template arguments, got %d", (int)MTL_MOST_TEMPLATES, call->template_count);
-    MTL_REQUIRE(call->template_arguments || call->template_count == 0, op, "%s must not be NULL",
-                "template_arguments");
+    MTL_REQUIRE(call->template_arguments || call->template_count == 0, op, "%s must not be NULL", "template_arguments");
     return METALLOID_OK;
 }
 
@@ -455,8 +489,9 @@ static metalloid_status lay_out_extents(const metalloid_kernel *kernel, const me
         if (mentioned & MTL_MENTIONS_SHAPE) {
             c->shapes[i] = shape;
             for (int axis = 0; axis < view->rank; axis++) {
-                MTL_REQUIRE(view->shape[axis] <= INT32_MAX, op, "%s has an extent beyond 32 bits, and kernel %s reads it",
-                            view->name, kernel->definition.name);
+                MTL_REQUIRE(view->shape[axis] <= INT32_MAX, op,
+                            "%s has an extent beyond 32 bits, and kernel %s reads it", view->name,
+                            kernel->definition.name);
                 *shape++ = (int)view->shape[axis];
             }
             *shape++ = 0;
@@ -489,7 +524,8 @@ static metalloid_status launch_cuda(metalloid_context *context, metalloid_kernel
     return status ? status : mtl_kernel_launch_cuda(context, kernel, &c->launch, strided, c->inputs);
 #else
     (void)context, (void)kernel, (void)call, (void)c;
-    return mtl_fail(METALLOID_UNSUPPORTED, "%s: the tensors are on a CUDA device, and this build has no CUDA backend", op);
+    return mtl_fail(METALLOID_UNSUPPORTED, "%s: the tensors are on a CUDA device, and this build has no CUDA backend",
+                    op);
 #endif
 }
 
@@ -497,7 +533,8 @@ static metalloid_status launch_checked(metalloid_context *context, metalloid_ker
                                        const metalloid_kernel_call *call, checked *c) {
     if (c->device.device_type != kDLCPU) return launch_cuda(context, kernel, call, c);
     if (kernel->language != METALLOID_KERNEL_METAL) {
-        return mtl_fail(METALLOID_UNSUPPORTED, "cuda_kernel: kernel %s is in CUDA C++, and its tensors are in CPU memory",
+        return mtl_fail(METALLOID_UNSUPPORTED,
+                        "cuda_kernel: kernel %s is in CUDA C++, and its tensors are in CPU memory",
                         kernel->definition.name);
     }
     for (int i = 0; i < call->input_count; i++) {

@@ -2,8 +2,8 @@
 #include "core/dtype.h"
 
 const char *mtl_dtype_name(mtl_dtype dtype) {
-    static const char *const name[MTL_DTYPES] = {"float32", "float16", "bfloat16", "float64", "bool",
-                                                 "int8",    "int16",   "int32",    "int64",   "uint8",
+    static const char *const name[MTL_DTYPES] = {"float32", "float16", "bfloat16", "float64",  "bool",
+                                                 "int8",    "int16",   "int32",    "int64",    "uint8",
                                                  "uint16",  "uint32",  "uint64",   "complex64"};
     return name[dtype];
 }

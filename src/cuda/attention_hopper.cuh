@@ -4,12 +4,12 @@
 //
 // A block has 64 rows of one head for each of its GROUPS groups of four warps. One more group fetches: one thread asks
 // the copy engine for tiles of keys and values, two stages ahead. While the matrix units do the scores of the next tile
-// and the weighted values of this one, a group's ordinary instructions do the softmax in between: of the two products in
-// flight only the scores are waited for. (Blocks that stay, with items dealt out beforehand, were slower: under causal
-// items differ, and the hardware deals them out as blocks get free.)
+// and the weighted values of this one, a group's ordinary instructions do the softmax in between: of the two products
+// in flight only the scores are waited for. (Blocks that stay, with items dealt out beforehand, were slower: under
+// causal items differ, and the hardware deals them out as blocks get free.)
 //
-// What a key mask or a boolean mask shows is made into bits by the other three warps of the fetching group, ahead of the
-// tiles; a tile of which nothing shows is not loaded. Additive masks are read where the scores are.
+// What a key mask or a boolean mask shows is made into bits by the other three warps of the fetching group, ahead of
+// the tiles; a tile of which nothing shows is not loaded. Additive masks are read where the scores are.
 //
 // As in attention.cu a row that comes out NaN is done again by attention_row.
 #pragma once

@@ -18,6 +18,7 @@
 enum {
     MOST_OPTIONS = 16,
     MOST_BLOCKS_YZ = 65535, /* along y and z of a grid */
+    BLOCKS_FOR_WIDTH = 32,  /* of a multiprocessor */
     COPY_AXES = 16,
     COPY_THREADS = 256,
 };
@@ -50,8 +51,9 @@ static mtl_digest key_of(const mtl_text *unit, int arch, const char *const *opti
 }
 
 /* The unit's kernel `symbol`, from the cache or compiled. */
-static metalloid_status build(const mtl_cuda_call *call, const char *name, const mtl_text *unit, metalloid_math_mode mode,
-                              bool metal, bool include, const char *symbol, int shared_memory, CUfunction *function) {
+static metalloid_status build(const mtl_cuda_call *call, const char *name, const mtl_text *unit,
+                              metalloid_math_mode mode, bool metal, bool include, const char *symbol, int shared_memory,
+                              CUfunction *function) {
     const char *why, *options[MOST_OPTIONS];
     if (unit->failed) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
     if (!mtl_nvrtc_available(&why))
@@ -65,7 +67,8 @@ static metalloid_status build(const mtl_cuda_call *call, const char *name, const
     pthread_mutex_lock(&building);
     bool kept = mtl_cache_load(&key, &code, &length);
     if (!kept) {
-        code = mtl_nvrtc_compile(mtl_text_string((mtl_text *)(uintptr_t)unit), arch, options, count, include, &length, &log);
+        code = mtl_nvrtc_compile(mtl_text_string((mtl_text *)(uintptr_t)unit), arch, options, count, include, &length,
+                                 &log);
         if (code) mtl_cache_store(&key, code, length);
     }
     pthread_mutex_unlock(&building);
@@ -73,7 +76,8 @@ static metalloid_status build(const mtl_cuda_call *call, const char *name, const
     if (code) {
         status = mtl_cuda_load(call, code, symbol, shared_memory, function);
     } else {
-        status = mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op, name, mtl_text_string(&log));
+        status =
+            mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op, name, mtl_text_string(&log));
     }
     free(code);
     mtl_text_free(&log);
@@ -119,8 +123,8 @@ static metalloid_status get_function(const mtl_cuda_call *call, metalloid_kernel
     bool include = false;
     if (metal) mtl_translation_unit(&unit, definition, &kernel->mentions, &launch->types, &options);
     else mtl_cuda_unit(&unit, definition, &kernel->mentions, &launch->types, &include);
-    status = build(call, definition->name, &unit, kernel->math_mode, metal, include, "mtl_kernel", kernel->shared_memory,
-                   function);
+    status = build(call, definition->name, &unit, kernel->math_mode, metal, include, "mtl_kernel",
+                   kernel->shared_memory, function);
     mtl_text_free(&unit);
     if (status) goto done;
     mtl_variant *variant = malloc(sizeof *variant + length);
@@ -128,8 +132,8 @@ static metalloid_status get_function(const mtl_cuda_call *call, metalloid_kernel
         status = mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
         goto done;
     }
-    *variant = (mtl_variant){
-        .hash = hash, .key_length = length, .key = (unsigned char *)(variant + 1), .function = *function};
+    *variant =
+        (mtl_variant){.hash = hash, .key_length = length, .key = (unsigned char *)(variant + 1), .function = *function};
     memcpy(variant + 1, key, length);
     variant->next = atomic_load(&kernel->variants);
     while (!atomic_compare_exchange_weak(&kernel->variants, &variant->next, variant)) continue;
@@ -230,7 +234,8 @@ static metalloid_status lay_out(const metalloid_kernel *kernel, const mtl_launch
         for (int k = 0; k < 3; k++) memcpy(bytes + layout->ints_at + 4 * (inputs * k + i), &ints[k], 4);
         size_t rank = (size_t)launch->ranks[i];
         MTL_REQUIRE(shapes + (int)rank <= MTL_CUDA_EXTENTS && strides + (int)rank <= MTL_CUDA_EXTENTS, op,
-                    "kernel %s reads shapes of more than %d axes in all", kernel->definition.name, (int)MTL_CUDA_EXTENTS);
+                    "kernel %s reads shapes of more than %d axes in all", kernel->definition.name,
+                    (int)MTL_CUDA_EXTENTS);
         if (launch->shapes[i]) {
             memcpy(bytes + layout->shapes_at + 4 * shapes, launch->shapes[i], 4 * rank);
             shapes += (int)rank;
@@ -243,8 +248,8 @@ static metalloid_status lay_out(const metalloid_kernel *kernel, const mtl_launch
     return METALLOID_OK;
 }
 
-static metalloid_status launch_metal(const mtl_cuda_call *call, const metalloid_kernel *kernel, const mtl_launch *launch,
-                                     CUfunction function) {
+static metalloid_status launch_metal(const mtl_cuda_call *call, const metalloid_kernel *kernel,
+                                     const mtl_launch *launch, CUfunction function) {
     enum { MOST_BYTES = 4096 };
     mtl_cuda_layout layout = mtl_cuda_layout_of(&kernel->definition, &kernel->mentions);
     char bytes[MOST_BYTES] __attribute__((aligned(16)));
@@ -261,6 +266,13 @@ static metalloid_status launch_metal(const mtl_cuda_call *call, const metalloid_
         blocks[0] = (uint32_t)(all * groups[2]);
         blocks[1] = blocks[2] = 1;
         flags |= MTL_CUDA_LINEAR;
+    }
+    /* With the blocks for it, a thread does several positions. */
+    int64_t enough = (int64_t)call->device->multiprocessors * BLOCKS_FOR_WIDTH;
+    if (!(flags & MTL_CUDA_LINEAR) && (int64_t)blocks[0] >= enough &&
+        mtl_cuda_is_wide(&kernel->definition, &kernel->mentions)) {
+        blocks[0] = (blocks[0] - 1) / MTL_CUDA_WIDTH + 1;
+        flags |= MTL_CUDA_WIDE;
     }
     MTL_TRY(lay_out(kernel, launch, &layout, groups, flags, bytes));
     void *pointers[2 * MTL_MOST_BUFFERS], *parameters[2 * MTL_MOST_BUFFERS + 1];
@@ -291,7 +303,8 @@ static metalloid_status launch_cuda_source(const mtl_cuda_call *call, const meta
     for (int i = 0; i < kernel->definition.input_count && !status; i++) {
         const mtl_view *view = &launch->inputs[i];
         pointers[buffers] = view->data;
-        if (view->rank == 0 && view->device.device_type == kDLCPU) { /* such a kernel reads a scalar through a pointer */
+        if (view->rank == 0 &&
+            view->device.device_type == kDLCPU) { /* such a kernel reads a scalar through a pointer */
             uint64_t bits = 0;
             size_t size = (size_t)mtl_dtype_size(view->dtype);
             memcpy(&bits, view->data, size);
@@ -303,8 +316,8 @@ static metalloid_status launch_cuda_source(const mtl_cuda_call *call, const meta
         if (view->rank == 0) continue;
         unsigned char mentioned = kernel->mentions.input[i];
         if (mentioned && view->rank > MTL_CUDA_NDIM) {
-            status = mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: %s has %d axes, and kernel %s reads at most %d", op, view->name,
-                              view->rank, kernel->definition.name, (int)MTL_CUDA_NDIM);
+            status = mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: %s has %d axes, and kernel %s reads at most %d", op,
+                              view->name, view->rank, kernel->definition.name, (int)MTL_CUDA_NDIM);
             break;
         }
         memset(&extents[i], 0, sizeof extents[i]);
@@ -326,7 +339,8 @@ static metalloid_status launch_cuda_source(const mtl_cuda_call *call, const meta
     uint32_t blocks[3];
     for (int axis = 0; axis < 3; axis++) blocks[axis] = (launch->grid[axis] - 1) / launch->threadgroup[axis] + 1;
     if (!status) {
-        status = mtl_cuda_launch_function(call, function, blocks, launch->threadgroup, kernel->shared_memory, parameters);
+        status =
+            mtl_cuda_launch_function(call, function, blocks, launch->threadgroup, kernel->shared_memory, parameters);
     }
     for (int i = 0; i < kernel->definition.input_count; i++) {
         if (scalars[i]) mtl_cuda_release(call, scalars[i]);

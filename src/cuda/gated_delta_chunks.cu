@@ -18,8 +18,8 @@
 // rule grow, where the inverse is large, and where anything is large or not finite, a chunk goes by steps, in float. A
 // masked step is one of decay 1, beta 0 and zeros for k and v.
 //
-// Traffic: q, k, v and out once, and 32 KiB an item written and read. What a chunk needs comes by cp.async while the one
-// before it is worked on.
+// Traffic: q, k, v and out once, and 32 KiB an item written and read. What a chunk needs comes by cp.async while the
+// one before it is worked on.
 #include "cuda/mma.cuh"
 
 constexpr int STEPS = MTL_CUDA_CHUNK, SQUARE = STEPS * STEPS * 2; // bytes

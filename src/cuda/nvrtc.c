@@ -11,23 +11,22 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 typedef struct program *program; /* nvrtcProgram */
 
-#define NVRTC_FUNCTIONS(X)                                                                                              \
-    X(Version, int (*)(int *, int *))                                                                                  \
-    X(GetNumSupportedArchs, int (*)(int *))                                                                            \
-    X(GetSupportedArchs, int (*)(int *))                                                                               \
-    X(CreateProgram, int (*)(program *, const char *, const char *, int, const char *const *, const char *const *))     \
-    X(DestroyProgram, int (*)(program *))                                                                              \
-    X(CompileProgram, int (*)(program, int, const char *const *))                                                      \
-    X(GetProgramLogSize, int (*)(program, size_t *))                                                                   \
-    X(GetProgramLog, int (*)(program, char *))                                                                         \
-    X(GetCUBINSize, int (*)(program, size_t *))                                                                        \
-    X(GetCUBIN, int (*)(program, char *))                                                                              \
-    X(GetPTXSize, int (*)(program, size_t *))                                                                          \
+#define NVRTC_FUNCTIONS(X)                                                                                          \
+    X(Version, int (*)(int *, int *))                                                                               \
+    X(GetNumSupportedArchs, int (*)(int *))                                                                         \
+    X(GetSupportedArchs, int (*)(int *))                                                                            \
+    X(CreateProgram, int (*)(program *, const char *, const char *, int, const char *const *, const char *const *)) \
+    X(DestroyProgram, int (*)(program *))                                                                           \
+    X(CompileProgram, int (*)(program, int, const char *const *))                                                   \
+    X(GetProgramLogSize, int (*)(program, size_t *))                                                                \
+    X(GetProgramLog, int (*)(program, char *))                                                                      \
+    X(GetCUBINSize, int (*)(program, size_t *))                                                                     \
+    X(GetCUBIN, int (*)(program, char *))                                                                           \
+    X(GetPTXSize, int (*)(program, size_t *))                                                                       \
     X(GetPTX, int (*)(program, char *))
 
 #define NVRTC_FIELD(name, type) __typeof__((type)NULL) name;
@@ -35,13 +34,8 @@ static struct { NVRTC_FUNCTIONS(NVRTC_FIELD) } nvrtc;
 
 static pthread_once_t opened = PTHREAD_ONCE_INIT;
 static char why_closed[512];
-static char identity[PATH_MAX + 64], include_option[PATH_MAX + 32];
+static char identity[PATH_MAX + 64], include_option[PATH_MAX + 32], cccl_option[PATH_MAX + 64];
 static int newest_arch;
-
-static bool is_directory(const char *path) {
-    struct stat status;
-    return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
-}
 
 static void *open_in(const char *directory) {
     static const char *const names[] = {"libnvrtc.so.13", "libnvrtc.so.12"};
@@ -91,10 +85,25 @@ static void *open_anywhere(void) {
     return library ? library : open_in("/usr/local/cuda/lib");
 }
 
-/* CUDA's headers: beside the compiler in an installation and in the wheels. */
+/* CUDA's headers: beside the compiler in an installation and in the wheels, of which those of nvidia-cuda-cccl may be missing. */
+static bool take_include(const char *folder) {
+    char path[PATH_MAX + 64];
+    static const char *const markers[] = {"cccl/nv/target", "nv/target"};
+    for (size_t i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%.*s/%s", PATH_MAX, folder, markers[i]);
+        if (access(path, R_OK) != 0) continue;
+        snprintf(path, sizeof path, "%.*s/cuda_fp16.h", PATH_MAX, folder);
+        if (access(path, R_OK) != 0) return false;
+        snprintf(include_option, sizeof include_option, "-I%.*s", PATH_MAX, folder);
+        snprintf(cccl_option, sizeof cccl_option, "-I%.*s/cccl", PATH_MAX, folder); /* cuda/std, since CUDA 13 */
+        return true;
+    }
+    return false;
+}
+
 static void find_include(void *function) {
     Dl_info info;
-    char library[PATH_MAX], path[PATH_MAX + 64];
+    char library[PATH_MAX], folder[PATH_MAX];
     static const char *const places[] = {"../include", "../../include", "../../cuda_runtime/include",
                                          "../targets/x86_64-linux/include"};
     if (dladdr(function, &info) && info.dli_fname && realpath(info.dli_fname, library)) {
@@ -102,29 +111,31 @@ static void find_include(void *function) {
         char *slash = strrchr(library, '/');
         if (slash) *slash = '\0';
         for (size_t i = 0; i < sizeof places / sizeof places[0]; i++) {
-            snprintf(path, sizeof path, "%s/%s/cuda_fp16.h", library, places[i]);
-            if (access(path, R_OK) != 0) continue;
-            snprintf(include_option, sizeof include_option, "-I%.3000s/%s", library, places[i]);
-            return;
+            int length = snprintf(folder, sizeof folder, "%s/%s", library, places[i]);
+            if (length > 0 && (size_t)length < sizeof folder && take_include(folder)) return;
         }
     }
-    if (is_directory("/usr/local/cuda/include"))
-        snprintf(include_option, sizeof include_option, "-I/usr/local/cuda/include");
+    const char *home = secure_getenv("CUDA_HOME");
+    if (home && *home && snprintf(folder, sizeof folder, "%s/include", home) < (int)sizeof folder &&
+        take_include(folder))
+        return;
+    take_include("/usr/local/cuda/include");
 }
 
 static void open_nvrtc(void) {
     void *library = open_anywhere();
     if (!library) {
-        snprintf(why_closed, sizeof why_closed,
-                 "there is no NVRTC to compile it with: install the CUDA toolkit, or the PyPI package nvidia-cuda-nvrtc, or "
-                 "name libnvrtc.so.13 or .12 in METALLOID_NVRTC");
+        snprintf(
+            why_closed, sizeof why_closed,
+            "there is no NVRTC to compile it with: install the CUDA toolkit, or the PyPI package nvidia-cuda-nvrtc, or "
+            "name libnvrtc.so.13 or .12 in METALLOID_NVRTC");
         return;
     }
-#define NVRTC_FIND(name, type)                                                                                         \
-    *(void **)(void *)&nvrtc.name = dlsym(library, "nvrtc" #name);                                                      \
-    if (!nvrtc.name) {                                                                                                 \
-        snprintf(why_closed, sizeof why_closed, "NVRTC has no nvrtc" #name ": version 12 or later is needed");          \
-        return;                                                                                                        \
+#define NVRTC_FIND(name, type)                                                                                 \
+    *(void **)(void *)&nvrtc.name = dlsym(library, "nvrtc" #name);                                             \
+    if (!nvrtc.name) {                                                                                         \
+        snprintf(why_closed, sizeof why_closed, "NVRTC has no nvrtc" #name ": version 12 or later is needed"); \
+        return;                                                                                                \
     }
     NVRTC_FUNCTIONS(NVRTC_FIND)
     int major = 0, minor = 0, count = 0;
@@ -165,7 +176,10 @@ char *mtl_nvrtc_compile(const char *unit, int arch, const char *const *options, 
     snprintf(target, sizeof target, "-arch=%s_%d", machine_code ? "sm" : "compute", machine_code ? arch : newest_arch);
     int used = 0;
     all[used++] = target;
-    if (include && include_option[0]) all[used++] = include_option;
+    if (include && include_option[0]) {
+        all[used++] = include_option;
+        all[used++] = cccl_option;
+    }
     for (int i = 0; i < count && used < MOST_OPTIONS; i++) all[used++] = options[i];
     program unit_program = NULL;
     char *bytes = NULL;

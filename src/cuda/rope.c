@@ -7,7 +7,7 @@ enum {
     WARP = 32,
     MOST_PAIRS = 256,      /* of the fast kernel */
     ANY = 12,              /* the general kernel's place after 3 dtypes x 4 */
-    MOST_HEADS = 16,       /* for a thread's cosines and sines; past that they cost nothing to speak of */
+    MOST_HEADS = 8,        /* for a thread's cosines and sines; past that they cost little */
     THREADS_WANTED = 2048, /* of a multiprocessor, over the whole call */
 };
 

@@ -119,7 +119,7 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
 
     // Heads are in flight while those before them turn. Every lane of a warp makes the same number of turns, as sums
     // over lanes need; past its last head a lane repeats that one.
-    constexpr int AHEAD = NORMED || TRADITIONAL ? 1 : 2; // by registers
+    constexpr int AHEAD = NORMED ? 1 : 2;
     uint4 raw[AHEAD][2];
     int64_t to[AHEAD];
     auto fetch = [&](int64_t from) {
@@ -237,10 +237,9 @@ extern "C" __global__ void __launch_bounds__(256) rope_any(const __grid_constant
     }
 }
 
-#define ROPE_KERNEL(name, type, traditional, normed)                  \
-    extern "C" __global__ void __launch_bounds__(256, normed ? 2 : 3) \
-        name(const __grid_constant__ mtl_cuda_rope_args p) {          \
-        rope_rows<type, traditional, normed>(p);                      \
+#define ROPE_KERNEL(name, type, traditional, normed)                                                          \
+    extern "C" __global__ void __launch_bounds__(256, 2) name(const __grid_constant__ mtl_cuda_rope_args p) { \
+        rope_rows<type, traditional, normed>(p);                                                              \
     }
 #define ROPE_KERNELS(dtype, type)                              \
     ROPE_KERNEL(rope_##dtype, type, false, false)              \

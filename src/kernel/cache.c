@@ -210,8 +210,8 @@ static bool add_trailer(const char *path, const mtl_digest *key) {
     int file = open(path, O_RDWR | O_APPEND | O_NOFOLLOW | O_CLOEXEC);
     if (file < 0) return false;
     struct stat status;
-    bool done = fstat(file, &status) == 0 && fchmod(file, 0600) == 0 && status.st_size > 0 &&
-                status.st_size < LARGEST_OBJECT;
+    bool done =
+        fstat(file, &status) == 0 && fchmod(file, 0600) == 0 && status.st_size > 0 && status.st_size < LARGEST_OBJECT;
     char *bytes = done ? read_all(file, (size_t)status.st_size) : NULL;
     if (bytes) {
         trailer end = {.key = *key, .contents = digest_of(bytes, (size_t)status.st_size)};

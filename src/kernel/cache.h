@@ -11,7 +11,7 @@ typedef struct mtl_build {
     const char *const *arguments; /* all but the files; end with a NULL */
     const char *unit;             /* the translation unit */
     size_t unit_length;
-    mtl_digest key;               /* of everything that the object depends on */
+    mtl_digest key; /* of everything that the object depends on */
 
     /* For a debugger: the texts that the unit's #line directives name, kept beside the object; NULL: none. */
     const char *source, *header;

@@ -82,8 +82,8 @@ static bool take(mtl_compiler *compiler, const char *name) {
 }
 
 bool mtl_compiler_find(mtl_compiler *compiler, const char *fallback) {
-    static const char *const names[] = {"clang++",    "clang",      "clang++-20", "clang++-19", "clang++-18", "clang++-17",
-                                        "clang++-16", "clang++-15", "clang++-14"};
+    static const char *const names[] = {"clang++",    "clang",      "clang++-20", "clang++-19", "clang++-18",
+                                        "clang++-17", "clang++-16", "clang++-15", "clang++-14"};
     *compiler = (mtl_compiler){0};
     const char *wanted = getenv("METALLOID_CXX");
     if (wanted && *wanted) return take(compiler, wanted);
@@ -105,7 +105,8 @@ static void read_output(int from, mtl_text *output) {
         ssize_t count = read(from, buffer, sizeof buffer);
         if (count < 0 && errno == EINTR) continue;
         if (count <= 0) return;
-        if (output->length < MOST_OUTPUT) mtl_text_add(output, buffer, (size_t)count); /* the rest is read all the same */
+        if (output->length < MOST_OUTPUT)
+            mtl_text_add(output, buffer, (size_t)count); /* the rest is read all the same */
     }
 }
 

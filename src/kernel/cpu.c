@@ -10,6 +10,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,8 +23,11 @@
 #endif
 
 enum {
-    STACK_BITS = 16,      /* of a thread, 64 KiB */
-    LARGE_STACK_BITS = 20, /* where that is too small */
+    STACK_BITS = 13, /* of a thread: 8 KiB, so that those of a threadgroup stay in the caches */
+    SANITIZER_STACK_BITS = 18,
+    LARGEST_STACK_BITS = 20,
+    FRAMES =
+        5, /* this many of the largest size fit in a stack: a function, what it calls, an exchange, the library's own */
     ALONE_NS = 10 * 1000, /* the caller is on its own for so long */
     WORTH_NS = 15 * 1000, /* what is left has to take longer for others to be woken */
     PARTS_A_THREAD = 8,
@@ -84,12 +88,30 @@ static mtl_digest key_of(const mtl_compiler *compiler, const char *const *argume
 static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, char frame_limit[64],
                               const char *arguments[48]) {
     static const char *const always[] = {
-        "-x", "c++", "-std=c++17", "-nostdinc", "-nostdinc++", "-nostdlib", "-shared", "-fPIC", "-fno-exceptions",
-        "-fno-rtti", "-fvisibility=hidden", "-fsigned-char", "-fno-math-errno", "-fno-trapping-math",
-        "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-march=native", "-w",
-        "-fno-color-diagnostics", "-ferror-limit=20", "-Werror=frame-larger-than",
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-nostdinc",
+        "-nostdinc++",
+        "-nostdlib",
+        "-shared",
+        "-fPIC",
+        "-fno-exceptions",
+        "-fno-rtti",
+        "-fvisibility=hidden",
+        "-fsigned-char",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fno-stack-protector",
+        "-fno-asynchronous-unwind-tables",
+        "-march=native",
+        "-Wno-everything",
+        "-fno-color-diagnostics",
+        "-ferror-limit=20",
+        "-Werror=frame-larger-than",
 #if defined(__x86_64__)
-        "-mno-red-zone", "-mprefer-vector-width=512",
+        "-mno-red-zone",
+        "-mprefer-vector-width=512",
 #endif
     };
     static const char *const safe[] = {"-ffp-contract=fast", NULL};
@@ -103,7 +125,7 @@ static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, ch
                                                                             : fast;
     while (*mode) arguments[count++] = *mode++;
     /* A frame that its stack could not hold is an error of the compiler's, not of the process. */
-    snprintf(frame_limit, 64, "-Wframe-larger-than=%lu", 3ul << stack_bits >> 2);
+    snprintf(frame_limit, 64, "-Wframe-larger-than=%lu", (1ul << stack_bits) / FRAMES);
     arguments[count++] = frame_limit;
     if (kernel->debug || kernel->address_sanitizer) {
         arguments[count++] = "-g";
@@ -127,9 +149,9 @@ static void *find_object(const mtl_digest *key) {
     return NULL;
 }
 
-/* Compiles, or finds it compiled; the mutex is held. NULL: `log` has why. `frame` is set where a stack is too small. */
+/* Compiles, or finds it compiled; the mutex is held. NULL: `log` has why. */
 static void *build_object(const metalloid_kernel *kernel, const mtl_types *types, int stack_bits,
-                          const mtl_compiler *compiler, mtl_text *log, bool *frame) {
+                          const mtl_compiler *compiler, mtl_text *log) {
     const char *arguments[48];
     char frame_limit[64];
     compiler_arguments(kernel, stack_bits, frame_limit, arguments);
@@ -163,8 +185,21 @@ static void *build_object(const metalloid_kernel *kernel, const mtl_types *types
         }
     }
     mtl_text_free(&unit);
-    *frame = !handle && log->data && strstr(log->data, "frame-larger-than");
     return handle;
+}
+
+/* Where the compiler says that a frame is too large: log2 of a stack that holds it; 0 where it says something else. */
+static int larger_stack(const mtl_text *log, int bits) {
+    static const char words[] = "stack frame size (";
+    if (!log->data || !strstr(log->data, "frame-larger-than")) return 0;
+    unsigned long largest = 0;
+    for (const char *at = log->data; (at = strstr(at, words)); at += sizeof words - 1) {
+        unsigned long size = strtoul(at + sizeof words - 1, NULL, 10);
+        if (size > largest) largest = size;
+    }
+    if (!largest) return LARGEST_STACK_BITS; /* another version's words */
+    while (bits < LARGEST_STACK_BITS && (1ul << bits) / FRAMES < largest) bits++;
+    return bits;
 }
 
 static metalloid_status refuse(const metalloid_kernel *kernel, const mtl_text *log) {
@@ -185,8 +220,8 @@ static metalloid_status build(const metalloid_kernel *kernel, const mtl_types *t
         const char *wanted = getenv("METALLOID_CXX");
         if (wanted && *wanted) {
             return mtl_fail(METALLOID_COMPILE_FAILED,
-                            "%s: METALLOID_CXX=%.200s is no program that can be run, and kernel %s has to be compiled", op,
-                            wanted, kernel->definition.name);
+                            "%s: METALLOID_CXX=%.200s is no program that can be run, and kernel %s has to be compiled",
+                            op, wanted, kernel->definition.name);
         }
         return mtl_fail(METALLOID_COMPILE_FAILED,
                         "%s: no C++ compiler for kernel %s: install clang (Debian: apt install clang), or the PyPI "
@@ -194,12 +229,13 @@ static metalloid_status build(const metalloid_kernel *kernel, const mtl_types *t
                         op, kernel->definition.name);
     }
     mtl_text log = {0};
-    bool frame;
     pthread_mutex_lock(&objects.mutex);
-    void *handle = build_object(kernel, types, STACK_BITS + (kernel->address_sanitizer ? 2 : 0), &compiler, &log, &frame);
-    if (!handle && frame) {
+    int bits = kernel->address_sanitizer || kernel->debug ? SANITIZER_STACK_BITS : STACK_BITS;
+    void *handle = build_object(kernel, types, bits, &compiler, &log);
+    int larger = handle ? 0 : larger_stack(&log, bits);
+    if (larger) {
         mtl_text_free(&log);
-        handle = build_object(kernel, types, LARGE_STACK_BITS, &compiler, &log, &frame);
+        handle = build_object(kernel, types, larger, &compiler, &log);
     }
     pthread_mutex_unlock(&objects.mutex);
     mtl_compiler_free(&compiler);
@@ -207,12 +243,12 @@ static metalloid_status build(const metalloid_kernel *kernel, const mtl_types *t
     mtl_text_free(&log);
     if (status) return status;
     void *run = dlsym(handle, "mtl_kernel_run");
-    const int *bits = dlsym(handle, "mtl_kernel_stack_bits");
-    if (!run || !bits)
+    const int *stack = dlsym(handle, "mtl_kernel_stack_bits");
+    if (!run || !stack)
         return mtl_fail(METALLOID_COMPILE_FAILED, "%s: the object of kernel %s is none of ours", op,
                         kernel->definition.name);
     memcpy(&variant->run, &run, sizeof run); /* C has no cast between these two */
-    variant->stack_bits = *bits;
+    variant->stack_bits = *stack;
     return METALLOID_OK;
 }
 
@@ -265,7 +301,7 @@ typedef struct job {
 
 static void run_range(job *j, mtl_workspace *workspace, unsigned long begin, unsigned long end) {
     if (begin == end || atomic_load_explicit(&j->failed, memory_order_relaxed)) return;
-    mtl_group *group = &workspace->group;
+    mtl_group *group = workspace->group;
     group->dispatch = j->dispatch;
     j->variant->run(group, workspace->stacks, begin, end);
     int none = 0;
@@ -287,23 +323,33 @@ static int64_t now_ns(void) {
 }
 
 static metalloid_status report(const metalloid_kernel *kernel, const job *j) {
-    const mtl_group *group = &j->failed_in->group;
+    const mtl_group *group = j->failed_in->group;
     const char *name = kernel->definition.name;
     const unsigned *at = group->position;
     switch (j->failed) {
     case mtl_failure_barrier:
-        return mtl_fail(METALLOID_KERNEL_FAILED,
-                        "%s: kernel %s: %u of the %u threads of threadgroup (%u, %u, %u) ended without the barrier that "
-                        "the others wait at",
-                        op, name, group->finished, group->threads, at[0], at[1], at[2]);
+        return mtl_fail(
+            METALLOID_KERNEL_FAILED,
+            "%s: kernel %s: %u of the %u threads of threadgroup (%u, %u, %u) ended without the barrier that "
+            "the others wait at",
+            op, name, group->finished, group->threads, at[0], at[1], at[2]);
     case mtl_failure_iterations:
         return mtl_fail(METALLOID_KERNEL_FAILED,
-                        "%s: kernel %s: a thread of threadgroup (%u, %u, %u) went through more than %lld iterations", op,
-                        name, at[0], at[1], at[2], (long long)kernel->most_iterations);
+                        "%s: kernel %s: a thread of threadgroup (%u, %u, %u) went through more than %lld iterations",
+                        op, name, at[0], at[1], at[2], (long long)kernel->most_iterations);
     default:
-        return mtl_fail(METALLOID_KERNEL_FAILED, "%s: kernel %s: its threadgroup variables need more than %lu bytes", op,
-                        name, group->memory_size);
+        return mtl_fail(METALLOID_KERNEL_FAILED, "%s: kernel %s: its threadgroup variables need more than %lu bytes",
+                        op, name, group->memory_size);
     }
+}
+
+/* A signal's frame would not fit on the stack of a kernel's thread; those of faults have to. */
+static void block_signals(sigset_t *before) {
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
+    sigset_t blocked;
+    sigfillset(&blocked);
+    for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) sigdelset(&blocked, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, before);
 }
 
 static metalloid_status run(const metalloid_context *context, const metalloid_kernel *kernel, const mtl_launch *launch,
@@ -318,6 +364,8 @@ static metalloid_status run(const metalloid_context *context, const metalloid_ke
     for (int i = 0; i < kernel->definition.output_count && launch->has_init_value; i++)
         mtl_kernel_fill(&launch->outputs[i], launch->init_value);
 
+    sigset_t signals;
+    if (bits) block_signals(&signals);
     int threads = mtl_threads(context);
     unsigned long done = 0;
     if (threads == 1 || total == 1) {
@@ -348,8 +396,9 @@ static metalloid_status run(const metalloid_context *context, const metalloid_ke
         j->workspaces = workspaces;
         mtl_parallel_run(workers, j->parts, run_part, j);
     }
+    if (bits) pthread_sigmask(SIG_SETMASK, &signals, NULL);
     metalloid_status status = j->failed ? report(kernel, j) : METALLOID_OK;
-    for (int i = 0; i < workers; i++) mtl_workspace_give(workspaces[i], !workspaces[i]->group.failure);
+    for (int i = 0; i < workers; i++) mtl_workspace_give(workspaces[i], !workspaces[i]->group->failure);
     return status;
 }
 

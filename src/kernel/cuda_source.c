@@ -13,12 +13,12 @@ static const char prelude[] =
     "typedef signed char int8_t;\n"
     "typedef short int16_t;\n"
     "typedef int int32_t;\n"
-    "typedef long int64_t;\n"
+    "typedef signed long long int64_t;\n" /* as cuda/std has it */
     "typedef unsigned char uint8_t;\n"
     "typedef unsigned short uint16_t;\n"
     "typedef unsigned int uint32_t;\n"
-    "typedef unsigned long uint64_t;\n"
-    "typedef unsigned long uintptr_t;\n"
+    "typedef unsigned long long uint64_t;\n"
+    "typedef uint64_t uintptr_t;\n"
     "#define MAX_NDIM 10\n"
     "#define WARP_SIZE 32\n"
     "#ifndef INFINITY\n"
@@ -137,9 +137,9 @@ static bool has_dtype(const mtl_definition *definition, const mtl_types *types, 
 }
 
 static const char *cuda_type(mtl_dtype dtype) {
-    static const char *const name[MTL_DTYPES] = {"float",   "__half",   "__nv_bfloat16", "double",  "bool",
-                                                 "int8_t",  "int16_t",  "int32_t",       "int64_t", "uint8_t",
-                                                 "uint16_t", "uint32_t", "uint64_t",     "complex64_t"};
+    static const char *const name[MTL_DTYPES] = {"float",    "__half",   "__nv_bfloat16", "double",     "bool",
+                                                 "int8_t",   "int16_t",  "int32_t",       "int64_t",    "uint8_t",
+                                                 "uint16_t", "uint32_t", "uint64_t",      "complex64_t"};
     return name[dtype];
 }
 
@@ -159,13 +159,16 @@ static void add_includes(mtl_text *out, const mtl_definition *definition, const 
         {mentions_any(definition, groups),
          "#include <cooperative_groups.h>\nnamespace mlx::core::cu { namespace cg = cooperative_groups; }\n"},
         {mentions_any(definition, standard) || mentions_any(definition, limits),
-         "#include <cuda/std/array>\n#include <cuda/std/limits>\n#include <cuda/std/tuple>\n#include <cuda/std/type_traits>\n"},
+         "#include <cuda/std/array>\n#include <cuda/std/limits>\n#include <cuda/std/tuple>\n#include "
+         "<cuda/std/type_traits>\n"},
         {mentions_any(definition, limits),
          "namespace mlx::core::cu {\n"
          "template <class T> struct Limits {\n"
          "    using limits = cuda::std::numeric_limits<T>;\n"
-         "    static constexpr __device__ T max() { return limits::has_infinity ? limits::infinity() : limits::max(); }\n"
-         "    static constexpr __device__ T min() { return limits::has_infinity ? -limits::infinity() : limits::min(); }\n"
+         "    static constexpr __device__ T max() { return limits::has_infinity ? limits::infinity() : limits::max(); "
+         "}\n"
+         "    static constexpr __device__ T min() { return limits::has_infinity ? -limits::infinity() : limits::min(); "
+         "}\n"
          "    static constexpr __device__ T finite_max() { return limits::max(); }\n"
          "    static constexpr __device__ T finite_min() { return limits::lowest(); }\n"
          "};\n}\n"}};
@@ -177,13 +180,14 @@ static void add_includes(mtl_text *out, const mtl_definition *definition, const 
     }
 }
 
-void mtl_cuda_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types,
-                   bool *include) {
+void mtl_cuda_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                   const mtl_types *types, bool *include) {
     mtl_text_add_string(out, "#line 1 \"metalloid\"\n");
     mtl_text_add_string(out, prelude);
     add_includes(out, definition, types, include);
-    mtl_text_format(out, "#line 1 \"header\"\n%s\n#line 1 \"generated\"\n"
-                         "namespace mlx::core::cu {\nextern \"C\" __global__ void mtl_kernel(",
+    mtl_text_format(out,
+                    "#line 1 \"header\"\n%s\n#line 1 \"generated\"\n"
+                    "namespace mlx::core::cu {\nextern \"C\" __global__ void mtl_kernel(",
                     definition->header);
     for (int i = 0; i < definition->input_count; i++) {
         const char *name = definition->input_names[i];

@@ -8,7 +8,7 @@ enum { MTL_CUDA_NDIM = 10 }; /* axes of an input whose shape or strides a kernel
 
 /* The unit: names that MLX has in scope, the user's header, the kernel `mtl_kernel`. `include` says whether CUDA's headers are
  * needed, which takes time. */
-void mtl_cuda_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types,
-                   bool *include);
+void mtl_cuda_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                   const mtl_types *types, bool *include);
 
 #endif

@@ -8,18 +8,23 @@
 #include <sys/mman.h>
 
 enum {
-    GROUP_MEMORY = 8 << 20,     /* of threadgroup variables; Metal has 32 KiB */
-    MOST_KEPT_BYTES = 1 << 24,  /* stacks of this size each are given back to the system */
+    GROUP_MEMORY = 8 << 20, /* of threadgroup variables; Metal has 32 KiB */
+    SMALL_STACK_BITS = 14,
+    MOST_KEPT_STACK_BITS = 17, /* larger ones are given back to the system */
 };
 
 /* ---- which thread runs next ------------------------------------------------------------------------------------------------ */
+
+static unsigned long mark_of(const mtl_group *group, unsigned index, unsigned level) {
+    return level < mtl_near_levels ? group->thread[index].mark[level] : group->far_mark[index][level - mtl_near_levels];
+}
 
 /* Below 0: a comes first in program order; 0: the same place of it. */
 static int compare(const mtl_group *group, unsigned a, unsigned b) {
     const mtl_thread *first = &group->thread[a], *second = &group->thread[b];
     unsigned levels = first->level < second->level ? first->level : second->level;
     for (unsigned i = 0; i < levels; i++) {
-        unsigned long left = group->place[a].mark[i], right = group->place[b].mark[i];
+        unsigned long left = mark_of(group, a, i), right = mark_of(group, b, i);
         if (left != right) return left < right ? -1 : 1;
     }
     if (first->level != second->level) return first->level < second->level ? -1 : 1;
@@ -86,9 +91,8 @@ static void *declare(mtl_group *group, unsigned variable, unsigned long bytes, u
 
 static void *declare_separately(mtl_group *group, unsigned variable, unsigned long bytes, unsigned long alignment) {
     void *memory = NULL;
-    if (variable < mtl_most_variables && bytes <= group->memory_size)
-        memory = aligned_alloc(alignment < 16 ? 16 : alignment, (bytes + alignment + 15) / 16 * 16);
-    if (!memory) {
+    if (variable >= mtl_most_variables || bytes > group->memory_size ||
+        posix_memalign(&memory, alignment < 16 ? 16 : alignment, bytes) != 0) {
         group->failure = mtl_failure_memory;
         return group->memory;
     }
@@ -106,46 +110,53 @@ static void after_fork_in_child(void) { pthread_mutex_init(&idle.mutex, NULL); }
 
 __attribute__((constructor)) static void prepare_fork(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
 
-static size_t stack_region(int stack_bits) { return (size_t)mtl_most_threads << stack_bits; }
+static size_t all_stacks(int stack_bits) { return (size_t)mtl_most_threads << stack_bits; }
 
+/* From the first stack to the end of the group. */
+static size_t mapped_bytes(int stack_bits) { return all_stacks(stack_bits) + sizeof(mtl_group); }
+
+/* The region that threads compute from their stack pointers: stacks, and then the group. */
 static bool map_stacks(mtl_workspace *workspace, int stack_bits) {
-    size_t size = stack_region(stack_bits);
-    char *all = mmap(NULL, 2 * size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    size_t size = all_stacks(stack_bits), region = 2 * size;
+    char *all = mmap(NULL, 2 * region, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (all == MAP_FAILED) return false;
-    char *aligned = all + (size - (uintptr_t)all % size) % size;
+    char *aligned = all + (region - (uintptr_t)all % region) % region;
     if (aligned > all) munmap(all, (size_t)(aligned - all));
-    munmap(aligned + size, (size_t)(all + size - aligned));
-    if (mprotect(aligned, size, PROT_READ | PROT_WRITE) != 0) {
-        munmap(aligned, size);
+    munmap(aligned + region, (size_t)(all + region - aligned));
+    if (mprotect(aligned, mapped_bytes(stack_bits), PROT_READ | PROT_WRITE) != 0) {
+        munmap(aligned, region);
         return false;
     }
-    madvise(aligned, size, MADV_NOHUGEPAGE); /* a page of each stack is used */
-    mtl_group *group = &workspace->group;
-    memcpy(aligned, &group, sizeof(mtl_group *)); /* at the far end of the first stack: how threads find their group */
+    /* Small stacks are used all, and a few large pages hold them; of large ones a small page is. */
+    madvise(aligned, size, stack_bits <= SMALL_STACK_BITS ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     workspace->stacks = aligned;
     workspace->stack_bits = stack_bits;
+    workspace->group = (mtl_group *)(void *)(aligned + size);
     return true;
 }
 
 static void free_workspace(mtl_workspace *workspace) {
-    if (workspace->stacks) munmap(workspace->stacks, stack_region(workspace->stack_bits));
-    if (workspace->group.memory) munmap(workspace->group.memory, GROUP_MEMORY);
+    if (workspace->group && workspace->group->memory) munmap(workspace->group->memory, GROUP_MEMORY);
+    if (workspace->stacks) munmap(workspace->stacks, 2 * all_stacks(workspace->stack_bits));
+    else free(workspace->group);
     free(workspace);
 }
 
-static mtl_workspace *new_workspace(void) {
-    mtl_workspace *workspace = aligned_alloc(64, (sizeof *workspace + 63) / 64 * 64);
+static mtl_workspace *new_workspace(int stack_bits) {
+    mtl_workspace *workspace = calloc(1, sizeof *workspace);
     if (!workspace) return NULL;
-    memset(workspace, 0, sizeof *workspace);
-    mtl_group *group = &workspace->group;
-    void *memory = mmap(NULL, GROUP_MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    bool mapped = stack_bits ? map_stacks(workspace, stack_bits)
+                             : (workspace->group = calloc(1, sizeof *workspace->group)) != NULL;
+    void *memory =
+        mapped ? mmap(NULL, GROUP_MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+               : MAP_FAILED;
     if (memory == MAP_FAILED) {
-        free(workspace);
+        free_workspace(workspace);
         return NULL;
     }
-    group->memory = memory;
-    group->memory_size = GROUP_MEMORY;
-    group->next = next_thread;
+    workspace->group->memory = memory;
+    workspace->group->memory_size = GROUP_MEMORY;
+    workspace->group->next = next_thread;
     return workspace;
 }
 
@@ -156,15 +167,9 @@ mtl_workspace *mtl_workspace_take(int stack_bits, bool separate) {
     mtl_workspace *workspace = *link;
     if (workspace) *link = workspace->next;
     pthread_mutex_unlock(&idle.mutex);
-    if (!workspace) {
-        workspace = new_workspace();
-        if (workspace && stack_bits && !map_stacks(workspace, stack_bits)) {
-            free_workspace(workspace);
-            return NULL;
-        }
-    }
+    if (!workspace) workspace = new_workspace(stack_bits);
     if (!workspace) return NULL;
-    mtl_group *group = &workspace->group;
+    mtl_group *group = workspace->group;
     memset(group->variable, 0, sizeof group->variable);
     group->memory_used = 0;
     group->failure = mtl_failure_none;
@@ -173,11 +178,11 @@ mtl_workspace *mtl_workspace_take(int stack_bits, bool separate) {
 }
 
 void mtl_workspace_give(mtl_workspace *workspace, bool reusable) {
-    mtl_group *group = &workspace->group;
+    mtl_group *group = workspace->group;
     if (group->declare == declare_separately) {
         for (int i = 0; i < mtl_most_variables; i++) free(group->variable[i]);
     }
-    if (!reusable || workspace->stack_bits > 16) {
+    if (!reusable || workspace->stack_bits > MOST_KEPT_STACK_BITS) {
         free_workspace(workspace);
         return;
     }

@@ -8,8 +8,9 @@
 
 /* What one worker needs: kept from launch to launch, since a region of stacks costs system calls. */
 typedef struct mtl_workspace {
-    mtl_group group;
-    char *stacks; /* mtl_most_threads stacks of 1 << stack_bits bytes, aligned to all of them; NULL: none */
+    mtl_group *group;
+    char *
+        stacks; /* mtl_most_threads of 1 << stack_bits bytes, aligned to twice all of them, before the group; NULL: none */
     int stack_bits;
     struct mtl_workspace *next;
 } mtl_workspace;

@@ -48,31 +48,46 @@ static const attribute attributes[] = {
 enum { ATTRIBUTES = sizeof attributes / sizeof attributes[0] };
 
 const char *mtl_metal_type(mtl_dtype dtype) {
-    static const char *const name[MTL_DTYPES] = {"float",   "float16_t", "bfloat16_t", "double",   "bool",
-                                                 "int8_t",  "int16_t",   "int32_t",    "int64_t",  "uint8_t",
-                                                 "uint16_t", "uint32_t", "uint64_t",   "complex64_t"};
+    static const char *const name[MTL_DTYPES] = {"float",    "float16_t", "bfloat16_t", "double",     "bool",
+                                                 "int8_t",   "int16_t",   "int32_t",    "int64_t",    "uint8_t",
+                                                 "uint16_t", "uint32_t",  "uint64_t",   "complex64_t"};
     return name[dtype];
 }
 
 /* ---- what the source mentions --------------------------------------------------------------------------------------- */
 
-/* Functions at which lanes meet begin with one of these. Other names in simd_ and quad_ are users' variables. */
-static bool is_exchange(const mtl_token *token) {
+/* Names of Metal's in simd_ and quad_ begin with one of these; others are users' variables. */
+bool mtl_is_exchange(const mtl_token *token) {
     static const char *const beginnings[] = {
-        "simd_all",     "simd_any",     "simd_ballot",  "simd_active",   "simd_is_first", "simd_is_helper",
-        "simd_broadcast", "simd_shuffle", "simd_rotate", "simd_sum",     "simd_product",  "simd_min",
-        "simd_max",     "simd_and",     "simd_or",      "simd_xor",      "simd_prefix",   "quad_all",
-        "quad_any",     "quad_ballot",  "quad_active",  "quad_is_first", "quad_is_helper", "quad_broadcast",
-        "quad_shuffle", "quad_rotate",  "quad_sum",     "quad_product",  "quad_min",      "quad_max",
-        "quad_and",     "quad_or",      "quad_xor",     "quad_prefix",   "threadgroup_barrier", "simdgroup_barrier",
-        "simdgroup_load", "simdgroup_store", "simdgroup_multiply", "simdgroup_matrix", "simdgroup_float",
-        "simdgroup_half", "simdgroup_bfloat", "make_filled_simdgroup", "simdgroup_async",
+        "all", "any",     "ballot", "active", "is_first", "is_helper", "broadcast", "shuffle", "rotate",
+        "sum", "product", "min",    "max",    "and",      "or",        "xor",       "prefix",
     };
-    for (size_t i = 0; i < sizeof beginnings / sizeof beginnings[0]; i++) {
-        size_t length = strlen(beginnings[i]);
-        if (token->length >= length && memcmp(token->text, beginnings[i], length) == 0) return true;
+    static const char *const of_matrices[] = {"simdgroup_barrier", "simdgroup_load", "simdgroup_store",
+                                              "simdgroup_multiply", "simdgroup_async"};
+    if (token->kind != MTL_TOKEN_IDENTIFIER) return false;
+    const char *text = token->text;
+    size_t length = token->length;
+    if (length > 5 && (memcmp(text, "simd_", 5) == 0 || memcmp(text, "quad_", 5) == 0)) {
+        for (size_t i = 0; i < sizeof beginnings / sizeof beginnings[0]; i++) {
+            size_t beginning = strlen(beginnings[i]);
+            if (length - 5 >= beginning && memcmp(text + 5, beginnings[i], beginning) == 0) return true;
+        }
+    }
+    for (size_t i = 0; i < sizeof of_matrices / sizeof of_matrices[0]; i++) {
+        size_t beginning = strlen(of_matrices[i]);
+        if (length >= beginning && memcmp(text, of_matrices[i], beginning) == 0) return true;
     }
     return false;
+}
+
+/* The threads of a kernel that has one of these need stacks of their own. */
+static bool is_meeting_point(const mtl_token *token) {
+    static const char *const others[] = {"threadgroup_barrier", "simdgroup_matrix", "make_filled_simdgroup_matrix"};
+    if (mtl_is_exchange(token)) return true;
+    for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) {
+        if (mtl_token_is(token, others[i])) return true;
+    }
+    return token->length > 10 && memcmp(token->text, "simdgroup_", 10) == 0 && token->text[token->length - 2] == 'x';
 }
 
 static bool begins_with(const mtl_token *token, const char *beginning) {
@@ -117,7 +132,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
             if (is_joined(token, name, "_ndim")) mentions->input[i] |= MTL_MENTIONS_RANK;
         }
         if (mtl_token_is(token, "threadgroup")) mentions->relative = true;
-        if (is_exchange(token)) mentions->lanes_meet = true;
+        if (is_meeting_point(token)) mentions->lanes_meet = true;
         find_types(mentions, token);
     }
     mtl_tokens_free(&tokens);
@@ -128,7 +143,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
     if (!mtl_tokenize(&tokens, definition->header, strlen(definition->header))) return false;
     for (size_t t = 0; t < tokens.count; t++) {
         if (tokens.token[t].kind != MTL_TOKEN_IDENTIFIER) continue;
-        if (is_exchange(&tokens.token[t])) mentions->lanes_meet = true;
+        if (is_meeting_point(&tokens.token[t])) mentions->lanes_meet = true;
         find_types(mentions, &tokens.token[t]);
     }
     mtl_tokens_free(&tokens);
@@ -158,9 +173,8 @@ static void add_template_values(mtl_text *out, const mtl_types *types, const cha
 }
 
 static void add_template_parameters(mtl_text *out, const mtl_types *types) {
-    static const char *const kinds[] = {[METALLOID_TEMPLATE_INT] = "int",
-                                        [METALLOID_TEMPLATE_BOOL] = "bool",
-                                        [METALLOID_TEMPLATE_DTYPE] = "typename"};
+    static const char *const kinds[] = {
+        [METALLOID_TEMPLATE_INT] = "int", [METALLOID_TEMPLATE_BOOL] = "bool", [METALLOID_TEMPLATE_DTYPE] = "typename"};
     if (!types->template_count) return;
     mtl_text_add_string(out, "template <");
     for (int i = 0; i < types->template_count; i++) {
@@ -212,8 +226,9 @@ void mtl_metal_source(mtl_text *out, const mtl_definition *definition, const mtl
     }
     for (int i = 0; i < definition->output_count; i++) {
         const char *type = mtl_metal_type(types->outputs[i]);
-        mtl_text_format(out, definition->atomic_outputs ? "%s  device atomic<%s>* %s [[buffer(%d)]]"
-                                                        : "%s  device %s* %s [[buffer(%d)]]",
+        mtl_text_format(out,
+                        definition->atomic_outputs ? "%s  device atomic<%s>* %s [[buffer(%d)]]"
+                                                   : "%s  device %s* %s [[buffer(%d)]]",
                         separator, type, definition->output_names[i], buffer++);
         separator = ",\n";
     }
@@ -319,8 +334,9 @@ static void add_call(mtl_text *out, const mtl_definition *definition, const mtl_
  * depends on the cut into threadgroups, the row goes through all of the caller's. */
 static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                       const mtl_types *types) {
-    mtl_text_add_string(out, "static __attribute__((noinline)) void __mtl_row(mtl_group &group, unsigned begin, unsigned end, "
-                             "unsigned y, unsigned z, unsigned first, unsigned ly, unsigned lz");
+    mtl_text_add_string(
+        out, "static __attribute__((noinline)) void __mtl_row(mtl_group &group, unsigned begin, unsigned end, "
+             "unsigned y, unsigned z, unsigned first, unsigned ly, unsigned lz");
     for_parameters(out, definition, mentions, types, declare_buffer);
     mtl_text_add_string(out, ") {\n"
                              "    const mtl_dispatch &dispatch = *group.dispatch;\n"
@@ -330,42 +346,44 @@ static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl
                              "        (void)dispatch, (void)index;\n"
                              "        ");
     add_call(out, definition, mentions, types, pass_in_loop);
-    mtl_text_format(out,
-                    "    }\n"
-                    "}\n"
-                    "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *, "
-                    "unsigned long at, unsigned long end) {\n"
-                    "    mtl_group &group = *worker;\n"
-                    "    const mtl_dispatch &dispatch = *group.dispatch;\n"
-                    "    while (at < end) {\n"
-                    "        unsigned long run = __mtl_place_group(group, at, end, %s);\n"
-                    "        unsigned first = group.position[0] * dispatch.threadgroup[0];\n"
-                    "        for (unsigned lz = 0; lz < group.extent[2]; lz++) {\n"
-                    "            for (unsigned ly = 0; ly < group.extent[1]; ly++) {\n"
-                    "                unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
-                    "                unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
-                    "                __mtl_row(group, first, first + group.extent[0], y, z, first, ly, lz",
-                    mentions->relative ? "false" : "true");
+    mtl_text_format(
+        out,
+        "    }\n"
+        "}\n"
+        "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *, "
+        "unsigned long at, unsigned long end) {\n"
+        "    mtl_group &group = *worker;\n"
+        "    const mtl_dispatch &dispatch = *group.dispatch;\n"
+        "    while (at < end) {\n"
+        "        unsigned long run = __mtl_place_group(group, at, end, %s);\n"
+        "        unsigned first = group.position[0] * dispatch.threadgroup[0];\n"
+        "        for (unsigned lz = 0; lz < group.extent[2]; lz++) {\n"
+        "            for (unsigned ly = 0; ly < group.extent[1]; ly++) {\n"
+        "                unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
+        "                unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
+        "                __mtl_row(group, first, first + group.extent[0], y, z, first, ly, lz",
+        mentions->relative ? "false" : "true");
     for_parameters(out, definition, mentions, types, pass_buffer);
-    mtl_text_add_string(out, ");\n"
-                             "            }\n"
-                             "        }\n"
-                             "        at += run;\n"
-                             "    }\n"
-                             "    return 1;\n"
-                             "}\n"
-                             "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = 0;\n");
+    mtl_text_add_string(out,
+                        ");\n"
+                        "            }\n"
+                        "        }\n"
+                        "        at += run;\n"
+                        "    }\n"
+                        "    return 1;\n"
+                        "}\n"
+                        "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = 0;\n");
 }
 
 /* Threads that meet: each has a stack. */
 static void add_threads(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                         const mtl_types *types) {
-    mtl_text_add_string(out, "static __attribute__((noinline, noreturn)) void __mtl_thread() {\n"
+    mtl_text_add_string(out, "static __attribute__((noinline)) void __mtl_thread() {\n"
                              "    mtl_group &group = __mtl_this_group();\n"
                              "    const mtl_dispatch &dispatch = *group.dispatch;\n"
                              "    unsigned index = __mtl_this_index();\n"
-                             "    unsigned lx = group.thread[index].position[0], ly = group.thread[index].position[1];\n"
-                             "    unsigned lz = group.thread[index].position[2];\n"
+                             "    unsigned lx = group.position_of[index][0], ly = group.position_of[index][1];\n"
+                             "    unsigned lz = group.position_of[index][2];\n"
                              "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
                              "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
                              "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
@@ -373,20 +391,44 @@ static void add_threads(mtl_text *out, const mtl_definition *definition, const m
                              "    ");
     add_call(out, definition, mentions, types, pass_in_thread);
     mtl_text_add_string(
-        out, "    __mtl_finish();\n"
-             "}\n"
-             "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *stacks, "
-             "unsigned long at, unsigned long end) {\n"
-             "    for (; at < end; at++) {\n"
-             "        __mtl_place_group(*worker, at, end, false);\n"
-             "        if (!__mtl_run_group(*worker, stacks, __mtl_thread)) return 0;\n"
-             "    }\n"
-             "    return 1;\n"
-             "}\n"
-             "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = MTL_STACK_BITS;\n");
+        out,
+        "    __mtl_finish();\n"
+        "}\n"
+        "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *stacks, "
+        "unsigned long at, unsigned long end) {\n"
+        "    for (; at < end; at++) {\n"
+        "        __mtl_place_group(*worker, at, end, false);\n"
+        "        if (!__mtl_run_group(*worker, stacks, __mtl_thread)) return 0;\n"
+        "    }\n"
+        "    return 1;\n"
+        "}\n"
+        "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = MTL_STACK_BITS;\n");
 }
 
 /* ---- the kernel of a GPU ---- */
+
+static void add_cuda_call(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                          const mtl_types *types) {
+    mtl_text_format(out, "custom_kernel_%s", definition->name);
+    add_template_values(out, types, "<", ", ", ">");
+    mtl_text_add_string(out, "(group");
+    for (int i = 0; i < definition->input_count; i++) {
+        const char *type = mtl_metal_type(types->inputs[i].dtype);
+        /* A scalar of the host's comes with the launch. */
+        if (types->inputs[i].is_scalar)
+            mtl_text_format(out, ", *(__mtl_in_%d ? __mtl_in_%d : (const %s *)&launch.scalar[%d])", i, i, type, i);
+        else mtl_text_format(out, ", __mtl_in_%d", i);
+        unsigned char mentioned = mentions->input[i];
+        if (mentioned & MTL_MENTIONS_SHAPE) mtl_text_format(out, ", launch.shapes + launch.shape_at[%d]", i);
+        if (mentioned & MTL_MENTIONS_STRIDES) mtl_text_format(out, ", launch.strides + launch.strides_at[%d]", i);
+        if (mentioned & MTL_MENTIONS_RANK) mtl_text_format(out, ", launch.rank[%d]", i);
+    }
+    for (int i = 0; i < definition->output_count; i++) mtl_text_format(out, ", __mtl_out_%d", i);
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (mentions->attributes >> i & 1) mtl_text_format(out, ", %s", attributes[i].value);
+    }
+    mtl_text_add_string(out, ");\n");
+}
 
 /* Data is a parameter for each buffer, which alone the compiler believes to overlap no other; the rest is one struct, laid out as
  * mtl_cuda_layout says. */
@@ -409,39 +451,52 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
         mtl_text_format(out, "const %s *__restrict__ __mtl_in_%d, ", mtl_metal_type(types->inputs[i].dtype), i);
     }
     for (int i = 0; i < definition->output_count; i++) {
-        mtl_text_format(out, definition->atomic_outputs ? "atomic<%s> *__restrict__ __mtl_out_%d, "
-                                                        : "%s *__restrict__ __mtl_out_%d, ",
+        mtl_text_format(out,
+                        definition->atomic_outputs ? "atomic<%s> *__restrict__ __mtl_out_%d, "
+                                                   : "%s *__restrict__ __mtl_out_%d, ",
                         mtl_metal_type(types->outputs[i]), i);
     }
     mtl_text_add_string(out, "const __grid_constant__ mtl_launch launch) {\n"
                              "    const mtl_dispatch &dispatch = launch.dispatch;\n"
                              "    mtl_group group;\n"
-                             "    unsigned index, local[3];\n"
-                             "    if (!__mtl_place(dispatch, group, index, local)) return;\n"
+                             "    unsigned index, local[3];\n");
+    if (mtl_cuda_is_wide(definition, mentions)) {
+        mtl_text_format(
+            out,
+            "    if (dispatch.flags & mtl_flag_wide) {\n"
+            "        unsigned first = blockIdx.x * blockDim.x * %d + threadIdx.x;\n"
+            "        unsigned y = blockIdx.y * blockDim.y + threadIdx.y, z = blockIdx.z * blockDim.z + threadIdx.z;\n"
+            "        if (y >= dispatch.grid[1] || z >= dispatch.grid[2]) return;\n"
+            "        if ((blockIdx.x + 1) * blockDim.x * %d <= dispatch.grid[0]) {\n"
+            "#pragma unroll\n"
+            "            for (unsigned step = 0; step < %d; ++step) {\n"
+            "                unsigned x = first + step * blockDim.x;\n"
+            "                ",
+            MTL_CUDA_WIDTH, MTL_CUDA_WIDTH, MTL_CUDA_WIDTH);
+        add_cuda_call(out, definition, mentions, types);
+        mtl_text_add_string(out, "            }\n"
+                                 "        } else {\n"
+                                 "            for (unsigned x = first; x < dispatch.grid[0]; x += blockDim.x) {\n"
+                                 "                ");
+        add_cuda_call(out, definition, mentions, types);
+        mtl_text_add_string(out, "            }\n        }\n        return;\n    }\n");
+    }
+    mtl_text_add_string(out, "    if (!__mtl_place(dispatch, group, index, local)) return;\n"
                              "    unsigned lx = local[0], ly = local[1], lz = local[2];\n"
                              "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
                              "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
                              "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
                              "    (void)x, (void)y, (void)z;\n    ");
-    mtl_text_format(out, "custom_kernel_%s", definition->name);
-    add_template_values(out, types, "<", ", ", ">");
-    mtl_text_add_string(out, "(group");
-    for (int i = 0; i < inputs; i++) {
-        const char *type = mtl_metal_type(types->inputs[i].dtype);
-        /* A scalar of the host's comes with the launch. */
-        if (types->inputs[i].is_scalar)
-            mtl_text_format(out, ", *(__mtl_in_%d ? __mtl_in_%d : (const %s *)&launch.scalar[%d])", i, i, type, i);
-        else mtl_text_format(out, ", __mtl_in_%d", i);
-        unsigned char mentioned = mentions->input[i];
-        if (mentioned & MTL_MENTIONS_SHAPE) mtl_text_format(out, ", launch.shapes + launch.shape_at[%d]", i);
-        if (mentioned & MTL_MENTIONS_STRIDES) mtl_text_format(out, ", launch.strides + launch.strides_at[%d]", i);
-        if (mentioned & MTL_MENTIONS_RANK) mtl_text_format(out, ", launch.rank[%d]", i);
-    }
-    for (int i = 0; i < definition->output_count; i++) mtl_text_format(out, ", __mtl_out_%d", i);
-    for (int i = 0; i < ATTRIBUTES; i++) {
-        if (mentions->attributes >> i & 1) mtl_text_format(out, ", %s", attributes[i].value);
-    }
-    mtl_text_add_string(out, ");\n}\n");
+    add_cuda_call(out, definition, mentions, types);
+    mtl_text_add_string(out, "}\n");
+}
+
+/* One element a thread is too few loads under way for a GPU's memory. Where nothing depends on the threadgroup, and the body is
+ * short, a thread can do several positions of the grid. */
+bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions) {
+    enum { SHORT = 600 };
+    return !mentions->lanes_meet && !mentions->relative && !definition->atomic_outputs &&
+           strlen(definition->source) < SHORT;
 }
 
 mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions) {
@@ -573,8 +628,7 @@ static bool has_halves(const mtl_definition *definition, const mtl_mentions *men
 static void add_signature(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types) {
     add_template_parameters(out, types);
-    mtl_text_format(out, "__mtl_inline void custom_kernel_%s(mtl_group &__mtl_group",
-                    definition->name);
+    mtl_text_format(out, "__mtl_inline void custom_kernel_%s(mtl_group &__mtl_group", definition->name);
     for_parameters(out, definition, mentions, types, declare_parameter);
     mtl_text_add_string(out, ")");
 }
@@ -585,6 +639,12 @@ void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
                           const mtl_types *types, const mtl_unit_options *given) {
     mtl_unit_options options = *given;
     options.halves = has_halves(definition, mentions, types);
+    bool threads = mentions->lanes_meet || options.count_iterations;
+    mtl_names meeting = {0};
+    if (threads && options.target == MTL_TARGET_CPU) {
+        if (!mtl_find_meeting_functions(&meeting, definition)) out->failed = true;
+        options.meeting = &meeting;
+    }
     add_prelude(out, definition, mentions, &options);
     mtl_text_add_string(out, "#line 1 \"generated\"\nnamespace metal {\n"
                              "__mtl_inline uint3 __mtl_uint3(const unsigned *from) { return uint3(from[0], from[1], "
@@ -592,7 +652,7 @@ void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
     add_signature(out, definition, mentions, types);
     mtl_text_add_string(out, ";\n");
     if (options.target == MTL_TARGET_CUDA) add_cuda_kernel(out, definition, mentions, types, &options);
-    else if (mentions->lanes_meet || options.count_iterations) add_threads(out, definition, mentions, types);
+    else if (threads) add_threads(out, definition, mentions, types);
     else add_loops(out, definition, mentions, types);
     mtl_text_add_string(out, "#line 1 \"header\"\n");
     mtl_translate(out, definition->header, MTL_REGION_HEADER, &options);
@@ -601,4 +661,5 @@ void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
     mtl_text_add_string(out, " {\n#line 1 \"source\"\n");
     mtl_translate(out, definition->source, MTL_REGION_BODY, &options);
     mtl_text_add_string(out, "\n}\n}\n");
+    free(meeting.name);
 }

@@ -4,12 +4,14 @@
 
 #include "core/dtype.h"
 #include "kernel/text.h"
+#include "kernel/tokenizer.h"
 
 enum {
-    MTL_MOST_BUFFERS = 64,     /* inputs, and outputs, of a kernel; Metal has 31 in all */
-    MTL_MOST_TEMPLATES = 64,   /* template arguments */
+    MTL_MOST_BUFFERS = 64,   /* inputs, and outputs, of a kernel; Metal has 31 in all */
+    MTL_MOST_TEMPLATES = 64, /* template arguments */
     MTL_LONGEST_NAME = 255,
-    MTL_POINTERS_OF_INPUT = 4, /* of mtl_dispatch.pointers: data, shape (int), strides (int64_t), rank (int); an output has one */
+    MTL_POINTERS_OF_INPUT =
+        4, /* of mtl_dispatch.pointers: data, shape (int), strides (int64_t), rank (int); an output has one */
 };
 
 /* What a kernel was made from. Names are identifiers. */
@@ -25,11 +27,11 @@ typedef struct mtl_definition {
 enum { MTL_MENTIONS_SHAPE = 1, MTL_MENTIONS_STRIDES = 2, MTL_MENTIONS_RANK = 4 };
 
 typedef struct mtl_mentions {
-    unsigned attributes;                    /* bit i: attribute i of mtl_attributes */
-    unsigned char input[MTL_MOST_BUFFERS];  /* MTL_MENTIONS_* of it */
-    bool lanes_meet;                        /* barriers, or exchanges in a simdgroup */
+    unsigned attributes;                                        /* bit i: attribute i of mtl_attributes */
+    unsigned char input[MTL_MOST_BUFFERS];                      /* MTL_MENTIONS_* of it */
+    bool lanes_meet;                                            /* barriers, or exchanges in a simdgroup */
     bool halves, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
-    bool relative;                          /* anything that depends on the cut into threadgroups */
+    bool relative;                                              /* anything that depends on the cut into threadgroups */
 } mtl_mentions;
 
 /* What is compiled anew for: the types of one call. */
@@ -62,31 +64,51 @@ void mtl_metal_source(mtl_text *out, const mtl_definition *definition, const mtl
 
 typedef enum mtl_target { MTL_TARGET_CPU, MTL_TARGET_CUDA } mtl_target;
 
+/* Functions of the user's, parts of whose text are their names. */
+typedef struct mtl_name {
+    const char *text;
+    size_t length;
+} mtl_name;
+typedef struct mtl_names {
+    mtl_name *name;
+    size_t count;
+} mtl_names;
+
 typedef struct mtl_unit_options {
     mtl_target target;
     metalloid_math_mode math_mode;
-    int stack_bits;      /* CPU: log2 of a thread's stack */
-    bool count_iterations; /* CPU */
-    int most_threads;      /* CUDA: of a threadgroup */
-    bool halves;           /* 16-bit floats are in play */
+    int stack_bits;           /* CPU: log2 of a thread's stack */
+    bool count_iterations;    /* CPU */
+    int most_threads;         /* CUDA: of a threadgroup */
+    bool halves;              /* 16-bit floats are in play */
+    const mtl_names *meeting; /* where threads have stacks: the functions at which lanes meet; else NULL */
 } mtl_unit_options;
 
 /* CUDA: the struct that a launch passes beside the buffers, as offsets in bytes; 0: not there. Its first 40 bytes are grid, threadgroup
  * and threadgroups (3 x uint32 each) and flags; then of each input a scalar's 8 bytes, the ranks, and where in `shapes` and
  * `strides` those of an input begin. */
-enum { MTL_CUDA_EXTENTS = 128, MTL_CUDA_WHOLE = 1, MTL_CUDA_LINEAR = 2 };
+enum { MTL_CUDA_EXTENTS = 128, MTL_CUDA_WHOLE = 1, MTL_CUDA_LINEAR = 2, MTL_CUDA_WIDE = 4, MTL_CUDA_WIDTH = 4 };
 typedef struct mtl_cuda_layout {
     int scalars_at, ints_at, strides_at, shapes_at, size;
 } mtl_cuda_layout;
 mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions);
 
+/* Whether the kernel has a form in which a thread does MTL_CUDA_WIDTH positions along x. */
+bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions);
+
 /* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them. */
 void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types, const mtl_unit_options *options);
 
+/* The functions of header and body at which lanes meet. False: no memory. */
+bool mtl_find_meeting_functions(mtl_names *names, const mtl_definition *definition);
+
 /* Metal source as C++, with as many lines: address spaces, threadgroup variables, literals, attributes, includes. */
 typedef enum mtl_region { MTL_REGION_HEADER, MTL_REGION_BODY } mtl_region;
 void mtl_translate(mtl_text *out, const char *source, mtl_region region, const mtl_unit_options *options);
+
+/* Whether a token is the name of a function of Metal's at which the lanes of a simdgroup, or its quads, exchange something. */
+bool mtl_is_exchange(const mtl_token *token);
 
 const char *mtl_metal_type(mtl_dtype dtype); /* as MLX spells it: float16_t */
 

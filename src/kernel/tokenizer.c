@@ -22,9 +22,7 @@ static bool is_letter(char c) {
 }
 static bool is_word(char c) { return is_letter(c) || is_digit(c); }
 
-static char peek(const scanner *s, size_t ahead) {
-    return (size_t)(s->end - s->at) > ahead ? s->at[ahead] : '\0';
-}
+static char peek(const scanner *s, size_t ahead) { return (size_t)(s->end - s->at) > ahead ? s->at[ahead] : '\0'; }
 
 /* The length of a backslash and the line's end that it hides, or 0. */
 static size_t splice(const scanner *s, const char *at) {
@@ -47,8 +45,8 @@ static void emit(scanner *s, mtl_token_kind kind, const char *begin) {
         tokens->token = token;
         s->capacity = capacity;
     }
-    tokens->token[tokens->count++] = (mtl_token){
-        .kind = kind, .in_directive = s->in_directive, .text = begin, .length = (size_t)(s->at - begin)};
+    tokens->token[tokens->count++] =
+        (mtl_token){.kind = kind, .in_directive = s->in_directive, .text = begin, .length = (size_t)(s->at - begin)};
 }
 
 /* Up to the end of the line, which is left, over continued lines. */
@@ -107,8 +105,7 @@ static void quoted(scanner *s, const char *begin) {
 static void raw_string(scanner *s, const char *begin) {
     enum { LONGEST_DELIMITER = 16 };
     const char *delimiter = ++s->at;
-    while (s->at < s->end && *s->at != '(' && *s->at != '"' && *s->at != '\n' &&
-           s->at - delimiter <= LONGEST_DELIMITER)
+    while (s->at < s->end && *s->at != '(' && *s->at != '"' && *s->at != '\n' && s->at - delimiter <= LONGEST_DELIMITER)
         s->at++;
     size_t length = (size_t)(s->at - delimiter);
     for (; s->at < s->end; s->at++) {

@@ -1,103 +1,8 @@
 /* Metal source as C++, token by token. SPDX-License-Identifier: MIT */
-#include "kernel/source.h"
-#include "kernel/tokenizer.h"
+#include "kernel/translation.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* `scratch` holds the replacements that are not constants, one block each, until the text is written. */
-typedef struct block {
-    struct block *next;
-    char text[];
-} block;
-
-typedef struct translation {
-    mtl_tokens tokens;
-    mtl_token *token; /* of tokens */
-    size_t count;
-    mtl_region region;
-    const mtl_unit_options *options;
-    int variables; /* in threadgroup memory */
-    block *scratch;
-    bool in_condition; /* of #if */
-    bool failed;
-} translation;
-
-static const char *keep(translation *t, const mtl_text *text) {
-    block *kept = text->failed ? NULL : malloc(sizeof *kept + text->length + 1);
-    if (!kept) {
-        t->failed = true;
-        return "";
-    }
-    memcpy(kept->text, mtl_text_string(text), text->length + 1);
-    kept->next = t->scratch;
-    t->scratch = kept;
-    return kept->text;
-}
-
-/* ---- walking over tokens ------------------------------------------------------------------------------------------------ */
-
-/* The index of the next token that is no space; t->count at the end. */
-static size_t after(const translation *t, size_t i) {
-    do i++;
-    while (i < t->count && t->token[i].kind == MTL_TOKEN_SPACE);
-    return i;
-}
-
-/* Of the one before; SIZE_MAX at the beginning. */
-static size_t before(const translation *t, size_t i) {
-    while (i-- > 0) {
-        if (t->token[i].kind != MTL_TOKEN_SPACE) return i;
-    }
-    return SIZE_MAX;
-}
-
-static bool is(const translation *t, size_t i, const char *text) {
-    return i < t->count && mtl_token_is(&t->token[i], text);
-}
-
-static bool is_one_of(const translation *t, size_t i, const char *const *words) {
-    for (; *words; words++) {
-        if (is(t, i, *words)) return true;
-    }
-    return false;
-}
-
-static bool is_identifier(const translation *t, size_t i) {
-    return i < t->count && t->token[i].kind == MTL_TOKEN_IDENTIFIER;
-}
-
-/* Behind the bracket that closes the one at `i`; t->count where none does. Brackets of the other kinds nest. */
-static size_t behind_bracket(const translation *t, size_t i) {
-    long depth = 0;
-    for (; i < t->count; i = after(t, i)) {
-        if (is(t, i, "(") || is(t, i, "[") || is(t, i, "{")) depth++;
-        if ((is(t, i, ")") || is(t, i, "]") || is(t, i, "}")) && --depth == 0) return after(t, i);
-    }
-    return t->count;
-}
-
-/* Behind the > that closes the < at `i`, or `i` where it opens no list of template arguments. */
-static size_t behind_angle(const translation *t, size_t i) {
-    long depth = 0;
-    for (size_t at = i; at < t->count;) {
-        if (is(t, at, "<")) depth++;
-        if (is(t, at, ">") && --depth == 0) return after(t, at);
-        if (is(t, at, ";") || is(t, at, "{") || is(t, at, "}") || is(t, at, ")") || is(t, at, "]")) return i;
-        at = is(t, at, "(") || is(t, at, "[") ? behind_bracket(t, at) : after(t, at);
-    }
-    return i;
-}
-
-static void blank(translation *t, size_t i) { t->token[i].replacement = ""; }
-
-/* Everything in [begin, end), newlines excepted: those are in tokens of space. */
-static void blank_range(translation *t, size_t begin, size_t end) {
-    for (size_t i = begin; i < end && i < t->count; i++) {
-        if (t->token[i].kind != MTL_TOKEN_SPACE) blank(t, i);
-    }
-}
 
 /* ---- literals --------------------------------------------------------------------------------------------------------------- */
 
@@ -114,33 +19,33 @@ static void translate_number(translation *t, size_t i) {
     if (!is_digit) return;
     mtl_text text = {0};
     mtl_text_format(&text, "%.*sf", (int)token->length, token->text);
-    token->replacement = keep(t, &text);
+    token->replacement = mtl_keep(t, &text);
     mtl_text_free(&text);
 }
 
 /* ---- address spaces ----------------------------------------------------------------------------------------------------------- */
 
-static const char *const plain_spaces[] = {"device",      "thread",           "ray_data",
-                                           "object_data", "threadgroup_imageblock", NULL};
+static const char *const plain_spaces[] = {"device", "thread", "ray_data", "object_data", "threadgroup_imageblock",
+                                           NULL};
 
 /* Whether a const stands in the same specifiers, before or behind: C++ takes it once. */
 static bool is_const_already(const translation *t, size_t i) {
     static const char *const ends[] = {"(", ")", ",", ";", "{", "}", "=", "*", "&", "[", "]", NULL};
     long angles = 0;
-    for (size_t at = before(t, i); at != SIZE_MAX && !is_one_of(t, at, ends); at = before(t, at)) {
-        if (is(t, at, ">")) angles++;
-        if (is(t, at, "<") && --angles < 0) break; /* the argument list that this is in */
-        if (angles == 0 && (is(t, at, "const") || is(t, at, "constant"))) return true;
+    for (size_t at = mtl_before(t, i); at != SIZE_MAX && !mtl_is_one_of(t, at, ends); at = mtl_before(t, at)) {
+        if (mtl_is(t, at, ">")) angles++;
+        if (mtl_is(t, at, "<") && --angles < 0) break; /* the argument list that this is in */
+        if (angles == 0 && (mtl_is(t, at, "const") || mtl_is(t, at, "constant"))) return true;
     }
-    for (size_t at = after(t, i); at < t->count && !is_one_of(t, at, ends); at = after(t, at)) {
-        if (is(t, at, "<")) {
-            size_t behind = behind_angle(t, at);
+    for (size_t at = mtl_after(t, i); at < t->count && !mtl_is_one_of(t, at, ends); at = mtl_after(t, at)) {
+        if (mtl_is(t, at, "<")) {
+            size_t behind = mtl_behind_angle(t, at);
             if (behind == at) break;
-            at = before(t, behind);
-        } else if (is(t, at, ">")) {
+            at = mtl_before(t, behind);
+        } else if (mtl_is(t, at, ">")) {
             break;
         }
-        if (is(t, at, "const")) return true;
+        if (mtl_is(t, at, "const")) return true;
     }
     return false;
 }
@@ -149,25 +54,25 @@ static bool is_const_already(const translation *t, size_t i) {
 static bool is_static_member(const translation *t, size_t i) {
     static const char *const specifiers[] = {"const", "inline", "static", NULL};
     bool found = false;
-    for (size_t at = before(t, i); at != SIZE_MAX && is_one_of(t, at, specifiers); at = before(t, at))
-        found |= is(t, at, "static");
-    for (size_t at = after(t, i); at != SIZE_MAX && is_one_of(t, at, specifiers); at = after(t, at))
-        found |= is(t, at, "static");
+    for (size_t at = mtl_before(t, i); at != SIZE_MAX && mtl_is_one_of(t, at, specifiers); at = mtl_before(t, at))
+        found |= mtl_is(t, at, "static");
+    for (size_t at = mtl_after(t, i); at != SIZE_MAX && mtl_is_one_of(t, at, specifiers); at = mtl_after(t, at))
+        found |= mtl_is(t, at, "static");
     if (!found) return false;
-    for (size_t at = i; at < t->count; at = after(t, at)) {
-        if (is(t, at, "=") || is(t, at, "{")) return true;
-        if (is(t, at, ";") || is(t, at, "(") || is(t, at, "*") || is(t, at, "&")) return false;
+    for (size_t at = i; at < t->count; at = mtl_after(t, at)) {
+        if (mtl_is(t, at, "=") || mtl_is(t, at, "{")) return true;
+        if (mtl_is(t, at, ";") || mtl_is(t, at, "(") || mtl_is(t, at, "*") || mtl_is(t, at, "&")) return false;
     }
     return false;
 }
 
 static bool is_constexpr_already(const translation *t, size_t i) {
     static const char *const specifiers[] = {"const", "inline", "static", "constexpr", NULL};
-    for (size_t at = before(t, i); at != SIZE_MAX && is_one_of(t, at, specifiers); at = before(t, at)) {
-        if (is(t, at, "constexpr")) return true;
+    for (size_t at = mtl_before(t, i); at != SIZE_MAX && mtl_is_one_of(t, at, specifiers); at = mtl_before(t, at)) {
+        if (mtl_is(t, at, "constexpr")) return true;
     }
-    for (size_t at = after(t, i); is_one_of(t, at, specifiers); at = after(t, at)) {
-        if (is(t, at, "constexpr")) return true;
+    for (size_t at = mtl_after(t, i); mtl_is_one_of(t, at, specifiers); at = mtl_after(t, at)) {
+        if (mtl_is(t, at, "constexpr")) return true;
     }
     return false;
 }
@@ -182,9 +87,10 @@ static void translate_constant(translation *t, size_t i) {
 /* The bracket that the token at `i` is directly in: '(', '[', '{', or NUL at the top. */
 static char enclosing_bracket(const translation *t, size_t i) {
     long depth = 0;
-    for (size_t at = before(t, i); at != SIZE_MAX; at = before(t, at)) {
-        if (is(t, at, ")") || is(t, at, "]") || is(t, at, "}")) depth++;
-        if ((is(t, at, "(") || is(t, at, "[") || is(t, at, "{")) && depth-- == 0) return t->token[at].text[0];
+    for (size_t at = mtl_before(t, i); at != SIZE_MAX; at = mtl_before(t, at)) {
+        if (mtl_is(t, at, ")") || mtl_is(t, at, "]") || mtl_is(t, at, "}")) depth++;
+        if ((mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{")) && depth-- == 0)
+            return t->token[at].text[0];
     }
     return '\0';
 }
@@ -194,26 +100,26 @@ static char enclosing_bracket(const translation *t, size_t i) {
 static size_t find_declarators(const translation *t, size_t i) {
     static const char *const ends[] = {"[", ";", ",", "=", "{", NULL};
     size_t name = t->count, words = 0;
-    for (size_t at = after(t, i); at < t->count;) {
-        if (is(t, at, "decltype") || is(t, at, "alignas") || is(t, at, "typeof")) {
-            words += !is(t, at, "alignas");
-            at = after(t, at);
-            if (is(t, at, "(")) at = behind_bracket(t, at);
+    for (size_t at = mtl_after(t, i); at < t->count;) {
+        if (mtl_is(t, at, "decltype") || mtl_is(t, at, "alignas") || mtl_is(t, at, "typeof")) {
+            words += !mtl_is(t, at, "alignas");
+            at = mtl_after(t, at);
+            if (mtl_is(t, at, "(")) at = mtl_behind_bracket(t, at);
             name = t->count;
-        } else if (is_identifier(t, at)) {
+        } else if (mtl_is_identifier(t, at)) {
             name = at;
             words++;
-            at = after(t, at);
-        } else if (is(t, at, "::")) {
-            at = after(t, at);
+            at = mtl_after(t, at);
+        } else if (mtl_is(t, at, "::")) {
+            at = mtl_after(t, at);
             words--; /* a::b is one word */
-        } else if (is(t, at, "<")) {
-            size_t behind = behind_angle(t, at);
+        } else if (mtl_is(t, at, "<")) {
+            size_t behind = mtl_behind_angle(t, at);
             if (behind == at) return t->count;
             at = behind;
             name = t->count;
         } else {
-            return words >= 2 && name < t->count && is_one_of(t, at, ends) ? name : t->count;
+            return words >= 2 && name < t->count && mtl_is_one_of(t, at, ends) ? name : t->count;
         }
     }
     return t->count;
@@ -225,20 +131,20 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
     const char *group = t->region == MTL_REGION_BODY ? "__mtl_group" : "__mtl_this_group()";
     t->token[keyword].replacement = "typedef";
     static const char *const no_typedef[] = {"static", "constexpr", "volatile", NULL};
-    for (size_t at = before(t, keyword); at != SIZE_MAX && is_one_of(t, at, no_typedef); at = before(t, at))
-        blank(t, at);
-    for (size_t at = after(t, keyword); at < name; at = after(t, at)) {
-        if (is(t, at, "alignas")) blank_range(t, at, behind_bracket(t, after(t, at)));
+    for (size_t at = mtl_before(t, keyword); at != SIZE_MAX && mtl_is_one_of(t, at, no_typedef); at = mtl_before(t, at))
+        mtl_blank(t, at);
+    for (size_t at = mtl_after(t, keyword); at < name; at = mtl_after(t, at)) {
+        if (mtl_is(t, at, "alignas")) mtl_blank_range(t, at, mtl_behind_bracket(t, mtl_after(t, at)));
     }
     size_t at = name;
     while (at < t->count) {
-        bool pointer = is(t, at, "*") || is(t, at, "&");
-        while (is(t, at, "*") || is(t, at, "&") || is(t, at, "const")) at = after(t, at);
-        if (!is_identifier(t, at)) break;
+        bool pointer = mtl_is(t, at, "*") || mtl_is(t, at, "&");
+        while (mtl_is(t, at, "*") || mtl_is(t, at, "&") || mtl_is(t, at, "const")) at = mtl_after(t, at);
+        if (!mtl_is_identifier(t, at)) break;
         mtl_token *declared = &t->token[at];
         mtl_text type = {0};
         mtl_text_format(&type, "__mtl_%.*s_%d", (int)declared->length, declared->text, t->variables);
-        const char *type_name = keep(t, &type);
+        const char *type_name = mtl_keep(t, &type);
         mtl_text_free(&type);
         if (pointer) { /* of the thread's own */
             mtl_text_format(&references, " %s %.*s;", type_name, (int)declared->length, declared->text);
@@ -249,18 +155,18 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
         t->variables++;
         declared->replacement = type_name;
         size_t name_at = at;
-        at = after(t, at);
-        while (is(t, at, "[")) {
-            size_t behind = behind_bracket(t, at);
-            if (is(t, at + 1, "[")) blank_range(t, at, behind); /* an attribute */
+        at = mtl_after(t, at);
+        while (mtl_is(t, at, "[")) {
+            size_t behind = mtl_behind_bracket(t, at);
+            if (mtl_is(t, at + 1, "[")) mtl_blank_range(t, at, behind); /* an attribute */
             at = behind;
         }
-        if (is(t, at, "=")) { /* Metal has no initializers here; an assignment is what they would mean */
-            size_t end = after(t, at);
-            for (long depth = 0; end < t->count && !(depth == 0 && (is(t, end, ",") || is(t, end, ";")));
-                 end = after(t, end)) {
-                depth += is(t, end, "(") || is(t, end, "{") || is(t, end, "[");
-                depth -= is(t, end, ")") || is(t, end, "}") || is(t, end, "]");
+        if (mtl_is(t, at, "=")) { /* Metal has no initializers here; an assignment is what they would mean */
+            size_t end = mtl_after(t, at);
+            for (long depth = 0; end < t->count && !(depth == 0 && (mtl_is(t, end, ",") || mtl_is(t, end, ";")));
+                 end = mtl_after(t, end)) {
+                depth += mtl_is(t, end, "(") || mtl_is(t, end, "{") || mtl_is(t, end, "[");
+                depth -= mtl_is(t, end, ")") || mtl_is(t, end, "}") || mtl_is(t, end, "]");
             }
             mtl_text_format(&references, " %.*s ", (int)t->token[name_at].length, t->token[name_at].text);
             for (size_t moved = at; moved < end; moved++) {
@@ -272,22 +178,22 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
                 const char *text = t->token[moved].replacement;
                 if (text) mtl_text_add_string(&references, text);
                 else mtl_text_add(&references, t->token[moved].text, t->token[moved].length);
-                blank(t, moved);
+                mtl_blank(t, moved);
             }
             mtl_text_add_string(&references, ";");
             at = end;
         }
-        if (!is(t, at, ",")) break;
-        at = after(t, at);
+        if (!mtl_is(t, at, ",")) break;
+        at = mtl_after(t, at);
     }
-    if (is(t, at, ";")) t->token[at].behind = keep(t, &references);
+    if (mtl_is(t, at, ";")) mtl_add_behind(t, at, mtl_keep(t, &references));
     mtl_text_free(&references);
 }
 
 static void translate_threadgroup(translation *t, size_t i) {
     char bracket = enclosing_bracket(t, i);
     size_t name = bracket == '(' || bracket == '[' ? t->count : find_declarators(t, i);
-    if (name == t->count) blank(t, i);
+    if (name == t->count) mtl_blank(t, i);
     else if (t->options->target == MTL_TARGET_CUDA) t->token[i].replacement = "__shared__";
     else declare_variables(t, i, name);
 }
@@ -298,9 +204,9 @@ static void translate_threadgroup(translation *t, size_t i) {
 static void translate_attribute(translation *t, size_t i) {
     static const char *const standard[] = {"maybe_unused", "nodiscard", "fallthrough", "noreturn",
                                            "deprecated",   "likely",    "unlikely",    NULL};
-    size_t first = after(t, i + 1);
-    if (is_one_of(t, first, standard) || is(t, after(t, first), "::")) return;
-    blank_range(t, i, behind_bracket(t, i));
+    size_t first = mtl_after(t, i + 1);
+    if (mtl_is_one_of(t, first, standard) || mtl_is(t, mtl_after(t, first), "::")) return;
+    mtl_blank_range(t, i, mtl_behind_bracket(t, i));
 }
 
 /* Metal's own headers are always there. */
@@ -312,21 +218,22 @@ static void translate_include(translation *t, size_t i) {
     for (size_t o = 0; o < sizeof own / sizeof own[0]; o++) {
         size_t length = strlen(own[o]);
         if (token->length - at < length || memcmp(token->text + at, own[o], length) != 0) continue;
-        size_t name = before(t, i), hash = name == SIZE_MAX ? SIZE_MAX : before(t, name);
-        blank(t, i);
-        if (name != SIZE_MAX) blank(t, name);
-        if (hash != SIZE_MAX) blank(t, hash);
+        size_t name = mtl_before(t, i), hash = name == SIZE_MAX ? SIZE_MAX : mtl_before(t, name);
+        mtl_blank(t, i);
+        if (name != SIZE_MAX) mtl_blank(t, name);
+        if (hash != SIZE_MAX) mtl_blank(t, hash);
         return;
     }
 }
 
 /* ::name is the user's own or Metal's, which stand in one namespace here. */
 static void translate_global(translation *t, size_t i) {
-    size_t previous = before(t, i);
+    size_t previous = mtl_before(t, i);
     static const char *const no_scope[] = {"return", "else", "case", "do", "sizeof", "throw", NULL};
-    if (previous != SIZE_MAX && (is(t, previous, ">") || (is_identifier(t, previous) && !is_one_of(t, previous, no_scope))))
+    if (previous != SIZE_MAX &&
+        (mtl_is(t, previous, ">") || (mtl_is_identifier(t, previous) && !mtl_is_one_of(t, previous, no_scope))))
         return;
-    blank(t, i);
+    mtl_blank(t, i);
 }
 
 /* ---- loops ------------------------------------------------------------------------------------------------------------------------- */
@@ -334,56 +241,42 @@ static void translate_global(translation *t, size_t i) {
 /* for (...) statement   becomes   for (...) if (__mtl_iterate()); else statement */
 static void count_iterations(translation *t, size_t i) {
     static const char count[] = " if (__mtl_iterate()); else ";
-    if (is(t, i, "do")) {
-        t->token[i].behind = count;
+    if (mtl_is(t, i, "do")) {
+        mtl_add_behind(t, i, count);
         return;
     }
-    size_t open = after(t, i);
-    if (!is(t, open, "(")) return;
-    size_t behind = behind_bracket(t, open), close = before(t, behind);
+    size_t open = mtl_after(t, i);
+    if (!mtl_is(t, open, "(")) return;
+    size_t behind = mtl_behind_bracket(t, open), close = mtl_before(t, behind);
     if (behind >= t->count) return;
-    if (is(t, i, "while") && is(t, behind, ";")) { /* the end of do, or a loop of nothing */
-        t->token[open].behind = "!__mtl_iterate() && (";
-        t->token[close].before = ")";
+    if (mtl_is(t, i, "while") && mtl_is(t, behind, ";")) { /* the end of do, or a loop of nothing */
+        mtl_add_behind(t, open, "!__mtl_iterate() && (");
+        mtl_add_before(t, close, ")");
         return;
     }
-    t->token[close].behind = count;
+    mtl_add_behind(t, close, count);
 }
 
 /* ---- arms of ?: ----------------------------------------------------------------------------------------------------------------------- */
 
-static void add_before(translation *t, size_t i, const char *text) {
-    mtl_text joined = {0};
-    mtl_text_format(&joined, "%s%s", text, t->token[i].before ? t->token[i].before : "");
-    t->token[i].before = keep(t, &joined);
-    mtl_text_free(&joined);
-}
-
-static void add_behind(translation *t, size_t i, const char *text) {
-    mtl_text joined = {0};
-    mtl_text_format(&joined, "%s%s", t->token[i].behind ? t->token[i].behind : "", text);
-    t->token[i].behind = keep(t, &joined);
-    mtl_text_free(&joined);
-}
-
 /* Behind a list of template arguments that opens at `i` and is followed by what makes it one; `i` where it is a comparison. */
 static size_t behind_arguments(const translation *t, size_t i) {
     static const char *const follow[] = {"(", "::", "{", NULL};
-    size_t behind = behind_angle(t, i);
-    return behind > i && is_one_of(t, behind, follow) ? behind : i;
+    size_t behind = mtl_behind_angle(t, i);
+    return behind > i && mtl_is_one_of(t, behind, follow) ? behind : i;
 }
 
 /* Whether the token at `i` may be in a list of template arguments: a < before it that nothing closes. */
 static bool in_angles(const translation *t, size_t i) {
     static const char *const ends[] = {";", "{", "}", "(", "[", NULL};
     long depth = 0, brackets = 0;
-    for (size_t at = before(t, i); at != SIZE_MAX; at = before(t, at)) {
-        if (is(t, at, ")") || is(t, at, "]")) brackets++;
-        else if (brackets > 0 && (is(t, at, "(") || is(t, at, "["))) brackets--;
+    for (size_t at = mtl_before(t, i); at != SIZE_MAX; at = mtl_before(t, at)) {
+        if (mtl_is(t, at, ")") || mtl_is(t, at, "]")) brackets++;
+        else if (brackets > 0 && (mtl_is(t, at, "(") || mtl_is(t, at, "["))) brackets--;
         else if (brackets > 0) continue;
-        else if (is_one_of(t, at, ends)) return false;
-        else if (is(t, at, ">")) depth++;
-        else if (is(t, at, "<") && depth-- == 0) return true;
+        else if (mtl_is_one_of(t, at, ends)) return false;
+        else if (mtl_is(t, at, ">")) depth++;
+        else if (mtl_is(t, at, "<") && depth-- == 0) return true;
     }
     return false;
 }
@@ -395,30 +288,32 @@ static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) 
     bool directive = t->token[i].in_directive;
     for (size_t at = i; at < t->count;) {
         if (t->token[at].in_directive != directive) return middle ? t->count : at;
-        if (is_one_of(t, at, ends) && !(middle && is(t, at, ","))) return middle ? t->count : at;
-        if (is(t, at, "?")) nested++;
-        if (is(t, at, ":") && nested-- == 0) return at;
-        if (!middle && angles && nested <= 0 && is(t, at, ">")) return at;
-        size_t behind = is(t, at, "<") ? behind_arguments(t, at) : at;
+        if (mtl_is_one_of(t, at, ends) && !(middle && mtl_is(t, at, ","))) return middle ? t->count : at;
+        if (mtl_is(t, at, "?")) nested++;
+        if (mtl_is(t, at, ":") && nested-- == 0) return at;
+        if (!middle && angles && nested <= 0 && mtl_is(t, at, ">")) return at;
+        size_t behind = mtl_is(t, at, "<") ? behind_arguments(t, at) : at;
         if (behind > at) at = behind;
-        else at = is(t, at, "(") || is(t, at, "[") || is(t, at, "{") ? behind_bracket(t, at) : after(t, at);
+        else
+            at = mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{") ? mtl_behind_bracket(t, at)
+                                                                                : mtl_after(t, at);
     }
     return t->count;
 }
 
 /* [begin, end) in metal::arm(...), which gives both arms a type that C++ finds in common: half is a class. A literal has one. */
 static void wrap_arm(translation *t, size_t begin, size_t end) {
-    size_t last = before(t, end);
+    size_t last = mtl_before(t, end);
     if (begin >= end || last == SIZE_MAX || last < begin) return;
     if (begin == last && t->token[begin].kind == MTL_TOKEN_NUMBER) return;
-    add_before(t, begin, "metal::arm(");
-    add_behind(t, last, ")");
+    mtl_add_before(t, begin, "metal::arm(");
+    mtl_add_behind(t, last, ")");
 }
 
 static void translate_condition(translation *t, size_t i) {
-    size_t first = after(t, i), colon = arm_end(t, first, true, false);
-    if (first >= t->count || colon >= t->count || !is(t, colon, ":")) return;
-    size_t second = after(t, colon);
+    size_t first = mtl_after(t, i), colon = arm_end(t, first, true, false);
+    if (first >= t->count || colon >= t->count || !mtl_is(t, colon, ":")) return;
+    size_t second = mtl_after(t, colon);
     if (second >= t->count) return;
     size_t end = arm_end(t, second, false, in_angles(t, i));
     wrap_arm(t, first, colon);
@@ -430,9 +325,9 @@ static void translate_condition(translation *t, size_t i) {
 static void translate_token(translation *t, size_t i) {
     const mtl_token *token = &t->token[i];
     if (token->replacement) return; /* dealt with on the way to an earlier one */
-    if (token->in_directive && is(t, i, "#")) {
-        size_t name = after(t, i);
-        t->in_condition = is(t, name, "if") || is(t, name, "elif");
+    if (token->in_directive && mtl_is(t, i, "#")) {
+        size_t name = mtl_after(t, i);
+        t->in_condition = mtl_is(t, name, "if") || mtl_is(t, name, "elif");
     } else if (!token->in_directive) {
         t->in_condition = false;
     }
@@ -441,16 +336,16 @@ static void translate_token(translation *t, size_t i) {
     case MTL_TOKEN_NUMBER: translate_number(t, i); break;
     case MTL_TOKEN_INCLUDE: translate_include(t, i); break;
     case MTL_TOKEN_PUNCTUATION:
-        if (is(t, i, "[") && is(t, i + 1, "[")) translate_attribute(t, i);
-        else if (is(t, i, "?") && t->options->halves) translate_condition(t, i);
-        else if (is(t, i, "::")) translate_global(t, i);
+        if (mtl_is(t, i, "[") && mtl_is(t, i + 1, "[")) translate_attribute(t, i);
+        else if (mtl_is(t, i, "?") && t->options->halves) translate_condition(t, i);
+        else if (mtl_is(t, i, "::")) translate_global(t, i);
         break;
     case MTL_TOKEN_IDENTIFIER:
-        if (is_one_of(t, i, plain_spaces)) blank(t, i);
-        else if (is(t, i, "constant")) translate_constant(t, i);
-        else if (is(t, i, "threadgroup")) translate_threadgroup(t, i);
-        else if (is(t, i, "kernel") && is(t, after(t, i), "void")) blank(t, i);
-        else if (t->options->count_iterations && (is(t, i, "for") || is(t, i, "while") || is(t, i, "do")))
+        if (mtl_is_one_of(t, i, plain_spaces)) mtl_blank(t, i);
+        else if (mtl_is(t, i, "constant")) translate_constant(t, i);
+        else if (mtl_is(t, i, "threadgroup")) translate_threadgroup(t, i);
+        else if (mtl_is(t, i, "kernel") && mtl_is(t, mtl_after(t, i), "void")) mtl_blank(t, i);
+        else if (t->options->count_iterations && (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do")))
             count_iterations(t, i);
         break;
     default: break;
@@ -469,21 +364,48 @@ static void write_token(mtl_text *out, const mtl_token *token) {
     if (token->behind) mtl_text_add_string(out, token->behind);
 }
 
+static bool begin(translation *t, const char *source) {
+    if (!mtl_tokenize(&t->tokens, source, strlen(source))) return false;
+    t->token = t->tokens.token;
+    t->count = t->tokens.count;
+    return true;
+}
+
+static void end(translation *t) {
+    mtl_tokens_free(&t->tokens);
+    while (t->scratch) {
+        block *next = t->scratch->next;
+        free(t->scratch);
+        t->scratch = next;
+    }
+}
+
+bool mtl_find_meeting_functions(mtl_names *names, const mtl_definition *definition) {
+    const mtl_unit_options options = {.meeting = names};
+    translation header = {.region = MTL_REGION_HEADER, .options = &options};
+    translation body = {.region = MTL_REGION_BODY, .options = &options};
+    bool done = begin(&header, definition->header) && begin(&body, definition->source);
+    for (bool more = true; done && more;) { /* until no function calls another that is new */
+        bool in_header = false, in_body = false;
+        done = mtl_find_meeting(&header, names, &in_header) && mtl_find_meeting(&body, names, &in_body);
+        more = in_header || in_body;
+    }
+    end(&header);
+    end(&body);
+    return done;
+}
+
 void mtl_translate(mtl_text *out, const char *source, mtl_region region, const mtl_unit_options *options) {
-    translation t = {.region = region, .options = options};
-    if (!mtl_tokenize(&t.tokens, source, strlen(source))) {
+    enum { PLACES_OF_HEADER = 1 << 24 }; /* the body's come behind */
+    translation t = {
+        .region = region, .options = options, .first_place = region == MTL_REGION_HEADER ? 0 : PLACES_OF_HEADER};
+    if (!begin(&t, source)) {
         out->failed = true;
         return;
     }
-    t.token = t.tokens.token;
-    t.count = t.tokens.count;
+    if (options->meeting) mtl_mark_places(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
     for (size_t i = 0; i < t.count && !t.failed; i++) write_token(out, &t.token[i]);
     out->failed |= t.failed;
-    mtl_tokens_free(&t.tokens);
-    while (t.scratch) {
-        block *next = t.scratch->next;
-        free(t.scratch);
-        t.scratch = next;
-    }
+    end(&t);
 }

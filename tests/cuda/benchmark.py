@@ -78,4 +78,5 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="cases whose name has one of these, separated by commas")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
-    gpu.main(Operations(), options.only, not options.no_peers)
+    only = options.only.split(",")
+    gpu.main(Operations(), lambda name: any(word in name for word in only), not options.no_peers)

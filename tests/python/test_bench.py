@@ -160,6 +160,14 @@ def test_help_and_list_need_nothing_but_the_package():
 
 
 @with_command
+def test_a_gpu_that_is_not_there_is_said_in_one_line():
+    done = run("--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert done.stderr.startswith("metalloid bench: --device cuda")
+    assert done.stderr.count("\n") == 1
+
+
+@with_command
 def test_reader_of_the_list_may_go():
     reader, writer = os.pipe()
     os.close(reader)

@@ -305,7 +305,8 @@ def test_a_custom_kernel_has_no_gradient_and_no_trace(monkeypatch):
 
     def metal_kernel(name, **_):
         def kernel(*, inputs, output_shapes, output_dtypes, **_):
-            (x,) = inputs
+            x, factor = inputs
+            assert factor == 2.0
             mx.eval(x)
             return [mx.array(np.exp(np.array(x)))]
 
@@ -317,7 +318,7 @@ def test_a_custom_kernel_has_no_gradient_and_no_trace(monkeypatch):
 
         def run(x):
             return kernel(
-                inputs=[x], grid=(4, 1, 1), threadgroup=(4, 1, 1), output_shapes=[(4,)], output_dtypes=[x.dtype]
+                inputs=[x, 2.0], grid=(4, 1, 1), threadgroup=(4, 1, 1), output_shapes=[(4,)], output_dtypes=[x.dtype]
             )[0]
 
         x = mx.arange(4, dtype=mx.float32)

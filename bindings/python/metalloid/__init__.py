@@ -5,6 +5,7 @@ array. All operations stand here; ``metalloid.fast`` holds those that ``mlx.core
 """
 
 from metalloid import fast
+from metalloid._kernel import metal_kernel
 from metalloid._native import (
     __version__,
     add_layer_norm,
@@ -36,6 +37,7 @@ __all__ = [
     "get_num_threads",
     "kv_cache_sdpa_update",
     "layer_norm",
+    "metal_kernel",
     "qk_norm_rope",
     "rms_norm",
     "rope",

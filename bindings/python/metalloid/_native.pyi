@@ -19,6 +19,47 @@ _B = TypeVar("_B", bound=Array)
 _OutB = TypeVar("_OutB", bound=Array)
 
 __version__: str
+KERNEL_DTYPES: tuple[str, ...]
+
+class Kernel:
+    def __new__(
+        cls,
+        name: str,
+        input_names: tuple[str, ...],
+        output_names: tuple[str, ...],
+        source: str,
+        header: str = "",
+        ensure_row_contiguous: bool = True,
+        atomic_outputs: bool = False,
+        math_mode: int = 0,
+        fallback_compiler: str | None = None,
+        debug: bool = False,
+        address_sanitizer: bool = False,
+        most_iterations: int = 0,
+        language: int = 0,
+        shared_memory: int = 0,
+    ) -> Kernel: ...
+    def launch(
+        self,
+        inputs: tuple[Array, ...],
+        outputs: tuple[Array, ...],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: tuple[tuple[str, int | bool | str], ...],
+        init_value: float | None,
+        /,
+    ) -> None: ...
+    def source(
+        self,
+        inputs: tuple[Array, ...],
+        outputs: tuple[Array, ...],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: tuple[tuple[str, int | bool | str], ...],
+        init_value: float | None,
+        translated: bool = False,
+        /,
+    ) -> str: ...
 
 @overload
 def rms_norm(

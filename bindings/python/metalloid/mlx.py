@@ -545,9 +545,14 @@ def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
     def call(*, inputs: list[Any], **how: Any) -> Any:
         """No gradient comes from a kernel: asked for one, it is an error, where MLX would see a constant."""
 
+        places = [i for i, value in enumerate(inputs) if isinstance(value, mx.array)]
+
         @mx.custom_function
         def run(*arrays: mx.array) -> list[mx.array]:
-            return kernel(inputs=list(arrays), **how)
+            whole = list(inputs)
+            for i, array in zip(places, arrays, strict=True):
+                whole[i] = array
+            return kernel(inputs=whole, **how)
 
         def refuse(*_: Any) -> Any:
             raise ValueError("a custom kernel has no gradient and cannot be traced")
@@ -555,7 +560,7 @@ def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
         run.vjp(refuse)
         run.jvp(refuse)
         run.vmap(refuse)
-        return run(*inputs)
+        return run(*(inputs[i] for i in places))
 
     return call
 

@@ -107,6 +107,7 @@ static bool numpy_dtype(const PyArray_Descr *descr, DLDataType *dtype) {
     case 'i': code = kDLInt; break;
     case 'u': code = kDLUInt; break;
     case 'b': code = (DLDataTypeCode)METALLOID_DL_BOOL; break;
+    case 'c': code = (DLDataTypeCode)METALLOID_DL_COMPLEX; break;
     case 'V': { /* where user-defined types stand */
         const char *name = descr->typeobj->tp_name, *dot = strrchr(name, '.');
         if (size != 2 || strcmp(dot ? dot + 1 : name, "bfloat16") != 0) return false;

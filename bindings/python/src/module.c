@@ -2,10 +2,11 @@
 #include "array.h"
 #include "by_name.h"
 #include "functions.h"
+#include "kernel.h"
 
 static int module_exec(PyObject *module) {
     if (!arrays_init(module, PyModule_GetState(module))) return -1;
-    if (PyModule_AddFunctions(module, functions) < 0 || !by_name_init(module)) return -1;
+    if (PyModule_AddFunctions(module, functions) < 0 || !by_name_init(module) || !kernel_init(module)) return -1;
     return PyModule_AddStringConstant(module, "__version__", metalloid_version());
 }
 

@@ -9,7 +9,8 @@ enum {
     mtl_simd_lanes = 32,
     mtl_most_simdgroups = mtl_most_threads / mtl_simd_lanes,
     mtl_most_variables = 128, /* in threadgroup memory */
-    mtl_most_levels = 12,     /* of loops and calls around a place of exchange */
+    mtl_near_levels = 3,
+    mtl_most_levels = 14, /* of loops and calls around a place of exchange */
 };
 
 /* One dispatch, the same for all of its threadgroups. */
@@ -19,36 +20,34 @@ typedef struct mtl_dispatch {
     unsigned long most_iterations; /* of all loops of one thread; 0: as many as it likes */
 } mtl_dispatch;
 
-/* One thread of a threadgroup whose threads have stacks of their own. */
+/* One thread of a threadgroup whose threads have stacks of their own: a cache line. */
 typedef struct mtl_thread {
     void *stack;          /* where it stands while another one runs */
     const void *argument; /* what it brings to an exchange, and where its result goes */
     void *result;
     const void *exchange; /* which one it waits for */
-    unsigned long iterations;
-    unsigned position[3]; /* in the threadgroup */
-    unsigned sequence;    /* barriers and exchanges since the innermost mark of its place */
-    unsigned level, frame;
-} mtl_thread;
 
-/* Where a thread is in program order: of each loop and call around it the place in the text (upper half) and the iteration (lower
- * half). mtl_thread.level of them count. */
-typedef struct mtl_place {
-    unsigned long mark[mtl_most_levels + 2];
-} mtl_place;
+    /* Where it is in program order: of each loop and call around it the place in the text (upper half) and the iteration (lower
+     * half), `level` of them, and how many exchanges came since the last was noted. The first few marks stand here. */
+    unsigned sequence;
+    unsigned short level, frame;
+    unsigned long mark[mtl_near_levels];
+} mtl_thread;
 
 /* Bit i is lane i. A lane that is alive is ready (or running), waits for an exchange, or stands at a barrier. */
 typedef struct mtl_simdgroup {
     unsigned alive, ready, waiting, barrier;
     unsigned active; /* the lanes of the exchange that `leader` does next */
     int leader;      /* -1: none */
+    unsigned long
+        shared[8]; /* the result of an exchange that has one for all; every lane has read it before the next is done */
 } mtl_simdgroup;
 
 /* What one worker needs to run threadgroups, one after the other. */
 typedef struct mtl_group {
     const mtl_dispatch *dispatch;
-    void *home;       /* stack of the worker's own thread while threads of the group run */
-    int failure;      /* mtl_failure_* */
+    void *home;  /* stack of the worker's own thread while threads of the group run */
+    int failure; /* mtl_failure_* */
     unsigned threads, simdgroups, finished;
     unsigned position[3], extent[3]; /* of the threadgroup in the grid of threadgroups; its threads along each axis */
 
@@ -63,7 +62,9 @@ typedef struct mtl_group {
 
     mtl_simdgroup simdgroup[mtl_most_simdgroups];
     mtl_thread thread[mtl_most_threads];
-    mtl_place place[mtl_most_threads];
+    unsigned long far_mark[mtl_most_threads][mtl_most_levels - mtl_near_levels]; /* of levels beyond mtl_thread.mark */
+    unsigned position_of[mtl_most_threads][3];                                   /* of each thread in the threadgroup */
+    unsigned long iterations[mtl_most_threads];
 } mtl_group;
 
 enum { mtl_failure_none, mtl_failure_barrier, mtl_failure_iterations, mtl_failure_memory };

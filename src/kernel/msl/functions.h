@@ -2,8 +2,7 @@
 namespace metal {
 
 namespace msl_ {
-template <class T>
-using unsigned_of = make_unsigned_t<T>;
+template <class T> using unsigned_of = make_unsigned_t<T>;
 MSL_FN constexpr int leading_zeros(uint x) {
 #if MSL_GPU
     return ::__clz(int(x));
@@ -32,25 +31,17 @@ MSL_FN constexpr int ones(uint x) {
     return __builtin_popcount(x);
 #endif
 }
-template <class T>
-using word = conditional_t<sizeof(T) == 8, ulong, uint>;
-template <class T>
-MSL_FN constexpr word<T> zero_extended(T x) {
-    return word<T>(unsigned_of<T>(x));
-}
-template <class T>
-constexpr int width_of = int(sizeof(T)) * 8;
-template <class T>
-MSL_FN constexpr T clz_of(T x) {
+template <class T> using word = conditional_t<sizeof(T) == 8, ulong, uint>;
+template <class T> MSL_FN constexpr word<T> zero_extended(T x) { return word<T>(unsigned_of<T>(x)); }
+template <class T> constexpr int width_of = int(sizeof(T)) * 8;
+template <class T> MSL_FN constexpr T clz_of(T x) {
     return T(leading_zeros(zero_extended(x)) - (width_of<word<T>> - width_of<T>));
 }
-template <class T>
-MSL_FN constexpr T ctz_of(T x) {
+template <class T> MSL_FN constexpr T ctz_of(T x) {
     word<T> w = zero_extended(x);
     return w == 0 ? T(width_of<T>) : T(width_of<word<T>> - 1 - leading_zeros(word<T>(w & (0 - w))));
 }
-template <class T>
-MSL_FN constexpr T reverse_of(T x) {
+template <class T> MSL_FN constexpr T reverse_of(T x) {
     ulong w = zero_extended(x);
     w = (w >> 1 & 0x5555555555555555ul) | (w & 0x5555555555555555ul) << 1;
     w = (w >> 2 & 0x3333333333333333ul) | (w & 0x3333333333333333ul) << 2;
@@ -60,27 +51,23 @@ MSL_FN constexpr T reverse_of(T x) {
     w = w >> 32 | w << 32;
     return T(w >> (64 - width_of<T>));
 }
-template <class T>
-MSL_FN constexpr T rotate_of(T x, T by) {
+template <class T> MSL_FN constexpr T rotate_of(T x, T by) {
     int n = int(by) & (width_of<T> - 1);
     word<T> w = zero_extended(x);
     return T(n == 0 ? w : w << n | w >> (width_of<T> - n));
 }
-template <class T>
-MSL_FN constexpr T extract_of(T x, uint offset, uint count) {
+template <class T> MSL_FN constexpr T extract_of(T x, uint offset, uint count) {
     if (count == 0) return T(0);
     // signed ones extend the sign of the field
     auto up = unsigned_of<T>(unsigned_of<T>(x) << (width_of<T> - offset - count));
     return T(T(up) >> (width_of<T> - count));
 }
-template <class T>
-MSL_FN constexpr T insert_of(T base, T insert, uint offset, uint count) {
+template <class T> MSL_FN constexpr T insert_of(T base, T insert, uint offset, uint count) {
     if (count == 0) return base;
     word<T> mask = (~word<T>(0) >> (width_of<word<T>> - count)) << offset;
     return T((zero_extended(base) & ~mask) | (zero_extended(insert) << offset & mask));
 }
-template <class T>
-MSL_FN constexpr T mulhi_of(T a, T b) {
+template <class T> MSL_FN constexpr T mulhi_of(T a, T b) {
     if constexpr (sizeof(T) < 8) {
         using wide = conditional_t<scalar<T>::is_signed, long, ulong>;
         return T(wide(a) * wide(b) >> width_of<T>);
@@ -93,37 +80,33 @@ MSL_FN constexpr T mulhi_of(T a, T b) {
         return T(high);
     }
 }
-template <class T>
-MSL_FN constexpr T addsat_of(T a, T b) {
+template <class T> MSL_FN constexpr T addsat_of(T a, T b) {
     T s = T(unsigned_of<T>(a) + unsigned_of<T>(b));
     if constexpr (!scalar<T>::is_signed) return s < a ? T(~T(0)) : s;
     else return ((a ^ s) & (b ^ s)) < 0 ? (a < 0 ? numeric_limits<T>::min() : numeric_limits<T>::max()) : s;
 }
-template <class T>
-MSL_FN constexpr T subsat_of(T a, T b) {
+template <class T> MSL_FN constexpr T subsat_of(T a, T b) {
     T s = T(unsigned_of<T>(a) - unsigned_of<T>(b));
     if constexpr (!scalar<T>::is_signed) return a < b ? T(0) : s;
     else return ((a ^ b) & (a ^ s)) < 0 ? (a < 0 ? numeric_limits<T>::min() : numeric_limits<T>::max()) : s;
 }
-template <class T>
-MSL_FN constexpr T absdiff_of(T a, T b) {
+template <class T> MSL_FN constexpr T absdiff_of(T a, T b) {
     return a > b ? T(unsigned_of<T>(a) - unsigned_of<T>(b)) : T(unsigned_of<T>(b) - unsigned_of<T>(a));
 }
 MSL_FN constexpr int low24(int x) { return int(uint(x) << 8) >> 8; }
 MSL_FN constexpr uint low24(uint x) { return x & 0xffffffu; }
-}  // namespace msl_
+} // namespace msl_
 
 namespace msl_ {
 MSL_FUNCTOR_T(popcount, (T x), ones(zero_extended(x)))
 MSL_FUNCTOR_T(clz, (T x), clz_of(x))
 MSL_FUNCTOR_T(ctz, (T x), ctz_of(x))
 MSL_FUNCTOR_T(reverse_bits, (T x), reverse_of(x))
-}  // namespace msl_
-#define MSL_INTEGER_1(name)                                                                                           \
-    template <class A>                                                                                                \
-    MSL_FN constexpr msl_::number_t<A> name(A a) {                                                                    \
-        using V = msl_::number_t<A>;                                                                                  \
-        return msl_::each<V>(msl_::name##_f(), V(a));                                                                 \
+} // namespace msl_
+#define MSL_INTEGER_1(name)                                           \
+    template <class A> MSL_FN constexpr msl_::number_t<A> name(A a) { \
+        using V = msl_::number_t<A>;                                  \
+        return msl_::each<V>(msl_::name##_f(), V(a));                 \
     }
 MSL_INTEGER_1(popcount)
 MSL_INTEGER_1(clz)
@@ -140,36 +123,32 @@ MSL_ANY_2(mulhi, msl_::mulhi_of(x, y))
 MSL_ANY_2(mul24, msl_::low24(x) * msl_::low24(y))
 MSL_ANY_3(mad24, msl_::low24(x) * msl_::low24(y) + z)
 MSL_ANY_3(madhi, msl_::mulhi_of(x, y) + z)
-MSL_ANY_3(madsat, msl_::addsat_of(T(x * y), z))
-template <class A>
-MSL_FN constexpr msl_::number_t<A> extract_bits(A a, uint offset, uint count) {
+MSL_ANY_3(madsat, msl_::addsat_of(T(x *y), z))
+template <class A> MSL_FN constexpr msl_::number_t<A> extract_bits(A a, uint offset, uint count) {
     using V = msl_::number_t<A>;
     return msl_::each<V>([=](auto x) { return msl_::extract_of(x, offset, count); }, V(a));
 }
-template <class A>
-MSL_FN constexpr msl_::number_t<A> insert_bits(A base, A insert, uint offset, uint count) {
+template <class A> MSL_FN constexpr msl_::number_t<A> insert_bits(A base, A insert, uint offset, uint count) {
     using V = msl_::number_t<A>;
     return msl_::each<V>([=](auto x, auto y) { return msl_::insert_of(x, y, offset, count); }, V(base), V(insert));
 }
 
 // ---- relational: by bits, so that they hold in fast math too
 
-#define MSL_CLASSIFY(name, body)                                                                                      \
-    namespace msl_ {                                                                                                  \
-    MSL_FUNCTOR(name, (float x), body)                                                                                \
-    }                                                                                                                 \
-    template <class A>                                                                                                \
-    MSL_FN constexpr msl_::rebind_t<msl_::float_t<A>, bool> name(A a) {                                               \
-        using V = msl_::float_t<A>;                                                                                   \
-        return msl_::each<msl_::rebind_t<V, bool>>(msl_::name##_f(), V(a));                                           \
+#define MSL_CLASSIFY(name, body)                                                           \
+    namespace msl_ {                                                                       \
+    MSL_FUNCTOR(name, (float x), body)                                                     \
+    }                                                                                      \
+    template <class A> MSL_FN constexpr msl_::rebind_t<msl_::float_t<A>, bool> name(A a) { \
+        using V = msl_::float_t<A>;                                                        \
+        return msl_::each<msl_::rebind_t<V, bool>>(msl_::name##_f(), V(a));                \
     }
 MSL_CLASSIFY(isnan, is_nan(x))
 MSL_CLASSIFY(isinf, is_inf(x))
 MSL_CLASSIFY(isfinite, (bits(x) & 0x7f800000u) != 0x7f800000u)
 MSL_CLASSIFY(signbit, bits(x) >> 31 != 0)
 #undef MSL_CLASSIFY
-template <class A>
-MSL_FN constexpr auto isnormal(A a) {
+template <class A> MSL_FN constexpr auto isnormal(A a) {
     using V = msl_::float_t<A>;
     using S = make_scalar_t<V>;
     return msl_::each<msl_::rebind_t<V, bool>>(
@@ -179,15 +158,11 @@ MSL_FN constexpr auto isnormal(A a) {
         },
         V(a));
 }
-template <class A, class B>
-MSL_FN constexpr auto isunordered(A a, B b) {
+template <class A, class B> MSL_FN constexpr auto isunordered(A a, B b) {
     using V = msl_::common_float_t<A, B>;
     return isnan(V(a)) || isnan(V(b));
 }
-template <class A, class B>
-MSL_FN constexpr auto isordered(A a, B b) {
-    return !isunordered(a, b);
-}
+template <class A, class B> MSL_FN constexpr auto isordered(A a, B b) { return !isunordered(a, b); }
 MSL_FN constexpr bool any(bool x) { return x; }
 MSL_FN constexpr bool all(bool x) { return x; }
 MSL_FN constexpr bool any(const bool2 &v) { return v.x || v.y; }
@@ -196,8 +171,7 @@ MSL_FN constexpr bool any(const bool3 &v) { return v.x || v.y || v.z; }
 MSL_FN constexpr bool all(const bool3 &v) { return v.x && v.y && v.z; }
 MSL_FN constexpr bool any(const bool4 &v) { return v.x || v.y || v.z || v.w; }
 MSL_FN constexpr bool all(const bool4 &v) { return v.x && v.y && v.z && v.w; }
-template <class A, class B, class C>
-MSL_FN constexpr msl_::common_t<A, B> select(A a, B b, C c) {
+template <class A, class B, class C> MSL_FN constexpr msl_::common_t<A, B> select(A a, B b, C c) {
     using V = msl_::common_t<A, B>;
     using S = make_scalar_t<V>;
     return msl_::each<V>(
@@ -211,8 +185,7 @@ MSL_FN constexpr msl_::common_t<A, B> select(A a, B b, C c) {
 // ---- geometric: sums in float
 
 namespace msl_ {
-template <class V>
-MSL_FN constexpr auto dot_of(const V &a, const V &b) {
+template <class V> MSL_FN constexpr auto dot_of(const V &a, const V &b) {
     using S = typename V::scalar_type;
     using Sum = conditional_t<scalar<S>::kind == 3, float, S>;
     Sum sum = Sum(a.x) * Sum(b.x) + Sum(a.y) * Sum(b.y);
@@ -221,42 +194,34 @@ MSL_FN constexpr auto dot_of(const V &a, const V &b) {
     return sum;
 }
 // The two arguments' vector type, where at least one is a vector.
-template <class A, class B>
-using vectors_t = vector_t<common_t<A, B>>;
-}  // namespace msl_
-template <class A, class B, class V = msl_::vectors_t<A, B>>
-MSL_FN constexpr typename V::scalar_type dot(A a, B b) {
+template <class A, class B> using vectors_t = vector_t<common_t<A, B>>;
+} // namespace msl_
+template <class A, class B, class V = msl_::vectors_t<A, B>> MSL_FN constexpr typename V::scalar_type dot(A a, B b) {
     return typename V::scalar_type(msl_::dot_of(V(a), V(b)));
 }
-template <class A, class V = msl_::vector_t<A>>
-MSL_FN constexpr typename V::scalar_type length_squared(A a) {
+template <class A, class V = msl_::vector_t<A>> MSL_FN constexpr typename V::scalar_type length_squared(A a) {
     return dot(V(a), V(a));
 }
-template <class A, class V = msl_::vector_t<A>>
-MSL_FN typename V::scalar_type length(A a) {
+template <class A, class V = msl_::vector_t<A>> MSL_FN typename V::scalar_type length(A a) {
     return typename V::scalar_type(msl_::sqrt(msl_::dot_of(V(a), V(a))));
 }
-template <class A, class B, class V = msl_::vectors_t<A, B>>
-MSL_FN typename V::scalar_type distance(A a, B b) {
+template <class A, class B, class V = msl_::vectors_t<A, B>> MSL_FN typename V::scalar_type distance(A a, B b) {
     return length(V(a) - V(b));
 }
 template <class A, class B, class V = msl_::vectors_t<A, B>>
 MSL_FN constexpr typename V::scalar_type distance_squared(A a, B b) {
     return length_squared(V(a) - V(b));
 }
-template <class A, class V = msl_::vector_t<A>>
-MSL_FN V normalize(A a) {
+template <class A, class V = msl_::vector_t<A>> MSL_FN V normalize(A a) {
     float scale = msl_::rsqrt(float(msl_::dot_of(V(a), V(a))));
     return msl_::each<V>([=](float x) { return x * scale; }, V(a));
 }
-template <class A, class B, class V = msl_::vectors_t<A, B>>
-MSL_FN constexpr V cross(A a, B b) {
+template <class A, class B, class V = msl_::vectors_t<A, B>> MSL_FN constexpr V cross(A a, B b) {
     static_assert(V::width == 3, "cross takes vectors of 3");
     V u(a), v(b);
     return V(u.y * v.z - u.z * v.y, u.z * v.x - u.x * v.z, u.x * v.y - u.y * v.x);
 }
-template <class A, class B, class V = msl_::vectors_t<A, B>>
-MSL_FN V reflect(A incident, B normal) {
+template <class A, class B, class V = msl_::vectors_t<A, B>> MSL_FN V reflect(A incident, B normal) {
     return V(incident) - V(normal) * typename V::scalar_type(2.0f * float(dot(V(normal), V(incident))));
 }
 template <class A, class B, class V = msl_::vectors_t<A, B>>
@@ -274,64 +239,67 @@ MSL_FN V faceforward(A normal, B incident, C reference) {
 
 namespace msl_ {
 MSL_FN uint to_unorm(float x, float scale) { return uint(rint(fmin(fmax(x, 0.0f), 1.0f) * scale)); }
-MSL_FN uint to_snorm(float x, float scale, uint mask) { return uint(int(rint(fmin(fmax(x, -1.0f), 1.0f) * scale))) & mask; }
+MSL_FN uint to_snorm(float x, float scale, uint mask) {
+    return uint(int(rint(fmin(fmax(x, -1.0f), 1.0f) * scale))) & mask;
+}
 MSL_FN float from_snorm(int x, float scale) { return fmax(float(x) / scale, -1.0f); }
 // sRGB's transfer function (IEC 61966-2-1)
 MSL_FN float to_srgb(float x) { return x <= 0.0031308f ? 12.92f * x : 1.055f * pow(x, 1.0f / 2.4f) - 0.055f; }
 MSL_FN float from_srgb(float x) { return x <= 0.04045f ? x / 12.92f : pow((x + 0.055f) / 1.055f, 2.4f); }
-}  // namespace msl_
-#define MSL_PACK(T)                                                                                                   \
-    MSL_FN uint pack_##T##_to_unorm4x8(vec<T, 4> v) {                                                                 \
-        return msl_::to_unorm(v.x, 255.0f) | msl_::to_unorm(v.y, 255.0f) << 8 | msl_::to_unorm(v.z, 255.0f) << 16 |   \
-               msl_::to_unorm(v.w, 255.0f) << 24;                                                                     \
-    }                                                                                                                 \
-    MSL_FN uint pack_##T##_to_snorm4x8(vec<T, 4> v) {                                                                 \
-        return msl_::to_snorm(v.x, 127.0f, 255u) | msl_::to_snorm(v.y, 127.0f, 255u) << 8 |                           \
-               msl_::to_snorm(v.z, 127.0f, 255u) << 16 | msl_::to_snorm(v.w, 127.0f, 255u) << 24;                     \
-    }                                                                                                                 \
-    MSL_FN uint pack_##T##_to_unorm2x16(vec<T, 2> v) {                                                                \
-        return msl_::to_unorm(v.x, 65535.0f) | msl_::to_unorm(v.y, 65535.0f) << 16;                                   \
-    }                                                                                                                 \
-    MSL_FN uint pack_##T##_to_snorm2x16(vec<T, 2> v) {                                                                \
-        return msl_::to_snorm(v.x, 32767.0f, 65535u) | msl_::to_snorm(v.y, 32767.0f, 65535u) << 16;                   \
-    }                                                                                                                 \
-    MSL_FN uint pack_##T##_to_unorm10a2(vec<T, 4> v) {                                                                \
-        return msl_::to_unorm(v.x, 1023.0f) | msl_::to_unorm(v.y, 1023.0f) << 10 | msl_::to_unorm(v.z, 1023.0f) << 20 | \
-               msl_::to_unorm(v.w, 3.0f) << 30;                                                                       \
-    }                                                                                                                 \
-    MSL_FN ushort pack_##T##_to_unorm565(vec<T, 3> v) {                                                               \
-        return ushort(msl_::to_unorm(v.x, 31.0f) << 11 | msl_::to_unorm(v.y, 63.0f) << 5 | msl_::to_unorm(v.z, 31.0f)); \
-    }                                                                                                                 \
-    MSL_FN uint pack_##T##_to_srgb_unorm4x8(vec<T, 4> v) {                                                            \
+} // namespace msl_
+#define MSL_PACK(T)                                                                                                    \
+    MSL_FN uint pack_##T##_to_unorm4x8(vec<T, 4> v) {                                                                  \
+        return msl_::to_unorm(v.x, 255.0f) | msl_::to_unorm(v.y, 255.0f) << 8 | msl_::to_unorm(v.z, 255.0f) << 16 |    \
+               msl_::to_unorm(v.w, 255.0f) << 24;                                                                      \
+    }                                                                                                                  \
+    MSL_FN uint pack_##T##_to_snorm4x8(vec<T, 4> v) {                                                                  \
+        return msl_::to_snorm(v.x, 127.0f, 255u) | msl_::to_snorm(v.y, 127.0f, 255u) << 8 |                            \
+               msl_::to_snorm(v.z, 127.0f, 255u) << 16 | msl_::to_snorm(v.w, 127.0f, 255u) << 24;                      \
+    }                                                                                                                  \
+    MSL_FN uint pack_##T##_to_unorm2x16(vec<T, 2> v) {                                                                 \
+        return msl_::to_unorm(v.x, 65535.0f) | msl_::to_unorm(v.y, 65535.0f) << 16;                                    \
+    }                                                                                                                  \
+    MSL_FN uint pack_##T##_to_snorm2x16(vec<T, 2> v) {                                                                 \
+        return msl_::to_snorm(v.x, 32767.0f, 65535u) | msl_::to_snorm(v.y, 32767.0f, 65535u) << 16;                    \
+    }                                                                                                                  \
+    MSL_FN uint pack_##T##_to_unorm10a2(vec<T, 4> v) {                                                                 \
+        return msl_::to_unorm(v.x, 1023.0f) | msl_::to_unorm(v.y, 1023.0f) << 10 |                                     \
+               msl_::to_unorm(v.z, 1023.0f) << 20 | msl_::to_unorm(v.w, 3.0f) << 30;                                   \
+    }                                                                                                                  \
+    MSL_FN ushort pack_##T##_to_unorm565(vec<T, 3> v) {                                                                \
+        return ushort(msl_::to_unorm(v.x, 31.0f) << 11 | msl_::to_unorm(v.y, 63.0f) << 5 |                             \
+                      msl_::to_unorm(v.z, 31.0f));                                                                     \
+    }                                                                                                                  \
+    MSL_FN uint pack_##T##_to_srgb_unorm4x8(vec<T, 4> v) {                                                             \
         return pack_float_to_unorm4x8(vec<float, 4>(msl_::to_srgb(v.x), msl_::to_srgb(v.y), msl_::to_srgb(v.z), v.w)); \
-    }                                                                                                                 \
-    MSL_FN vec<T, 4> unpack_unorm4x8_to_##T(uint x) {                                                                 \
-        return vec<T, 4>(float(x & 255u) / 255.0f, float(x >> 8 & 255u) / 255.0f, float(x >> 16 & 255u) / 255.0f,     \
-                         float(x >> 24) / 255.0f);                                                                    \
-    }                                                                                                                 \
-    MSL_FN vec<T, 4> unpack_snorm4x8_to_##T(uint x) {                                                                 \
-        return vec<T, 4>(msl_::from_snorm(int8_t(x), 127.0f), msl_::from_snorm(int8_t(x >> 8), 127.0f),               \
-                         msl_::from_snorm(int8_t(x >> 16), 127.0f), msl_::from_snorm(int8_t(x >> 24), 127.0f));       \
-    }                                                                                                                 \
-    MSL_FN vec<T, 2> unpack_unorm2x16_to_##T(uint x) {                                                                \
-        return vec<T, 2>(float(x & 65535u) / 65535.0f, float(x >> 16) / 65535.0f);                                    \
-    }                                                                                                                 \
-    MSL_FN vec<T, 2> unpack_snorm2x16_to_##T(uint x) {                                                                \
-        return vec<T, 2>(msl_::from_snorm(int16_t(x), 32767.0f), msl_::from_snorm(int16_t(x >> 16), 32767.0f));       \
-    }                                                                                                                 \
-    MSL_FN vec<T, 4> unpack_unorm10a2_to_##T(uint x) {                                                                \
-        return vec<T, 4>(float(x & 1023u) / 1023.0f, float(x >> 10 & 1023u) / 1023.0f,                                \
-                         float(x >> 20 & 1023u) / 1023.0f, float(x >> 30) / 3.0f);                                    \
-    }                                                                                                                 \
-    MSL_FN vec<T, 3> unpack_unorm565_to_##T(ushort x) {                                                               \
-        return vec<T, 3>(float(x >> 11) / 31.0f, float(x >> 5 & 63) / 63.0f, float(x & 31) / 31.0f);                  \
-    }                                                                                                                 \
-    MSL_FN vec<T, 4> unpack_unorm4x8_srgb_to_##T(uint x) {                                                            \
-        vec<float, 4> v = unpack_unorm4x8_to_float(x);                                                                \
-        return vec<T, 4>(msl_::from_srgb(v.x), msl_::from_srgb(v.y), msl_::from_srgb(v.z), v.w);                      \
+    }                                                                                                                  \
+    MSL_FN vec<T, 4> unpack_unorm4x8_to_##T(uint x) {                                                                  \
+        return vec<T, 4>(float(x & 255u) / 255.0f, float(x >> 8 & 255u) / 255.0f, float(x >> 16 & 255u) / 255.0f,      \
+                         float(x >> 24) / 255.0f);                                                                     \
+    }                                                                                                                  \
+    MSL_FN vec<T, 4> unpack_snorm4x8_to_##T(uint x) {                                                                  \
+        return vec<T, 4>(msl_::from_snorm(int8_t(x), 127.0f), msl_::from_snorm(int8_t(x >> 8), 127.0f),                \
+                         msl_::from_snorm(int8_t(x >> 16), 127.0f), msl_::from_snorm(int8_t(x >> 24), 127.0f));        \
+    }                                                                                                                  \
+    MSL_FN vec<T, 2> unpack_unorm2x16_to_##T(uint x) {                                                                 \
+        return vec<T, 2>(float(x & 65535u) / 65535.0f, float(x >> 16) / 65535.0f);                                     \
+    }                                                                                                                  \
+    MSL_FN vec<T, 2> unpack_snorm2x16_to_##T(uint x) {                                                                 \
+        return vec<T, 2>(msl_::from_snorm(int16_t(x), 32767.0f), msl_::from_snorm(int16_t(x >> 16), 32767.0f));        \
+    }                                                                                                                  \
+    MSL_FN vec<T, 4> unpack_unorm10a2_to_##T(uint x) {                                                                 \
+        return vec<T, 4>(float(x & 1023u) / 1023.0f, float(x >> 10 & 1023u) / 1023.0f,                                 \
+                         float(x >> 20 & 1023u) / 1023.0f, float(x >> 30) / 3.0f);                                     \
+    }                                                                                                                  \
+    MSL_FN vec<T, 3> unpack_unorm565_to_##T(ushort x) {                                                                \
+        return vec<T, 3>(float(x >> 11) / 31.0f, float(x >> 5 & 63) / 63.0f, float(x & 31) / 31.0f);                   \
+    }                                                                                                                  \
+    MSL_FN vec<T, 4> unpack_unorm4x8_srgb_to_##T(uint x) {                                                             \
+        vec<float, 4> v = unpack_unorm4x8_to_float(x);                                                                 \
+        return vec<T, 4>(msl_::from_srgb(v.x), msl_::from_srgb(v.y), msl_::from_srgb(v.z), v.w);                       \
     }
 MSL_PACK(float)
 MSL_PACK(half)
 #undef MSL_PACK
 
-}  // namespace metal
+} // namespace metal

@@ -14,7 +14,7 @@ namespace msl_ {
 
 #if MSL_GPU
 
-#define MSL_GPU_1(name, call)                                                                                         \
+#define MSL_GPU_1(name, call) \
     MSL_FN float name(float x) { return call; }
 MSL_GPU_1(exp, ::expf(x))
 MSL_GPU_1(exp2, ::exp2f(x))
@@ -67,12 +67,8 @@ MSL_FN double mul_add(double a, double b, double c) { return __builtin_fma(a, b,
 MSL_FN float mul_add(float a, float b, float c) { return a * b + c; }
 MSL_FN double mul_add(double a, double b, double c) { return a * b + c; }
 #endif
-template <class T>
-MSL_FN T polynomial(T, T c) {
-    return c;
-}
-template <class T, class... C>
-MSL_FN T polynomial(T x, T c0, T c1, C... c) {
+template <class T> MSL_FN T polynomial(T, T c) { return c; }
+template <class T, class... C> MSL_FN T polynomial(T x, T c0, T c1, C... c) {
     return polynomial(x, mul_add(c0, x, c1), c...);
 }
 MSL_FN float copy_sign(float magnitude, float sign) {
@@ -146,7 +142,7 @@ MSL_FN double log1p_double(double u) {
 }
 // e^x - 1 = 2^n (e^r - 1) + (2^n - 1), x within +-700
 struct exp_parts {
-    double power, rest;  // e^x = power * (1 + rest)
+    double power, rest; // e^x = power * (1 + rest)
 };
 MSL_FN exp_parts exp_double_parts(double x) {
     x = x > 700.0 ? 700.0 : x;
@@ -192,8 +188,9 @@ MSL_FN double sin_double(double r) {
 }
 MSL_FN double cos_double(double r) {
     double z = r * r;
-    return mul_add(z, polynomial(z, -1.0 / 87178291200, 1.0 / 479001600, -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -0.5),
-                   1.0);
+    return mul_add(
+        z, polynomial(z, -1.0 / 87178291200, 1.0 / 479001600, -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -0.5),
+        1.0);
 }
 struct angle {
     double r;
@@ -230,9 +227,9 @@ MSL_FN float tanpi(float x) { return tan_of(reduce_pi(x)); }
 MSL_FN double atan_unit(double t) {
     bool upper = t > 0.41421356237309504880;
     double u = upper ? (t - 1.0) / (t + 1.0) : t;
-    double p = u * polynomial(u * u, 0.0306616567537526248, -0.058744550821707238, 0.0756369036443347217, -0.090783902895086733,
-                              0.111103849132550416, -0.142856904184955434, 0.19999999604787235, -0.333333333308026707,
-                              0.999999999999973222);
+    double p = u * polynomial(u * u, 0.0306616567537526248, -0.058744550821707238, 0.0756369036443347217,
+                              -0.090783902895086733, 0.111103849132550416, -0.142856904184955434, 0.19999999604787235,
+                              -0.333333333308026707, 0.999999999999973222);
     return upper ? p + 0.78539816339744830962 : p;
 }
 MSL_FN float atan(float x) {
@@ -258,9 +255,9 @@ MSL_FN double asin_double(double x) {
     bool upper = a > 0.5;
     double z = upper ? 0.5 - 0.5 * a : a * a;
     double s = upper ? __builtin_sqrt(z) : a;
-    double p = s * polynomial(z, 0.0319608031067493076, -0.00287414550965602001, 0.0186463281345264847, 0.0164708931980774965,
-                              0.0224728816578913985, 0.0303750266764757505, 0.0446431277956301865, 0.0749999946554190042,
-                              0.166666666707399844, 0.999999999999949007);
+    double p = s * polynomial(z, 0.0319608031067493076, -0.00287414550965602001, 0.0186463281345264847,
+                              0.0164708931980774965, 0.0224728816578913985, 0.0303750266764757505,
+                              0.0446431277956301865, 0.0749999946554190042, 0.166666666707399844, 0.999999999999949007);
     return copy_sign(upper ? 1.57079632679489661923 - 2.0 * p : p, x);
 }
 MSL_FN float asin(float x) { return float(asin_double(x)); }
@@ -277,7 +274,8 @@ MSL_FN float cosh(float x) {
 // tanh(sqrt z) / sqrt z below 0.55, 1 - 2 / (e^2x + 1) above
 MSL_FN float tanh(float x) {
     float a = magnitude(x), z = a * a;
-    float small = x * polynomial(z, -0.006181804033f, 0.02100238580f, -0.05383374992f, 0.1333237409f, -0.3333330807f, 1.0f);
+    float small =
+        x * polynomial(z, -0.006181804033f, 0.02100238580f, -0.05383374992f, 0.1333237409f, -0.3333330807f, 1.0f);
     float large = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
     float r = a < 0.55f ? small : copy_sign(large, x);
     return x != x ? x : r;
@@ -303,14 +301,15 @@ MSL_FN float atanh(float x) {
 // erf(sqrt z) / sqrt z below 1, 1 - e^(-x^2) erfcx(x) above with erfcx in 1 / (1 + x / 2)
 MSL_FN float erf(float x) {
     double a = magnitude(double(x)), z = a * a;
-    double small = a * polynomial(z, 9.4285969568341643e-9, -1.51882812473351669e-7, 1.63103565138717414e-6,
-                                  -1.49133009063163957e-5, 1.20546819183105988e-4, -8.54830487178274063e-4,
-                                  5.22397715410530472e-3, -2.68661705864968724e-2, 0.112837916705804224,
-                                  -0.376126389031744003, 1.12837916709551219);
+    double small =
+        a * polynomial(z, 9.4285969568341643e-9, -1.51882812473351669e-7, 1.63103565138717414e-6,
+                       -1.49133009063163957e-5, 1.20546819183105988e-4, -8.54830487178274063e-4, 5.22397715410530472e-3,
+                       -2.68661705864968724e-2, 0.112837916705804224, -0.376126389031744003, 1.12837916709551219);
     double t = 1.0 / (1.0 + 0.5 * a);
-    double scaled = polynomial(t, 0.0204257451272782659, -0.186905697189803971, 0.622787507069569075, -0.98982354630481212,
-                               0.74506782520819451, -0.311029862471118022, 0.31799852454635174, 0.212262144885748313,
-                               0.287606946857146498, 0.281575186109885113, 2.20050089444093359e-5);
+    double scaled =
+        polynomial(t, 0.0204257451272782659, -0.186905697189803971, 0.622787507069569075, -0.98982354630481212,
+                   0.74506782520819451, -0.311029862471118022, 0.31799852454635174, 0.212262144885748313,
+                   0.287606946857146498, 0.281575186109885113, 2.20050089444093359e-5);
     double large = 1.0 - exp_double(-z) * scaled;
     large = a > 4.1 ? 1.0 : large;
     return x != x ? x : float(copy_sign(a < 1.0 ? small : large, double(x)));
@@ -319,14 +318,16 @@ MSL_FN float erf(float x) {
 MSL_FN float erfinv(float x) {
     double a = double(x), w = -log_double((1.0 - a) * (1.0 + a));
     double u = w - 2.5;
-    double p = polynomial(u, -2.79604104843321938e-13, -2.05184096143305622e-11, 1.28615726787301557e-10,
-                          8.19835042458827974e-10, -1.08971686570167673e-8, 1.37821109816674571e-8, 4.78801162538588204e-7,
-                          -3.41740952969037506e-6, -4.99615707571471272e-6, 2.18251081695785771e-4, -1.25270787786382914e-3,
-                          -4.17731804257807302e-3, 0.24664027674226104, 1.50140935113107144);
+    double p =
+        polynomial(u, -2.79604104843321938e-13, -2.05184096143305622e-11, 1.28615726787301557e-10,
+                   8.19835042458827974e-10, -1.08971686570167673e-8, 1.37821109816674571e-8, 4.78801162538588204e-7,
+                   -3.41740952969037506e-6, -4.99615707571471272e-6, 2.18251081695785771e-4, -1.25270787786382914e-3,
+                   -4.17731804257807302e-3, 0.24664027674226104, 1.50140935113107144);
     double v = __builtin_sqrt(w > 5.0 ? w : 5.0) - 3.0;
-    double tail = polynomial(v, -3.4456183690803279e-5, 1.68271588897549004e-4, -2.72291927560613399e-4,
-                             -1.3095603203351669e-4, 1.47365411174941748e-3, -3.56184649794997668e-3, 5.68773664372697397e-3,
-                             -7.64371577936532665e-3, 9.44531637809899452e-3, 1.00167528379598904, 2.83297680128480549);
+    double tail =
+        polynomial(v, -3.4456183690803279e-5, 1.68271588897549004e-4, -2.72291927560613399e-4, -1.3095603203351669e-4,
+                   1.47365411174941748e-3, -3.56184649794997668e-3, 5.68773664372697397e-3, -7.64371577936532665e-3,
+                   9.44531637809899452e-3, 1.00167528379598904, 2.83297680128480549);
     float r = float(a * (w < 5.0 ? p : tail));
     r = a == 1.0 || a == -1.0 ? copy_sign(inf, x) : r;
     return a >= -1.0 && a <= 1.0 ? r : nan;
@@ -392,127 +393,115 @@ MSL_FN float fmin(float a, float b) { return ::fminf(a, b); }
 MSL_FN constexpr float fmax(float a, float b) { return a > b || b != b ? a : b; }
 MSL_FN constexpr float fmin(float a, float b) { return a < b || b != b ? a : b; }
 #endif
-template <class T>
-MSL_FN constexpr T max_of(T a, T b) {
+template <class T> MSL_FN constexpr T max_of(T a, T b) {
     if constexpr (scalar<T>::kind == 3) return T(fmax(float(a), float(b)));
     else return a > b ? a : b;
 }
-template <class T>
-MSL_FN constexpr T min_of(T a, T b) {
+template <class T> MSL_FN constexpr T min_of(T a, T b) {
     if constexpr (scalar<T>::kind == 3) return T(fmin(float(a), float(b)));
     else return a < b ? a : b;
 }
-template <class T>
-MSL_FN constexpr T abs_of(T a) {
+template <class T> MSL_FN constexpr T abs_of(T a) {
     if constexpr (is_same_v<T, float>) return float_of(bits(a) & 0x7fffffffu);
     else if constexpr (scalar<T>::kind == 3) return as_type<T>(ushort(as_type<ushort>(a) & 0x7fffu));
     else if constexpr (scalar<T>::is_signed) return a < 0 ? T(-a) : a;
     else return a;
 }
 
-#define MSL_FUNCTOR(name, parameters, body)                                                                           \
-    struct name##_f {                                                                                                 \
-        MSL_FN constexpr auto operator() parameters const { return body; }                                            \
+#define MSL_FUNCTOR(name, parameters, body)                                \
+    struct name##_f {                                                      \
+        MSL_FN constexpr auto operator() parameters const { return body; } \
     };
-#define MSL_FUNCTOR_T(name, parameters, body)                                                                         \
-    struct name##_f {                                                                                                 \
-        template <class T>                                                                                            \
-        MSL_FN constexpr T operator() parameters const {                                                              \
-            return T(body);                                                                                           \
-        }                                                                                                             \
+#define MSL_FUNCTOR_T(name, parameters, body)                                                 \
+    struct name##_f {                                                                         \
+        template <class T> MSL_FN constexpr T operator() parameters const { return T(body); } \
     };
-}  // namespace msl_
+} // namespace msl_
 
 // Functions of floating point with one, two, three arguments, on scalars and vectors; integers count as float.
-#define MSL_MATH_1(name, body)                                                                                        \
-    namespace msl_ {                                                                                                  \
-    MSL_FUNCTOR(name, (float x), body)                                                                                \
-    }                                                                                                                 \
-    template <class A>                                                                                                \
-    MSL_FN constexpr msl_::float_t<A> name(A a) {                                                                     \
-        using V = msl_::float_t<A>;                                                                                   \
-        return msl_::each<V>(msl_::name##_f(), V(a));                                                                 \
+#define MSL_MATH_1(name, body)                                       \
+    namespace msl_ {                                                 \
+    MSL_FUNCTOR(name, (float x), body)                               \
+    }                                                                \
+    template <class A> MSL_FN constexpr msl_::float_t<A> name(A a) { \
+        using V = msl_::float_t<A>;                                  \
+        return msl_::each<V>(msl_::name##_f(), V(a));                \
     }
-#define MSL_MATH_2(name, body)                                                                                        \
-    namespace msl_ {                                                                                                  \
-    MSL_FUNCTOR(name, (float x, float y), body)                                                                       \
-    }                                                                                                                 \
-    template <class A, class B>                                                                                       \
-    MSL_FN constexpr msl_::common_float_t<A, B> name(A a, B b) {                                                      \
-        using V = msl_::common_float_t<A, B>;                                                                         \
-        return msl_::each<V>(msl_::name##_f(), V(a), V(b));                                                           \
+#define MSL_MATH_2(name, body)                                                               \
+    namespace msl_ {                                                                         \
+    MSL_FUNCTOR(name, (float x, float y), body)                                              \
+    }                                                                                        \
+    template <class A, class B> MSL_FN constexpr msl_::common_float_t<A, B> name(A a, B b) { \
+        using V = msl_::common_float_t<A, B>;                                                \
+        return msl_::each<V>(msl_::name##_f(), V(a), V(b));                                  \
     }
-#define MSL_MATH_3(name, body)                                                                                        \
-    namespace msl_ {                                                                                                  \
-    MSL_FUNCTOR(name, (float x, float y, float z), body)                                                              \
-    }                                                                                                                 \
-    template <class A, class B, class C>                                                                              \
-    MSL_FN constexpr msl_::common3_float_t<A, B, C> name(A a, B b, C c) {                                             \
-        using V = msl_::common3_float_t<A, B, C>;                                                                     \
-        return msl_::each<V>(msl_::name##_f(), V(a), V(b), V(c));                                                     \
+#define MSL_MATH_3(name, body)                                                                                 \
+    namespace msl_ {                                                                                           \
+    MSL_FUNCTOR(name, (float x, float y, float z), body)                                                       \
+    }                                                                                                          \
+    template <class A, class B, class C> MSL_FN constexpr msl_::common3_float_t<A, B, C> name(A a, B b, C c) { \
+        using V = msl_::common3_float_t<A, B, C>;                                                              \
+        return msl_::each<V>(msl_::name##_f(), V(a), V(b), V(c));                                              \
     }
 // The same for any arithmetic type.
-#define MSL_ANY_1(name, body)                                                                                         \
-    namespace msl_ {                                                                                                  \
-    MSL_FUNCTOR_T(name, (T x), body)                                                                                  \
-    }                                                                                                                 \
-    template <class A>                                                                                                \
-    MSL_FN constexpr msl_::number_t<A> name(A a) {                                                                    \
-        using V = msl_::number_t<A>;                                                                                  \
-        return msl_::each<V>(msl_::name##_f(), V(a));                                                                 \
+#define MSL_ANY_1(name, body)                                         \
+    namespace msl_ {                                                  \
+    MSL_FUNCTOR_T(name, (T x), body)                                  \
+    }                                                                 \
+    template <class A> MSL_FN constexpr msl_::number_t<A> name(A a) { \
+        using V = msl_::number_t<A>;                                  \
+        return msl_::each<V>(msl_::name##_f(), V(a));                 \
     }
-#define MSL_ANY_2(name, body)                                                                                         \
-    namespace msl_ {                                                                                                  \
-    MSL_FUNCTOR_T(name, (T x, T y), body)                                                                             \
-    }                                                                                                                 \
-    template <class A, class B>                                                                                       \
-    MSL_FN constexpr msl_::common_t<A, B> name(A a, B b) {                                                            \
-        using V = msl_::common_t<A, B>;                                                                               \
-        return msl_::each<V>(msl_::name##_f(), V(a), V(b));                                                           \
+#define MSL_ANY_2(name, body)                                                          \
+    namespace msl_ {                                                                   \
+    MSL_FUNCTOR_T(name, (T x, T y), body)                                              \
+    }                                                                                  \
+    template <class A, class B> MSL_FN constexpr msl_::common_t<A, B> name(A a, B b) { \
+        using V = msl_::common_t<A, B>;                                                \
+        return msl_::each<V>(msl_::name##_f(), V(a), V(b));                            \
     }
-#define MSL_ANY_3(name, body)                                                                                         \
-    namespace msl_ {                                                                                                  \
-    MSL_FUNCTOR_T(name, (T x, T y, T z), body)                                                                        \
-    }                                                                                                                 \
-    template <class A, class B, class C>                                                                              \
-    MSL_FN constexpr msl_::common3_t<A, B, C> name(A a, B b, C c) {                                                   \
-        using V = msl_::common3_t<A, B, C>;                                                                           \
-        return msl_::each<V>(msl_::name##_f(), V(a), V(b), V(c));                                                     \
+#define MSL_ANY_3(name, body)                                                                            \
+    namespace msl_ {                                                                                     \
+    MSL_FUNCTOR_T(name, (T x, T y, T z), body)                                                           \
+    }                                                                                                    \
+    template <class A, class B, class C> MSL_FN constexpr msl_::common3_t<A, B, C> name(A a, B b, C c) { \
+        using V = msl_::common3_t<A, B, C>;                                                              \
+        return msl_::each<V>(msl_::name##_f(), V(a), V(b), V(c));                                        \
     }
 
 // Those of the list have two more names, precise:: and fast::.
-#define MSL_TRANSCENDENTALS(F1, F2)                                                                                   \
-    F1(exp)                                                                                                           \
-    F1(exp2)                                                                                                          \
-    F1(exp10)                                                                                                         \
-    F1(log)                                                                                                           \
-    F1(log2)                                                                                                          \
-    F1(log10)                                                                                                         \
-    F1(sin)                                                                                                           \
-    F1(cos)                                                                                                           \
-    F1(tan)                                                                                                           \
-    F1(sinpi)                                                                                                         \
-    F1(cospi)                                                                                                         \
-    F1(tanpi)                                                                                                         \
-    F1(asin)                                                                                                          \
-    F1(acos)                                                                                                          \
-    F1(atan)                                                                                                          \
-    F1(sinh)                                                                                                          \
-    F1(cosh)                                                                                                          \
-    F1(tanh)                                                                                                          \
-    F1(asinh)                                                                                                         \
-    F1(acosh)                                                                                                         \
-    F1(atanh)                                                                                                         \
-    F1(sqrt)                                                                                                          \
-    F1(rsqrt)                                                                                                         \
-    F1(floor)                                                                                                         \
-    F1(ceil)                                                                                                          \
-    F1(trunc)                                                                                                         \
-    F1(rint)                                                                                                          \
-    F1(round)                                                                                                         \
-    F2(pow)                                                                                                           \
-    F2(atan2)                                                                                                         \
-    F2(fmod)                                                                                                          \
+#define MSL_TRANSCENDENTALS(F1, F2) \
+    F1(exp)                         \
+    F1(exp2)                        \
+    F1(exp10)                       \
+    F1(log)                         \
+    F1(log2)                        \
+    F1(log10)                       \
+    F1(sin)                         \
+    F1(cos)                         \
+    F1(tan)                         \
+    F1(sinpi)                       \
+    F1(cospi)                       \
+    F1(tanpi)                       \
+    F1(asin)                        \
+    F1(acos)                        \
+    F1(atan)                        \
+    F1(sinh)                        \
+    F1(cosh)                        \
+    F1(tanh)                        \
+    F1(asinh)                       \
+    F1(acosh)                       \
+    F1(atanh)                       \
+    F1(sqrt)                        \
+    F1(rsqrt)                       \
+    F1(floor)                       \
+    F1(ceil)                        \
+    F1(trunc)                       \
+    F1(rint)                        \
+    F1(round)                       \
+    F2(pow)                         \
+    F2(atan2)                       \
+    F2(fmod)                        \
     F2(nextafter)
 #define MSL_F1(name) MSL_MATH_1(name, msl_::name(x))
 #define MSL_F2(name) MSL_MATH_2(name, msl_::name(x, y))
@@ -538,7 +527,7 @@ MSL_MATH_3(fmedian3, msl_::fmax(msl_::fmin(x, y), msl_::fmin(msl_::fmax(x, y), z
 MSL_MATH_3(mix, x + (y - x) * z)
 namespace msl_ {
 MSL_FN constexpr float smooth(float t) { return t * t * (3.0f - 2.0f * t); }
-}  // namespace msl_
+} // namespace msl_
 MSL_MATH_3(smoothstep, msl_::smooth(msl_::fmin(msl_::fmax((z - x) / (y - x), 0.0f), 1.0f)))
 
 MSL_ANY_1(abs, msl_::abs_of(x))
@@ -549,8 +538,7 @@ MSL_ANY_3(min3, msl_::min_of(x, msl_::min_of(y, z)))
 MSL_ANY_3(median3, msl_::max_of(msl_::min_of(x, y), msl_::min_of(msl_::max_of(x, y), z)))
 MSL_ANY_3(clamp, msl_::min_of(msl_::max_of(x, y), z))
 
-template <class A, class B>
-MSL_FN msl_::float_t<A> ldexp(A a, B k) {
+template <class A, class B> MSL_FN msl_::float_t<A> ldexp(A a, B k) {
     using V = msl_::float_t<A>;
     return msl_::each<V>([](float x, int n) { return msl_::ldexp(x, n); }, V(a), msl_::rebind_t<V, int>(k));
 }
@@ -564,22 +552,19 @@ struct ilogb_f {
         return int(w >> 23) - 127 - (magnitude < 0x00800000u ? 25 : 0);
     }
 };
-template <class V, class I, class F>
-MSL_FN void each_component(V &v, I &i, F f) {
+template <class V, class I, class F> MSL_FN void each_component(V &v, I &i, F f) {
     if constexpr (is_vector_v<V>) {
         for (int c = 0; c < V::width; ++c) f(v.e[c], i.e[c]);
     } else {
         f(v, i);
     }
 }
-}  // namespace msl_
-template <class A>
-MSL_FN msl_::rebind_t<msl_::float_t<A>, int> ilogb(A a) {
+} // namespace msl_
+template <class A> MSL_FN msl_::rebind_t<msl_::float_t<A>, int> ilogb(A a) {
     using V = msl_::float_t<A>;
     return msl_::each<msl_::rebind_t<V, int>>(msl_::ilogb_f(), V(a));
 }
-template <class A, class E>
-MSL_FN msl_::float_t<A> frexp(A a, E &exponent) {
+template <class A, class E> MSL_FN msl_::float_t<A> frexp(A a, E &exponent) {
     msl_::float_t<A> v(a);
     msl_::each_component(v, exponent, [](auto &x, auto &e) {
         float f = float(x);
@@ -589,8 +574,7 @@ MSL_FN msl_::float_t<A> frexp(A a, E &exponent) {
     });
     return v;
 }
-template <class A, class V>
-MSL_FN V modf(A a, V &whole) {
+template <class A, class V> MSL_FN V modf(A a, V &whole) {
     whole = trunc(V(a));
     V fraction(a);
     msl_::each_component(fraction, whole, [](auto &x, auto &w) {
@@ -599,8 +583,7 @@ MSL_FN V modf(A a, V &whole) {
     });
     return fraction;
 }
-template <class A, class V>
-MSL_FN V sincos(A a, V &cosine) {
+template <class A, class V> MSL_FN V sincos(A a, V &cosine) {
     V v(a);
     cosine = cos(v);
     return sin(v);
@@ -609,46 +592,45 @@ MSL_FN V sincos(A a, V &cosine) {
 namespace precise {
 #define MSL_ALSO(name) using metal::name;
 MSL_TRANSCENDENTALS(MSL_ALSO, MSL_ALSO)
-#define MSL_OTHERS                                                                                                    \
-    MSL_ALSO(abs)                                                                                                     \
-    MSL_ALSO(fabs)                                                                                                    \
-    MSL_ALSO(fract)                                                                                                   \
-    MSL_ALSO(saturate)                                                                                                \
-    MSL_ALSO(sign)                                                                                                    \
-    MSL_ALSO(powr)                                                                                                    \
-    MSL_ALSO(divide)                                                                                                  \
-    MSL_ALSO(fdim)                                                                                                    \
-    MSL_ALSO(copysign)                                                                                                \
-    MSL_ALSO(fmax)                                                                                                    \
-    MSL_ALSO(fmin)                                                                                                    \
-    MSL_ALSO(step)                                                                                                    \
-    MSL_ALSO(fma)                                                                                                     \
-    MSL_ALSO(fmax3)                                                                                                   \
-    MSL_ALSO(fmin3)                                                                                                   \
-    MSL_ALSO(fmedian3)                                                                                                \
-    MSL_ALSO(mix)                                                                                                     \
-    MSL_ALSO(smoothstep)                                                                                              \
-    MSL_ALSO(max)                                                                                                     \
-    MSL_ALSO(min)                                                                                                     \
-    MSL_ALSO(max3)                                                                                                    \
-    MSL_ALSO(min3)                                                                                                    \
-    MSL_ALSO(median3)                                                                                                 \
-    MSL_ALSO(clamp)                                                                                                   \
-    MSL_ALSO(ldexp)                                                                                                   \
-    MSL_ALSO(ilogb)                                                                                                   \
-    MSL_ALSO(frexp)                                                                                                   \
-    MSL_ALSO(modf)                                                                                                    \
+#define MSL_OTHERS       \
+    MSL_ALSO(abs)        \
+    MSL_ALSO(fabs)       \
+    MSL_ALSO(fract)      \
+    MSL_ALSO(saturate)   \
+    MSL_ALSO(sign)       \
+    MSL_ALSO(powr)       \
+    MSL_ALSO(divide)     \
+    MSL_ALSO(fdim)       \
+    MSL_ALSO(copysign)   \
+    MSL_ALSO(fmax)       \
+    MSL_ALSO(fmin)       \
+    MSL_ALSO(step)       \
+    MSL_ALSO(fma)        \
+    MSL_ALSO(fmax3)      \
+    MSL_ALSO(fmin3)      \
+    MSL_ALSO(fmedian3)   \
+    MSL_ALSO(mix)        \
+    MSL_ALSO(smoothstep) \
+    MSL_ALSO(max)        \
+    MSL_ALSO(min)        \
+    MSL_ALSO(max3)       \
+    MSL_ALSO(min3)       \
+    MSL_ALSO(median3)    \
+    MSL_ALSO(clamp)      \
+    MSL_ALSO(ldexp)      \
+    MSL_ALSO(ilogb)      \
+    MSL_ALSO(frexp)      \
+    MSL_ALSO(modf)       \
     MSL_ALSO(sincos)
 MSL_OTHERS
-}  // namespace precise
+} // namespace precise
 
 namespace fast {
 #if MSL_GPU
-#define MSL_FAST_1(name, call)                                                                                        \
-    template <class A>                                                                                                \
-    MSL_FN msl_::float_t<A> name(A a) {                                                                               \
-        using V = msl_::float_t<A>;                                                                                   \
-        return msl_::each<V>([](float x) { return call; }, V(a));                                                     \
+#define MSL_FAST_1(name, call)                                    \
+    template <class A> MSL_FN msl_::float_t<A> name(A a) {        \
+        using V = msl_::float_t<A>;                               \
+        return msl_::each<V>([](float x) { return call; }, V(a)); \
     }
 MSL_FAST_1(exp, ::__expf(x))
 MSL_FAST_1(exp2, ::__expf(x * 0.693147181f))
@@ -660,8 +642,7 @@ MSL_FAST_1(sin, ::__sinf(x))
 MSL_FAST_1(cos, ::__cosf(x))
 MSL_FAST_1(tan, ::__tanf(x))
 #undef MSL_FAST_1
-template <class A, class B>
-MSL_FN msl_::common_float_t<A, B> pow(A a, B b) {
+template <class A, class B> MSL_FN msl_::common_float_t<A, B> pow(A a, B b) {
     using V = msl_::common_float_t<A, B>;
     return msl_::each<V>([](float x, float y) { return ::__powf(x, y); }, V(a), V(b));
 }
@@ -691,12 +672,12 @@ MSL_ALSO(nextafter)
 MSL_TRANSCENDENTALS(MSL_ALSO, MSL_ALSO)
 #endif
 MSL_OTHERS
-}  // namespace fast
+} // namespace fast
 #undef MSL_ALSO
 #undef MSL_OTHERS
 #undef MSL_TRANSCENDENTALS
 
-}  // namespace metal
+} // namespace metal
 
 #if !MSL_GPU
 #pragma float_control(pop)

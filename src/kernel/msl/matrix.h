@@ -1,8 +1,7 @@
 // Matrices floatCxR, halfCxR: C columns of R components, as Metal stores them.
 namespace metal {
 
-template <class T, int C, int R>
-struct matrix {
+template <class T, int C, int R> struct matrix {
     vec<T, R> columns[C];
 
     matrix() = default;
@@ -13,7 +12,8 @@ struct matrix {
         }
     }
     // columns, or C * R scalars column by column
-    template <class A, class B, class... Rest, class = enable_if_t<sizeof...(Rest) + 2 == C || sizeof...(Rest) + 2 == C * R>>
+    template <class A, class B, class... Rest,
+              class = enable_if_t<sizeof...(Rest) + 2 == C || sizeof...(Rest) + 2 == C * R>>
     MSL_FN constexpr matrix(const A &a, const B &b, const Rest &...rest) : columns{} {
         if constexpr (sizeof...(Rest) + 2 == C) {
             int i = 0;
@@ -25,8 +25,7 @@ struct matrix {
             for (int i = 0; i < C * R; ++i) columns[i / R][i % R] = all[i];
         }
     }
-    template <class U>
-    MSL_FN constexpr explicit matrix(const matrix<U, C, R> &m) : columns{} {
+    template <class U> MSL_FN constexpr explicit matrix(const matrix<U, C, R> &m) : columns{} {
         for (int c = 0; c < C; ++c) columns[c] = vec<T, R>(m.columns[c]);
     }
     MSL_FN constexpr vec<T, R> &operator[](int c) { return columns[c]; }
@@ -65,18 +64,9 @@ struct matrix {
         return equal;
     }
     friend MSL_FN bool operator!=(const matrix &a, const matrix &b) { return !(a == b); }
-    template <class A>
-    MSL_FN matrix &operator+=(const A &a) {
-        return *this = *this + a;
-    }
-    template <class A>
-    MSL_FN matrix &operator-=(const A &a) {
-        return *this = *this - a;
-    }
-    template <class A>
-    MSL_FN matrix &operator*=(const A &a) {
-        return *this = *this * a;
-    }
+    template <class A> MSL_FN matrix &operator+=(const A &a) { return *this = *this + a; }
+    template <class A> MSL_FN matrix &operator-=(const A &a) { return *this = *this - a; }
+    template <class A> MSL_FN matrix &operator*=(const A &a) { return *this = *this * a; }
 };
 template <class T, int N, int R, int C>
 MSL_FN matrix<T, C, R> operator*(const matrix<T, N, R> &a, const matrix<T, C, N> &b) {
@@ -84,39 +74,38 @@ MSL_FN matrix<T, C, R> operator*(const matrix<T, N, R> &a, const matrix<T, C, N>
     for (int c = 0; c < C; ++c) product.columns[c] = a * b.columns[c];
     return product;
 }
-template <class T, int C, int R>
-MSL_FN matrix<T, R, C> transpose(const matrix<T, C, R> &m) {
+template <class T, int C, int R> MSL_FN matrix<T, R, C> transpose(const matrix<T, C, R> &m) {
     matrix<T, R, C> t;
     for (int c = 0; c < C; ++c)
         for (int r = 0; r < R; ++r) t.columns[r][c] = m.columns[c][r];
     return t;
 }
-template <class T, int N>
-MSL_FN T determinant(const matrix<T, N, N> &m) {
+template <class T, int N> MSL_FN T determinant(const matrix<T, N, N> &m) {
     if constexpr (N == 2) {
         return T(float(m[0][0]) * float(m[1][1]) - float(m[0][1]) * float(m[1][0]));
     } else if constexpr (N == 3) {
         return T(msl_::dot_of(m[0], cross(m[1], m[2])));
-    } else {  // by the minors of rows 0, 1 and of rows 2, 3
+    } else { // by the minors of rows 0, 1 and of rows 2, 3
         auto minor2 = [&](int a, int b, int r) {
             return float(m[a][r]) * float(m[b][r + 1]) - float(m[b][r]) * float(m[a][r + 1]);
         };
-        return T(minor2(0, 1, 0) * minor2(2, 3, 2) - minor2(0, 2, 0) * minor2(1, 3, 2) + minor2(0, 3, 0) * minor2(1, 2, 2) +
-                 minor2(1, 2, 0) * minor2(0, 3, 2) - minor2(1, 3, 0) * minor2(0, 2, 2) + minor2(2, 3, 0) * minor2(0, 1, 2));
+        return T(minor2(0, 1, 0) * minor2(2, 3, 2) - minor2(0, 2, 0) * minor2(1, 3, 2) +
+                 minor2(0, 3, 0) * minor2(1, 2, 2) + minor2(1, 2, 0) * minor2(0, 3, 2) -
+                 minor2(1, 3, 0) * minor2(0, 2, 2) + minor2(2, 3, 0) * minor2(0, 1, 2));
     }
 }
-#define MSL_MATRIX_NAMES(T)                                                                                           \
-    typedef matrix<T, 2, 2> T##2x2;                                                                                   \
-    typedef matrix<T, 2, 3> T##2x3;                                                                                   \
-    typedef matrix<T, 2, 4> T##2x4;                                                                                   \
-    typedef matrix<T, 3, 2> T##3x2;                                                                                   \
-    typedef matrix<T, 3, 3> T##3x3;                                                                                   \
-    typedef matrix<T, 3, 4> T##3x4;                                                                                   \
-    typedef matrix<T, 4, 2> T##4x2;                                                                                   \
-    typedef matrix<T, 4, 3> T##4x3;                                                                                   \
+#define MSL_MATRIX_NAMES(T)         \
+    typedef matrix<T, 2, 2> T##2x2; \
+    typedef matrix<T, 2, 3> T##2x3; \
+    typedef matrix<T, 2, 4> T##2x4; \
+    typedef matrix<T, 3, 2> T##3x2; \
+    typedef matrix<T, 3, 3> T##3x3; \
+    typedef matrix<T, 3, 4> T##3x4; \
+    typedef matrix<T, 4, 2> T##4x2; \
+    typedef matrix<T, 4, 3> T##4x3; \
     typedef matrix<T, 4, 4> T##4x4;
 MSL_MATRIX_NAMES(float)
 MSL_MATRIX_NAMES(half)
 #undef MSL_MATRIX_NAMES
 
-}  // namespace metal
+} // namespace metal

@@ -6,7 +6,7 @@ struct mtl_dispatch {
     unsigned grid[3], threadgroup[3], threadgroups[3];
     unsigned flags;
 };
-enum { mtl_flag_whole = 1, mtl_flag_linear = 2 };
+enum { mtl_flag_whole = 1, mtl_flag_linear = 2, mtl_flag_wide = 4 };
 
 struct mtl_group {
     unsigned position[3], extent[3];

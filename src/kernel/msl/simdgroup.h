@@ -23,20 +23,17 @@ struct quad_vote : simd_vote {
 
 namespace msl_ {
 // What lanes hand over: the bytes of a value, in words of 32 bits on the GPU.
-template <class T>
-struct bytes {
+template <class T> struct bytes {
     static constexpr int words = (sizeof(T) + 3) / 4;
     uint w[words];
 };
-template <class T>
-MSL_FN bytes<T> to_bytes(const T &x) {
+template <class T> MSL_FN bytes<T> to_bytes(const T &x) {
     bytes<T> b;
     if constexpr (sizeof(T) % 4 != 0) b.w[bytes<T>::words - 1] = 0;
     copy(b.w, &x, sizeof(T));
     return b;
 }
-template <class T>
-MSL_FN T from_bytes(const bytes<T> &b) {
+template <class T> MSL_FN T from_bytes(const bytes<T> &b) {
     T x;
     copy(&x, b.w, sizeof(T));
     return x;
@@ -44,58 +41,30 @@ MSL_FN T from_bytes(const bytes<T> &b) {
 
 // On scalars in float where they are 16 bits, rounded at the end of a reduction as Metal rounds; componentwise on vectors.
 struct sum_f {
-    template <class T>
-    MSL_FN constexpr T operator()(T a, T b) const {
-        return T(a + b);
-    }
+    template <class T> MSL_FN constexpr T operator()(T a, T b) const { return T(a + b); }
 };
 struct product_f {
-    template <class T>
-    MSL_FN constexpr T operator()(T a, T b) const {
-        return T(a * b);
-    }
+    template <class T> MSL_FN constexpr T operator()(T a, T b) const { return T(a * b); }
 };
 struct min_of_f {
-    template <class T>
-    MSL_FN constexpr T operator()(T a, T b) const {
-        return T(metal::min(a, b));
-    }
+    template <class T> MSL_FN constexpr T operator()(T a, T b) const { return T(metal::min(a, b)); }
 };
 struct max_of_f {
-    template <class T>
-    MSL_FN constexpr T operator()(T a, T b) const {
-        return T(metal::max(a, b));
-    }
+    template <class T> MSL_FN constexpr T operator()(T a, T b) const { return T(metal::max(a, b)); }
 };
 struct and_f {
-    template <class T>
-    MSL_FN constexpr T operator()(T a, T b) const {
-        return T(a & b);
-    }
+    template <class T> MSL_FN constexpr T operator()(T a, T b) const { return T(a & b); }
 };
 struct or_f {
-    template <class T>
-    MSL_FN constexpr T operator()(T a, T b) const {
-        return T(a | b);
-    }
+    template <class T> MSL_FN constexpr T operator()(T a, T b) const { return T(a | b); }
 };
 struct xor_f {
-    template <class T>
-    MSL_FN constexpr T operator()(T a, T b) const {
-        return T(a ^ b);
-    }
+    template <class T> MSL_FN constexpr T operator()(T a, T b) const { return T(a ^ b); }
 };
 // The type in which lanes are combined: float for 16-bit floats.
-template <class T>
-struct combined {
-    using type = conditional_t<scalar<T>::kind == 3, float, T>;
-};
-template <class T, int N>
-struct combined<vec<T, N>> {
-    using type = vec<typename combined<T>::type, N>;
-};
-template <class T>
-using combined_t = typename combined<T>::type;
+template <class T> struct combined { using type = conditional_t<scalar<T>::kind == 3, float, T>; };
+template <class T, int N> struct combined<vec<T, N>> { using type = vec<typename combined<T>::type, N>; };
+template <class T> using combined_t = typename combined<T>::type;
 
 #if MSL_GPU
 
@@ -105,25 +74,19 @@ MSL_FN uint lane() {
     return l;
 }
 MSL_FN uint active() { return ::__activemask(); }
-template <class T, class F>
-MSL_FN T exchange(const T &x, F word) {
+template <class T, class F> MSL_FN T exchange(const T &x, F word) {
     bytes<T> b = to_bytes(x);
     for (int i = 0; i < bytes<T>::words; ++i) b.w[i] = word(b.w[i]);
     return from_bytes(b);
 }
 // From lane `from`, the own value where that lane takes no part.
-template <class T>
-MSL_FN T from_lane(const T &x, uint from) {
+template <class T> MSL_FN T from_lane(const T &x, uint from) {
     uint mask = active();
     T y = exchange(x, [=](uint w) { return ::__shfl_sync(mask, w, int(from & 31)); });
     return from < 32 && mask >> from & 1 ? y : x;
 }
-template <class T>
-MSL_FN T from_xor(const T &x, uint flip) {
-    return from_lane(x, lane() ^ flip);
-}
-template <int Width, class T, class F>
-MSL_FN T reduce(const T &x, F f) {
+template <class T> MSL_FN T from_xor(const T &x, uint flip) { return from_lane(x, lane() ^ flip); }
+template <int Width, class T, class F> MSL_FN T reduce(const T &x, F f) {
     using C = combined_t<T>;
     uint mask = active(), base = Width == 32 ? 0 : lane() & ~3u;
     uint group = Width == 32 ? 0xffffffffu : 15u << base;
@@ -146,8 +109,7 @@ MSL_FN T reduce(const T &x, F f) {
     }
     return T(sum);
 }
-template <bool Inclusive, class T, class F>
-MSL_FN T prefix(const T &x, F f, T identity) {
+template <bool Inclusive, class T, class F> MSL_FN T prefix(const T &x, F f, T identity) {
     using C = combined_t<T>;
     uint mask = active(), me = lane();
     C c(x);
@@ -178,36 +140,44 @@ MSL_FN uint ballot(bool b) { return ::__ballot_sync(active(), b); }
 
 MSL_FN uint lane() { return __mtl_lane(); }
 MSL_FN uint active() {
-    return __mtl_collective<uint>(0u, [](const uint (&)[32], uint (&out)[32], uint mask) {
-        for (uint i = 0; i < 32; ++i) out[i] = mask;
-    });
+    return __mtl_collective_uniform<uint>('\0', [](const char(&)[32], uint mask) { return mask; });
 }
-template <class T>
-struct from {
+template <class T> struct from {
     bytes<T> value;
     uint lane;
 };
-template <class T>
-MSL_FN T from_lane(const T &x, uint source) {
+template <class T> MSL_FN T from_lane(const T &x, uint source) {
     using B = bytes<T>;
-    return from_bytes<T>(__mtl_collective<B>(from<T>{to_bytes(x), source},
-                                             [](const from<T> (&in)[32], B (&out)[32], uint mask) {
-                                                 for (uint i = 0; i < 32; ++i) {
-                                                     if (!(mask >> i & 1)) continue;
-                                                     uint s = in[i].lane;
-                                                     out[i] = in[s < 32 && mask >> s & 1 ? s : i].value;
-                                                 }
-                                             }));
+    return from_bytes<T>(
+        __mtl_collective<B>(from<T>{to_bytes(x), source}, [](const from<T>(&in)[32], B(&out)[32], uint mask) {
+            for (uint i = 0; i < 32; ++i) {
+                if (!(mask >> i & 1)) continue;
+                uint s = in[i].lane;
+                out[i] = in[s < 32 && mask >> s & 1 ? s : i].value;
+            }
+        }));
 }
-template <class T>
-MSL_FN T from_xor(const T &x, uint flip) {
-    return from_lane(x, lane() ^ flip);
-}
-template <int Width, class T, class F>
-MSL_FN T reduce(const T &x, F) {
+template <class T> MSL_FN T from_xor(const T &x, uint flip) { return from_lane(x, lane() ^ flip); }
+template <int Width, class T, class F> MSL_FN T reduce(const T &x, F) {
     using B = bytes<T>;
     using C = combined_t<T>;
-    return from_bytes<T>(__mtl_collective<B>(to_bytes(x), [](const B (&in)[32], B (&out)[32], uint mask) {
+    if constexpr (Width == 32 && sizeof(B) <= 64) {
+        return from_bytes<T>(__mtl_collective_uniform<B>(to_bytes(x), [](const B(&in)[32], uint mask) {
+            if (mask == 0xffffffffu) { // a tree, level by level in vectors
+                C c[32];
+                for (uint i = 0; i < 32; ++i) c[i] = C(from_bytes<T>(in[i]));
+                for (uint step = 16; step > 0; step /= 2)
+                    for (uint i = 0; i < step; ++i) c[i] = F()(c[i], c[i + step]);
+                return to_bytes(T(c[0]));
+            }
+            uint first = uint(__builtin_ctz(mask));
+            C sum(from_bytes<T>(in[first]));
+            for (uint rest = mask & (mask - 1); rest; rest &= rest - 1)
+                sum = F()(sum, C(from_bytes<T>(in[__builtin_ctz(rest)])));
+            return to_bytes(T(sum));
+        }));
+    }
+    return from_bytes<T>(__mtl_collective<B>(to_bytes(x), [](const B(&in)[32], B(&out)[32], uint mask) {
         for (uint base = 0; base < 32; base += Width) {
             bool first = true;
             C sum;
@@ -223,15 +193,14 @@ MSL_FN T reduce(const T &x, F) {
         }
     }));
 }
-template <bool Inclusive, class T, class F>
-MSL_FN T prefix(const T &x, F, T identity) {
+template <bool Inclusive, class T, class F> MSL_FN T prefix(const T &x, F, T identity) {
     using B = bytes<T>;
     using C = combined_t<T>;
     struct argument {
         B value, identity;
     };
     return from_bytes<T>(__mtl_collective<B>(argument{to_bytes(x), to_bytes(identity)},
-                                             [](const argument (&in)[32], B (&out)[32], uint mask) {
+                                             [](const argument(&in)[32], B(&out)[32], uint mask) {
                                                  bool first = true;
                                                  C sum;
                                                  for (uint i = 0; i < 32; ++i) {
@@ -245,11 +214,13 @@ MSL_FN T prefix(const T &x, F, T identity) {
                                              }));
 }
 MSL_FN uint ballot(bool b) {
-    return __mtl_collective<uint>(b, [](const bool (&in)[32], uint (&out)[32], uint mask) {
+    return __mtl_collective_uniform<uint>(b, [](const bool(&in)[32], uint mask) {
         uint votes = 0;
-        for (uint i = 0; i < 32; ++i)
-            if (mask >> i & 1 && in[i]) votes |= 1u << i;
-        for (uint i = 0; i < 32; ++i) out[i] = votes;
+        for (uint rest = mask; rest; rest &= rest - 1) {
+            uint i = uint(__builtin_ctz(rest));
+            if (in[i]) votes |= 1u << i;
+        }
+        return votes;
     });
 }
 
@@ -265,17 +236,10 @@ MSL_FN uint first_lane(uint mask) {
     return i;
 }
 // A type that lanes can hand to each other: a number, or any other class (complex64_t, a user's struct).
-template <class T, class = void>
-struct handed {
-    using type = T;
-};
-template <class T>
-struct handed<T, void_t<number_t<T>>> {
-    using type = number_t<T>;
-};
-template <class T>
-using handed_t = typename handed<T>::type;
-}  // namespace msl_
+template <class T, class = void> struct handed { using type = T; };
+template <class T> struct handed<T, void_t<number_t<T>>> { using type = number_t<T>; };
+template <class T> using handed_t = typename handed<T>::type;
+} // namespace msl_
 
 // ---- the lanes there are
 
@@ -288,36 +252,28 @@ MSL_FN bool simd_all(bool b) { return msl_::ballot(!b) == 0; }
 
 // ---- shuffles
 
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T simd_shuffle(A x, ushort lane) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle(A x, ushort lane) {
     return msl_::from_lane(T(x), lane);
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T simd_broadcast(A x, ushort lane) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_broadcast(A x, ushort lane) {
     return msl_::from_lane(T(x), lane);
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T simd_broadcast_first(A x) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_broadcast_first(A x) {
     return msl_::from_lane(T(x), msl_::first_lane(msl_::active()));
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T simd_shuffle_xor(A x, ushort mask) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle_xor(A x, ushort mask) {
     return msl_::from_xor(T(x), mask);
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T simd_shuffle_up(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle_up(A x, ushort delta) {
     return msl_::from_lane(T(x), msl_::lane() - delta);
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T simd_shuffle_down(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle_down(A x, ushort delta) {
     return msl_::from_lane(T(x), msl_::lane() + delta);
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T simd_shuffle_rotate_up(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle_rotate_up(A x, ushort delta) {
     return msl_::from_lane(T(x), (msl_::lane() - delta) & 31u);
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T simd_shuffle_rotate_down(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle_rotate_down(A x, ushort delta) {
     return msl_::from_lane(T(x), (msl_::lane() + delta) & 31u);
 }
 // Within each `modulo` lanes, what is shifted out of `filling` at one end is shifted in at the other.
@@ -338,14 +294,12 @@ MSL_FN T simd_shuffle_and_fill_down(A x, msl_::same<A> filling, ushort delta, us
 
 // ---- reductions
 
-#define MSL_REDUCTION(name, operation)                                                                                \
-    template <class A, class T = msl_::number_t<A>>                                                                   \
-    MSL_FN T simd_##name(A x) {                                                                                       \
-        return msl_::reduce<32>(T(x), msl_::operation());                                                             \
-    }                                                                                                                 \
-    template <class A, class T = msl_::number_t<A>>                                                                   \
-    MSL_FN T quad_##name(A x) {                                                                                       \
-        return msl_::reduce<4>(T(x), msl_::operation());                                                              \
+#define MSL_REDUCTION(name, operation)                                          \
+    template <class A, class T = msl_::number_t<A>> MSL_FN T simd_##name(A x) { \
+        return msl_::reduce<32>(T(x), msl_::operation());                       \
+    }                                                                           \
+    template <class A, class T = msl_::number_t<A>> MSL_FN T quad_##name(A x) { \
+        return msl_::reduce<4>(T(x), msl_::operation());                        \
     }
 MSL_REDUCTION(sum, sum_f)
 MSL_REDUCTION(product, product_f)
@@ -355,20 +309,16 @@ MSL_REDUCTION(and, and_f)
 MSL_REDUCTION(or, or_f)
 MSL_REDUCTION(xor, xor_f)
 #undef MSL_REDUCTION
-template <class A, class T = msl_::number_t<A>>
-MSL_FN T simd_prefix_inclusive_sum(A x) {
+template <class A, class T = msl_::number_t<A>> MSL_FN T simd_prefix_inclusive_sum(A x) {
     return msl_::prefix<true>(T(x), msl_::sum_f(), T(make_scalar_t<T>(0)));
 }
-template <class A, class T = msl_::number_t<A>>
-MSL_FN T simd_prefix_exclusive_sum(A x) {
+template <class A, class T = msl_::number_t<A>> MSL_FN T simd_prefix_exclusive_sum(A x) {
     return msl_::prefix<false>(T(x), msl_::sum_f(), T(make_scalar_t<T>(0)));
 }
-template <class A, class T = msl_::number_t<A>>
-MSL_FN T simd_prefix_inclusive_product(A x) {
+template <class A, class T = msl_::number_t<A>> MSL_FN T simd_prefix_inclusive_product(A x) {
     return msl_::prefix<true>(T(x), msl_::product_f(), T(make_scalar_t<T>(1)));
 }
-template <class A, class T = msl_::number_t<A>>
-MSL_FN T simd_prefix_exclusive_product(A x) {
+template <class A, class T = msl_::number_t<A>> MSL_FN T simd_prefix_exclusive_product(A x) {
     return msl_::prefix<false>(T(x), msl_::product_f(), T(make_scalar_t<T>(1)));
 }
 
@@ -382,40 +332,32 @@ MSL_FN bool quad_is_helper_thread() { return false; }
 MSL_FN quad_vote quad_ballot(bool b) { return quad_vote(msl_::ballot(b) >> (msl_::lane() & ~3u) & 15u); }
 MSL_FN bool quad_any(bool b) { return quad_ballot(b).lanes != 0; }
 MSL_FN bool quad_all(bool b) { return quad_ballot(!b).lanes == 0; }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T quad_shuffle(A x, ushort lane) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle(A x, ushort lane) {
     return msl_::from_lane(T(x), (msl_::lane() & ~3u) + (lane & 3u));
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T quad_broadcast(A x, ushort lane) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_broadcast(A x, ushort lane) {
     return quad_shuffle(x, lane);
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T quad_broadcast_first(A x) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_broadcast_first(A x) {
     uint base = msl_::lane() & ~3u;
     return msl_::from_lane(T(x), base + msl_::first_lane(msl_::active() >> base & 15u));
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T quad_shuffle_xor(A x, ushort mask) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle_xor(A x, ushort mask) {
     return msl_::from_xor(T(x), mask & 3u);
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T quad_shuffle_up(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle_up(A x, ushort delta) {
     uint lane = msl_::lane();
     return msl_::from_lane(T(x), (lane & 3u) >= delta ? lane - delta : lane);
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T quad_shuffle_down(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle_down(A x, ushort delta) {
     uint lane = msl_::lane();
     return msl_::from_lane(T(x), (lane & 3u) + delta < 4u ? lane + delta : lane);
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T quad_shuffle_rotate_up(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle_rotate_up(A x, ushort delta) {
     uint lane = msl_::lane();
     return msl_::from_lane(T(x), (lane & ~3u) + ((lane - delta) & 3u));
 }
-template <class A, class T = msl_::handed_t<A>>
-MSL_FN T quad_shuffle_rotate_down(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle_rotate_down(A x, ushort delta) {
     uint lane = msl_::lane();
     return msl_::from_lane(T(x), (lane & ~3u) + ((lane + delta) & 3u));
 }
@@ -427,8 +369,7 @@ template <class A, class T = msl_::handed_t<A>>
 MSL_FN T quad_shuffle_and_fill_down(A x, msl_::same<A> filling, ushort delta, ushort modulo = 4) {
     return simd_shuffle_and_fill_down(x, filling, delta, modulo);
 }
-template <class A, class T = msl_::number_t<A>>
-MSL_FN T quad_prefix_inclusive_sum(A x) {
+template <class A, class T = msl_::number_t<A>> MSL_FN T quad_prefix_inclusive_sum(A x) {
     T sum(x);
     for (ushort step = 1; step < 4; step *= 2) {
         T y = quad_shuffle_up(sum, step);
@@ -436,13 +377,11 @@ MSL_FN T quad_prefix_inclusive_sum(A x) {
     }
     return sum;
 }
-template <class A, class T = msl_::number_t<A>>
-MSL_FN T quad_prefix_exclusive_sum(A x) {
+template <class A, class T = msl_::number_t<A>> MSL_FN T quad_prefix_exclusive_sum(A x) {
     T y = quad_shuffle_up(quad_prefix_inclusive_sum(x), 1);
     return (msl_::lane() & 3u) == 0 ? T(make_scalar_t<T>(0)) : y;
 }
-template <class A, class T = msl_::number_t<A>>
-MSL_FN T quad_prefix_inclusive_product(A x) {
+template <class A, class T = msl_::number_t<A>> MSL_FN T quad_prefix_inclusive_product(A x) {
     T product(x);
     for (ushort step = 1; step < 4; step *= 2) {
         T y = quad_shuffle_up(product, step);
@@ -450,8 +389,7 @@ MSL_FN T quad_prefix_inclusive_product(A x) {
     }
     return product;
 }
-template <class A, class T = msl_::number_t<A>>
-MSL_FN T quad_prefix_exclusive_product(A x) {
+template <class A, class T = msl_::number_t<A>> MSL_FN T quad_prefix_exclusive_product(A x) {
     T y = quad_shuffle_up(quad_prefix_inclusive_product(x), 1);
     return (msl_::lane() & 3u) == 0 ? T(make_scalar_t<T>(1)) : y;
 }
@@ -473,4 +411,4 @@ MSL_FN void simdgroup_barrier(mem_flags, thread_scope = thread_scope_simdgroup) 
 #endif
 }
 
-}  // namespace metal
+} // namespace metal

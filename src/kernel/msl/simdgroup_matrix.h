@@ -6,7 +6,8 @@
 //
 // GPU products: of half and of bfloat, one mma.m16n8k8 of that type; of float, the left factor is split into two numbers of tf32,
 // high and low, which are the upper and the lower 8 rows of one mma.m16n8k8.tf32, and so is the right one, which makes two of
-// them. What is lost is what tf32 does not keep of the low parts: 2^-22 of a factor, where float's own rounding is 2^-24.
+// them. What is lost is what tf32 does not keep of the low parts: 2^-22 of a factor, where float's own rounding is 2^-24. Tensor cores cut
+// off sums where float rounds them: they add 8 products, and the running sum is added to outside.
 namespace metal {
 
 namespace msl_ {
@@ -24,10 +25,9 @@ MSL_FN uint matrix_column(uint l) {
     return (l >> 3 & 1) * 4 + (l & 1) * 2;
 #endif
 }
-}  // namespace msl_
+} // namespace msl_
 
-template <class T, int Columns, int Rows>
-struct simdgroup_matrix {
+template <class T, int Columns, int Rows> struct simdgroup_matrix {
     static_assert(Columns == 8 && Rows == 8, "simdgroup_matrix is of 8 by 8");
     typedef vec<T, 2> storage_type;
     storage_type e;
@@ -57,14 +57,12 @@ typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 
-template <class T, int C, int R>
-MSL_FN simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T value) {
+template <class T, int C, int R> MSL_FN simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T value) {
     simdgroup_matrix<T, C, R> m;
     m.e = vec<T, 2>(value, value);
     return m;
 }
-template <class T, int C, int R>
-MSL_FN simdgroup_matrix<T, C, R> make_diagonal_simdgroup_matrix(T value) {
+template <class T, int C, int R> MSL_FN simdgroup_matrix<T, C, R> make_diagonal_simdgroup_matrix(T value) {
     return simdgroup_matrix<T, C, R>(value);
 }
 
@@ -98,32 +96,19 @@ MSL_FN void simdgroup_store(const simdgroup_matrix<T, C, R> &a, U *destination, 
 namespace msl_ {
 #ifdef MSL_THREAD_ELEMENTS
 // Between Metal's lanes and the tensor cores': the permutation of the lane's bits that rows and columns are made of.
-MSL_FN uint core_to_metal(uint l) {  // the lane of Metal's layout that holds what core lane l holds
+MSL_FN uint core_to_metal(uint l) { // the lane of Metal's layout that holds what core lane l holds
     uint row = l >> 2, pair = l & 3;
     return (row >> 2) * 16 + (pair >> 1) * 8 + (row & 3) * 2 + (pair & 1);
 }
 MSL_FN uint metal_to_core(uint l) { return matrix_row(l) * 4 + (matrix_column(l) >> 1); }
-template <class T>
-MSL_FN vec<T, 2> to_core(vec<T, 2> v) {
-    return from_lane(v, core_to_metal(lane()));
-}
-template <class T>
-MSL_FN vec<T, 2> from_core(vec<T, 2> v) {
-    return from_lane(v, metal_to_core(lane()));
-}
+template <class T> MSL_FN vec<T, 2> to_core(vec<T, 2> v) { return from_lane(v, core_to_metal(lane())); }
+template <class T> MSL_FN vec<T, 2> from_core(vec<T, 2> v) { return from_lane(v, metal_to_core(lane())); }
 #else
-template <class T>
-MSL_FN vec<T, 2> to_core(vec<T, 2> v) {
-    return v;
-}
-template <class T>
-MSL_FN vec<T, 2> from_core(vec<T, 2> v) {
-    return v;
-}
+template <class T> MSL_FN vec<T, 2> to_core(vec<T, 2> v) { return v; }
+template <class T> MSL_FN vec<T, 2> from_core(vec<T, 2> v) { return v; }
 #endif
 // The two elements of the right factor's column, from the lanes that hold their rows.
-template <class T>
-MSL_FN void columns_of(const simdgroup_matrix<T, 8, 8> &m, T (&out)[2]) {
+template <class T> MSL_FN void columns_of(const simdgroup_matrix<T, 8, 8> &m, T (&out)[2]) {
     if (m.has_down) {
         out[0] = m.down[0];
         out[1] = m.down[1];
@@ -141,14 +126,15 @@ MSL_FN uint tf32(float x) {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
     return r;
 }
-#define MSL_MMA_16(T, name)                                                                                           \
-    MSL_FN vec<float, 2> product(vec<T, 2> a, const T (&b)[2], vec<float, 2> c) {                                     \
-        uint a0 = pair_bits(a.x.bits, a.y.bits), b0 = pair_bits(b[0].bits, b[1].bits);                                \
-        float d0, d1, d2, d3;                                                                                         \
-        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};" \
-                     : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)                                                         \
-                     : "r"(a0), "r"(0u), "r"(b0), "f"(c.x), "f"(c.y), "f"(0.0f), "f"(0.0f));                          \
-        return vec<float, 2>(d0, d1);                                                                                 \
+#define MSL_MMA_16(T, name)                                                                    \
+    MSL_FN vec<float, 2> product(vec<T, 2> a, const T(&b)[2], vec<float, 2> c) {               \
+        uint a0 = pair_bits(a.x.bits, a.y.bits), b0 = pair_bits(b[0].bits, b[1].bits);         \
+        float d0, d1, d2, d3;                                                                  \
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                     \
+                     ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"                      \
+                     : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)                                  \
+                     : "r"(a0), "r"(0u), "r"(b0), "f"(0.0f), "f"(0.0f), "f"(0.0f), "f"(0.0f)); \
+        return vec<float, 2>(c.x + d0, c.y + d1);                                              \
     }
 #if __CUDA_ARCH__ >= 800
 MSL_MMA_16(half, "f16")
@@ -162,42 +148,36 @@ MSL_FN vec<float, 2> product(vec<float, 2> a, const float (&b)[2], vec<float, 2>
     uint bh0 = tf32(b[0]), bh1 = tf32(b[1]);
     uint bl0 = tf32(b[0] - float_of(bh0)), bl1 = tf32(b[1] - float_of(bh1));
     // Lanes have neighbouring columns of the left factor and neighbouring rows of the right: one order of k for both.
-    float d0 = c.x, d1 = c.y, d2 = 0.0f, d3 = 0.0f;
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
-                 : "r"(ah0), "r"(al0), "r"(ah1), "r"(al1), "r"(bl0), "r"(bl1));
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
-                 : "r"(ah0), "r"(al0), "r"(ah1), "r"(al1), "r"(bh0), "r"(bh1));
-    return vec<float, 2>(d0 + d2, d1 + d3);
+    float d0 = 0.0f, d1 = 0.0f, d2 = 0.0f, d3 = 0.0f;
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(ah0), "r"(al0), "r"(ah1), "r"(al1), "r"(bl0), "r"(bl1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(ah0), "r"(al0), "r"(ah1), "r"(al1), "r"(bh0), "r"(bh1));
+    return vec<float, 2>(c.x + (d0 + d2), c.y + (d1 + d3));
 #else
     // Without tf32: lane l's row of the left factor against its two columns of the right, by shuffles.
     uint l = lane();
     float x = c.x, y = c.y;
     for (uint k = 0; k < 8; ++k) {
         float left = from_lane(k & 1 ? a.y : a.x, (l & ~3u) + (k >> 1));
-        vec<float, 2> column(from_lane(b[k & 1], (l & 3) * 8 + (k >> 1)), from_lane(b[k & 1], (l & 3) * 8 + 4 + (k >> 1)));
+        vec<float, 2> column(from_lane(b[k & 1], (l & 3) * 8 + (k >> 1)),
+                             from_lane(b[k & 1], (l & 3) * 8 + 4 + (k >> 1)));
         x = fma(left, column.x, x);
         y = fma(left, column.y, y);
     }
     return vec<float, 2>(x, y);
 #endif
 }
-template <class A, class B>
-struct multiplied_as {
-    using type = float;
-};
+template <class A, class B> struct multiplied_as { using type = float; };
 #if __CUDA_ARCH__ >= 800
-template <>
-struct multiplied_as<half, half> {
-    using type = half;
-};
-template <>
-struct multiplied_as<bfloat, bfloat> {
-    using type = bfloat;
-};
+template <> struct multiplied_as<half, half> { using type = half; };
+template <> struct multiplied_as<bfloat, bfloat> { using type = bfloat; };
 #endif
-}  // namespace msl_
+} // namespace msl_
 template <class D, class A, class B, class C>
 MSL_FN void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8> &d, const simdgroup_matrix<A, 8, 8> &a,
                                           const simdgroup_matrix<B, 8, 8> &b, const simdgroup_matrix<C, 8, 8> &c) {
@@ -253,4 +233,4 @@ MSL_FN simdgroup_matrix<T, 8, 8> operator*(const simdgroup_matrix<T, 8, 8> &a, c
     return d;
 }
 
-}  // namespace metal
+} // namespace metal

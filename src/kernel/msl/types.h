@@ -5,10 +5,10 @@
 // the correctly rounded 16-bit result (float has more than 2 * 11 + 2 bits).
 #if defined(__CUDACC_RTC__) || MTL_TARGET_CUDA
 #define MSL_GPU 1
-#define MSL_FN __forceinline__
+#define MSL_FN  __forceinline__
 #else
 #define MSL_GPU 0
-#define MSL_FN inline __attribute__((always_inline))
+#define MSL_FN  inline __attribute__((always_inline))
 #endif
 #if MTL_MATH_FAST
 #define MSL_MATH_FAST 1
@@ -19,8 +19,8 @@
 #ifndef MSL_MATH_FAST
 #define MSL_MATH_FAST 0
 #endif
-#define METAL_FUNC inline
-#define METAL_CONST const
+#define METAL_FUNC     inline
+#define METAL_CONST    const
 #define METAL_ALIGN(n) alignas(n)
 #ifndef __METAL_VERSION__
 #define __METAL_VERSION__ 320
@@ -48,8 +48,7 @@ typedef unsigned long uintptr_t;
 
 // ---- type traits
 
-template <class T, T Value>
-struct integral_constant {
+template <class T, T Value> struct integral_constant {
     static constexpr T value = Value;
     using value_type = T;
     using type = integral_constant;
@@ -57,51 +56,27 @@ struct integral_constant {
 };
 using true_type = integral_constant<bool, true>;
 using false_type = integral_constant<bool, false>;
-template <bool B>
-using bool_constant = integral_constant<bool, B>;
+template <bool B> using bool_constant = integral_constant<bool, B>;
 
-template <class A, class B>
-struct is_same : false_type {};
-template <class A>
-struct is_same<A, A> : true_type {};
-template <class A, class B>
-constexpr bool is_same_v = is_same<A, B>::value;
+template <class A, class B> struct is_same : false_type {};
+template <class A> struct is_same<A, A> : true_type {};
+template <class A, class B> constexpr bool is_same_v = is_same<A, B>::value;
 
-template <bool B, class T = void>
-struct enable_if {};
-template <class T>
-struct enable_if<true, T> {
-    using type = T;
-};
-template <bool B, class T = void>
-using enable_if_t = typename enable_if<B, T>::type;
+template <bool B, class T = void> struct enable_if {};
+template <class T> struct enable_if<true, T> { using type = T; };
+template <bool B, class T = void> using enable_if_t = typename enable_if<B, T>::type;
 
-template <bool B, class T, class F>
-struct conditional {
-    using type = T;
-};
-template <class T, class F>
-struct conditional<false, T, F> {
-    using type = F;
-};
-template <bool B, class T, class F>
-using conditional_t = typename conditional<B, T, F>::type;
+template <bool B, class T, class F> struct conditional { using type = T; };
+template <class T, class F> struct conditional<false, T, F> { using type = F; };
+template <bool B, class T, class F> using conditional_t = typename conditional<B, T, F>::type;
 
-template <class...>
-using void_t = void;
+template <class...> using void_t = void;
 
-#define MSL_REMOVE(name, from)                                                                                        \
-    template <class T>                                                                                                \
-    struct name<from> {                                                                                               \
-        using type = T;                                                                                               \
-    };
-#define MSL_REMOVER(name)                                                                                             \
-    template <class T>                                                                                                \
-    struct name {                                                                                                     \
-        using type = T;                                                                                               \
-    };                                                                                                                \
-    template <class T>                                                                                                \
-    using name##_t = typename name<T>::type;
+#define MSL_REMOVE(name, from) \
+    template <class T> struct name<from> { using type = T; };
+#define MSL_REMOVER(name)                               \
+    template <class T> struct name { using type = T; }; \
+    template <class T> using name##_t = typename name<T>::type;
 MSL_REMOVER(remove_reference)
 MSL_REMOVE(remove_reference, T &)
 MSL_REMOVE(remove_reference, T &&)
@@ -117,52 +92,31 @@ MSL_REMOVER(remove_pointer)
 MSL_REMOVE(remove_pointer, T *)
 MSL_REMOVE(remove_pointer, T *const)
 MSL_REMOVER(remove_extent)
-template <class T, size_t N>
-struct remove_extent<T[N]> {
-    using type = T;
-};
+template <class T, size_t N> struct remove_extent<T[N]> { using type = T; };
 #undef MSL_REMOVE
 #undef MSL_REMOVER
-template <class T>
-using decay_t = remove_cv_t<remove_reference_t<T>>;
-template <class T>
-struct decay {
-    using type = decay_t<T>;
-};
-template <class T>
-struct add_const {
-    using type = const T;
-};
-template <class T>
-struct add_pointer {
-    using type = remove_reference_t<T> *;
-};
-template <class T>
-using add_pointer_t = typename add_pointer<T>::type;
+template <class T> using decay_t = remove_cv_t<remove_reference_t<T>>;
+template <class T> struct decay { using type = decay_t<T>; };
+template <class T> struct add_const { using type = const T; };
+template <class T> struct add_pointer { using type = remove_reference_t<T> *; };
+template <class T> using add_pointer_t = typename add_pointer<T>::type;
 
-template <class T>
-T &&declval() noexcept;
-template <class T>
-MSL_FN constexpr remove_reference_t<T> &&move(T &&x) {
+template <class T> T &&declval() noexcept;
+template <class T> MSL_FN constexpr remove_reference_t<T> &&move(T &&x) {
     return static_cast<remove_reference_t<T> &&>(x);
 }
-template <class T>
-MSL_FN constexpr T &&forward(remove_reference_t<T> &x) {
-    return static_cast<T &&>(x);
-}
+template <class T> MSL_FN constexpr T &&forward(remove_reference_t<T> &x) { return static_cast<T &&>(x); }
 
 namespace msl_ {
 // What an arithmetic type is: kind 0 none, 1 bool, 2 integer, 3 floating point.
-template <class T>
-struct scalar {
+template <class T> struct scalar {
     static constexpr int kind = 0;
     static constexpr bool is_signed = false;
 };
-#define MSL_SCALAR(T, Kind, Signed)                                                                                   \
-    template <>                                                                                                       \
-    struct scalar<T> {                                                                                                \
-        static constexpr int kind = Kind;                                                                             \
-        static constexpr bool is_signed = Signed;                                                                     \
+#define MSL_SCALAR(T, Kind, Signed)               \
+    template <> struct scalar<T> {                \
+        static constexpr int kind = Kind;         \
+        static constexpr bool is_signed = Signed; \
     };
 MSL_SCALAR(bool, 1, false)
 MSL_SCALAR(char, 2, true)
@@ -178,70 +132,43 @@ MSL_SCALAR(unsigned long, 2, false)
 MSL_SCALAR(unsigned long long, 2, false)
 MSL_SCALAR(float, 3, true)
 MSL_SCALAR(double, 3, true)
-}  // namespace msl_
+} // namespace msl_
 
-template <class T>
-constexpr bool is_arithmetic_v = msl_::scalar<remove_cv_t<T>>::kind != 0;
+template <class T> constexpr bool is_arithmetic_v = msl_::scalar<remove_cv_t<T>>::kind != 0;
 template <class T>
 constexpr bool is_integral_v = msl_::scalar<remove_cv_t<T>>::kind == 1 || msl_::scalar<remove_cv_t<T>>::kind == 2;
-template <class T>
-constexpr bool is_floating_point_v = msl_::scalar<remove_cv_t<T>>::kind == 3;
-template <class T>
-constexpr bool is_signed_v = msl_::scalar<remove_cv_t<T>>::is_signed;
-template <class T>
-constexpr bool is_unsigned_v = is_integral_v<T> && !is_signed_v<T>;
-template <class T>
-constexpr bool is_scalar_v = is_arithmetic_v<T> || __is_enum(T);
-template <class T>
-constexpr bool is_enum_v = __is_enum(T);
-template <class T>
-constexpr bool is_class_v = __is_class(T);
-template <class T>
-constexpr bool is_union_v = __is_union(T);
-template <class T>
-constexpr bool is_empty_v = __is_empty(T);
-template <class T>
-constexpr bool is_trivially_copyable_v = __is_trivially_copyable(T);
-template <class A, class B>
-constexpr bool is_base_of_v = __is_base_of(A, B);
-template <class T>
-constexpr bool is_void_v = is_same_v<remove_cv_t<T>, void>;
-template <class T>
-constexpr bool is_const_v = false;
-template <class T>
-constexpr bool is_const_v<const T> = true;
-template <class T>
-constexpr bool is_pointer_v = false;
-template <class T>
-constexpr bool is_pointer_v<T *> = true;
-template <class T>
-constexpr bool is_pointer_v<T *const> = true;
-template <class T>
-constexpr bool is_reference_v = false;
-template <class T>
-constexpr bool is_reference_v<T &> = true;
-template <class T>
-constexpr bool is_reference_v<T &&> = true;
-template <class T>
-constexpr bool is_array_v = false;
-template <class T, size_t N>
-constexpr bool is_array_v<T[N]> = true;
+template <class T> constexpr bool is_floating_point_v = msl_::scalar<remove_cv_t<T>>::kind == 3;
+template <class T> constexpr bool is_signed_v = msl_::scalar<remove_cv_t<T>>::is_signed;
+template <class T> constexpr bool is_unsigned_v = is_integral_v<T> && !is_signed_v<T>;
+template <class T> constexpr bool is_scalar_v = is_arithmetic_v<T> || __is_enum(T);
+template <class T> constexpr bool is_enum_v = __is_enum(T);
+template <class T> constexpr bool is_class_v = __is_class(T);
+template <class T> constexpr bool is_union_v = __is_union(T);
+template <class T> constexpr bool is_empty_v = __is_empty(T);
+template <class T> constexpr bool is_trivially_copyable_v = __is_trivially_copyable(T);
+template <class A, class B> constexpr bool is_base_of_v = __is_base_of(A, B);
+template <class T> constexpr bool is_void_v = is_same_v<remove_cv_t<T>, void>;
+template <class T> constexpr bool is_const_v = false;
+template <class T> constexpr bool is_const_v<const T> = true;
+template <class T> constexpr bool is_pointer_v = false;
+template <class T> constexpr bool is_pointer_v<T *> = true;
+template <class T> constexpr bool is_pointer_v<T *const> = true;
+template <class T> constexpr bool is_reference_v = false;
+template <class T> constexpr bool is_reference_v<T &> = true;
+template <class T> constexpr bool is_reference_v<T &&> = true;
+template <class T> constexpr bool is_array_v = false;
+template <class T, size_t N> constexpr bool is_array_v<T[N]> = true;
 namespace msl_ {
-template <class To>
-void accept(To);
-template <class From, class To, class = void>
-struct convertible : false_type {};
+template <class To> void accept(To);
+template <class From, class To, class = void> struct convertible : false_type {};
 template <class From, class To>
 struct convertible<From, To, void_t<decltype(accept<To>(declval<From>()))>> : true_type {};
-}  // namespace msl_
-template <class From, class To>
-constexpr bool is_convertible_v = msl_::convertible<From, To>::value;
-template <class From, class To>
-using is_convertible = msl_::convertible<From, To>;
+} // namespace msl_
+template <class From, class To> constexpr bool is_convertible_v = msl_::convertible<From, To>::value;
+template <class From, class To> using is_convertible = msl_::convertible<From, To>;
 
-#define MSL_TRAIT(name)                                                                                               \
-    template <class T>                                                                                                \
-    struct name : bool_constant<name##_v<T>> {};
+#define MSL_TRAIT(name) \
+    template <class T> struct name : bool_constant<name##_v<T>> {};
 MSL_TRAIT(is_arithmetic)
 MSL_TRAIT(is_integral)
 MSL_TRAIT(is_floating_point)
@@ -259,61 +186,39 @@ MSL_TRAIT(is_pointer)
 MSL_TRAIT(is_reference)
 MSL_TRAIT(is_array)
 #undef MSL_TRAIT
-template <class A, class B>
-struct is_base_of : bool_constant<is_base_of_v<A, B>> {};
-template <class... B>
-constexpr bool conjunction_v = (B::value && ...);
-template <class... B>
-constexpr bool disjunction_v = (B::value || ...);
-template <class... B>
-struct _conjunction : bool_constant<conjunction_v<B...>> {};
-template <class... B>
-struct _disjunction : bool_constant<disjunction_v<B...>> {};
-template <class B>
-struct _negation : bool_constant<!B::value> {};
-template <class... B>
-using conjunction = _conjunction<B...>;
-template <class... B>
-using disjunction = _disjunction<B...>;
-template <class B>
-using negation = _negation<B>;
+template <class A, class B> struct is_base_of : bool_constant<is_base_of_v<A, B>> {};
+template <class... B> constexpr bool conjunction_v = (B::value && ...);
+template <class... B> constexpr bool disjunction_v = (B::value || ...);
+template <class... B> struct _conjunction : bool_constant<conjunction_v<B...>> {};
+template <class... B> struct _disjunction : bool_constant<disjunction_v<B...>> {};
+template <class B> struct _negation : bool_constant<!B::value> {};
+template <class... B> using conjunction = _conjunction<B...>;
+template <class... B> using disjunction = _disjunction<B...>;
+template <class B> using negation = _negation<B>;
 
 namespace msl_ {
-template <int Size>
-struct sized;
-template <>
-struct sized<1> {
+template <int Size> struct sized;
+template <> struct sized<1> {
     using i = signed char;
     using u = unsigned char;
 };
-template <>
-struct sized<2> {
+template <> struct sized<2> {
     using i = short;
     using u = unsigned short;
 };
-template <>
-struct sized<4> {
+template <> struct sized<4> {
     using i = int;
     using u = unsigned int;
 };
-template <>
-struct sized<8> {
+template <> struct sized<8> {
     using i = long;
     using u = unsigned long;
 };
-}  // namespace msl_
-template <class T>
-using make_unsigned_t = typename msl_::sized<sizeof(T)>::u;
-template <class T>
-using make_signed_t = typename msl_::sized<sizeof(T)>::i;
-template <class T>
-struct make_unsigned {
-    using type = make_unsigned_t<T>;
-};
-template <class T>
-struct make_signed {
-    using type = make_signed_t<T>;
-};
+} // namespace msl_
+template <class T> using make_unsigned_t = typename msl_::sized<sizeof(T)>::u;
+template <class T> using make_signed_t = typename msl_::sized<sizeof(T)>::i;
+template <class T> struct make_unsigned { using type = make_unsigned_t<T>; };
+template <class T> struct make_signed { using type = make_signed_t<T>; };
 
 // ---- as_type
 
@@ -325,14 +230,13 @@ MSL_FN void copy(void *to, const void *from, size_t bytes) {
     __builtin_memcpy(to, from, bytes);
 #endif
 }
-}  // namespace msl_
+} // namespace msl_
 
-template <class To, class From>
-MSL_FN constexpr To as_type(const From &x) {
+template <class To, class From> MSL_FN constexpr To as_type(const From &x) {
     static_assert(sizeof(To) == sizeof(From), "as_type: the types differ in size");
     if constexpr (__is_trivially_copyable(To) && __is_trivially_copyable(From)) {
         return __builtin_bit_cast(To, x);
-    } else {  // vectors: swizzles among their members make their assignment their own
+    } else { // vectors: swizzles among their members make their assignment their own
         To to;
         msl_::copy(&to, &x, sizeof to);
         return to;
@@ -393,7 +297,7 @@ MSL_FN ushort float_to_bfloat_bits_gpu(float f) {
 MSL_FN ushort float_to_bfloat_bits_gpu(float f) { return ushort(float_to_bfloat_bits(f)); }
 #endif
 #endif
-}  // namespace msl_
+} // namespace msl_
 
 struct half;
 struct bfloat;
@@ -403,71 +307,53 @@ MSL_SCALAR(bfloat, 3, true)
 #undef MSL_SCALAR
 
 // The type of a 16-bit operand H with an arithmetic operand A: H with integers, float with floats and with the other 16-bit type.
-template <class H, class A, int Kind = scalar<A>::kind>
-struct arithmetic_with {};
-template <class H, class A>
-struct arithmetic_with<H, A, 1> {
-    using type = H;
-};
-template <class H, class A>
-struct arithmetic_with<H, A, 2> {
-    using type = H;
-};
-template <class H, class A>
-struct arithmetic_with<H, A, 3> {
-    using type = float;
-};
-template <class H>
-struct arithmetic_with<H, H, 3> {};
-template <class H, class A>
-using with = typename arithmetic_with<H, A>::type;
-template <class A>
-using if_integral = enable_if_t<scalar<A>::kind == 1 || scalar<A>::kind == 2>;
-template <class A>
-using if_not_16_bit = enable_if_t<scalar<A>::kind != 3 || sizeof(A) != 2>;
-}  // namespace msl_
+template <class H, class A, int Kind = scalar<A>::kind> struct arithmetic_with {};
+template <class H, class A> struct arithmetic_with<H, A, 1> { using type = H; };
+template <class H, class A> struct arithmetic_with<H, A, 2> { using type = H; };
+template <class H, class A> struct arithmetic_with<H, A, 3> { using type = float; };
+template <class H> struct arithmetic_with<H, H, 3> {};
+template <class H, class A> using with = typename arithmetic_with<H, A>::type;
+template <class A> using if_integral = enable_if_t<scalar<A>::kind == 1 || scalar<A>::kind == 2>;
+template <class A> using if_not_16_bit = enable_if_t<scalar<A>::kind != 3 || sizeof(A) != 2>;
+} // namespace msl_
 
-#define MSL_16_BIT_OP(H, op)                                                                                          \
-    friend MSL_FN constexpr H operator op(H a, H b) { return H(float(a) op float(b)); }                               \
-    template <class A>                                                                                                \
-    friend MSL_FN constexpr msl_::with<H, A> operator op(H a, A b) {                                                  \
-        return msl_::with<H, A>(float(a) op float(b));                                                                \
-    }                                                                                                                 \
-    template <class A, class = msl_::if_not_16_bit<A>>                                                                \
-    friend MSL_FN constexpr msl_::with<H, A> operator op(A a, H b) {                                                  \
-        return msl_::with<H, A>(float(a) op float(b));                                                                \
-    }                                                                                                                 \
-    template <class A>                                                                                                \
-    MSL_FN constexpr H &operator op##=(const A &b) {                                                                  \
-        return *this = H(float(*this) op float(b));                                                                   \
-    }
+#define MSL_16_BIT_OP(H, op)                                                            \
+    friend MSL_FN constexpr H operator op(H a, H b) { return H(float(a) op float(b)); } \
+    template <class A> friend MSL_FN constexpr msl_::with<H, A> operator op(H a, A b) { \
+        return msl_::with<H, A>(float(a) op float(b));                                  \
+    }                                                                                   \
+    template <class A, class = msl_::if_not_16_bit<A>>                                  \
+    friend MSL_FN constexpr msl_::with<H, A> operator op(A a, H b) {                    \
+        return msl_::with<H, A>(float(a) op float(b));                                  \
+    }                                                                                   \
+    template <class A> MSL_FN constexpr H &operator op##=(const A &b) { return *this = H(float(*this) op float(b)); }
 
 // Comparisons are those of float, by conversion.
-#define MSL_16_BIT_CLASS(H)                                                                                           \
-    ushort bits;                                                                                                      \
-    H() = default;                                                                                                    \
-    template <class A, class = enable_if_t<(msl_::scalar<A>::kind > 0) && !is_same_v<A, H>>>                          \
-    MSL_FN constexpr H(A x) : H(float(x)) {}                                                                          \
-    MSL_16_BIT_OP(H, +)                                                                                               \
-    MSL_16_BIT_OP(H, -)                                                                                               \
-    MSL_16_BIT_OP(H, *)                                                                                               \
-    MSL_16_BIT_OP(H, /)                                                                                               \
-    friend MSL_FN constexpr H operator-(H a) {                                                                        \
-        a.bits ^= 0x8000u;                                                                                            \
-        return a;                                                                                                     \
-    }                                                                                                                 \
-    friend MSL_FN constexpr H operator+(H a) { return a; }                                                            \
-    MSL_FN constexpr H &operator++() { return *this = H(float(*this) + 1.0f); }                                       \
-    MSL_FN constexpr H &operator--() { return *this = H(float(*this) - 1.0f); }                                       \
-    MSL_FN constexpr H operator++(int) {                                                                              \
-        H old = *this;                                                                                                \
-        ++*this;                                                                                                      \
-        return old;                                                                                                   \
-    }                                                                                                                 \
-    MSL_FN constexpr H operator--(int) {                                                                              \
-        H old = *this;                                                                                                \
-        --*this;                                                                                                      \
-        return old;                                                                                                   \
+#define MSL_16_BIT_CLASS(H)                                                                  \
+    ushort bits;                                                                             \
+    H() = default;                                                                           \
+    template <class A, class = enable_if_t<(msl_::scalar<A>::kind > 0) && !is_same_v<A, H>>> \
+    MSL_FN constexpr H(A x) : H(float(x)) {}                                                 \
+    MSL_16_BIT_OP(H, +)                                                                      \
+    MSL_16_BIT_OP(H, -)                                                                      \
+    MSL_16_BIT_OP(H, *)                                                                      \
+    MSL_16_BIT_OP(H, /)                                                                      \
+    friend MSL_FN constexpr H operator-(H a) {                                               \
+        a.bits ^= 0x8000u;                                                                   \
+        return a;                                                                            \
+    }                                                                                        \
+    friend MSL_FN constexpr H operator+(H a) { return a; }                                   \
+    MSL_FN constexpr H &operator++() { return *this = H(float(*this) + 1.0f); }              \
+    MSL_FN constexpr H &operator--() { return *this = H(float(*this) - 1.0f); }              \
+    MSL_FN constexpr H operator++(int) {                                                     \
+        H old = *this;                                                                       \
+        ++*this;                                                                             \
+        return old;                                                                          \
+    }                                                                                        \
+    MSL_FN constexpr H operator--(int) {                                                     \
+        H old = *this;                                                                       \
+        --*this;                                                                             \
+        return old;                                                                          \
     }
 
 #if MSL_GPU
@@ -491,6 +377,11 @@ struct bfloat {
     MSL_FN constexpr operator float() const { return msl_::float_of(uint(bits) << 16); }
     MSL_16_BIT_CLASS(bfloat)
 };
+// 1.0h, 1.0bf
+constexpr half operator""h(long double x) { return half(float(x)); }
+constexpr half operator"" H(long double x) { return half(float(x)); }
+constexpr bfloat operator"" bf(long double x) { return bfloat(float(x)); }
+constexpr bfloat operator"" BF(long double x) { return bfloat(float(x)); }
 #undef MSL_16_BIT_CLASS
 #undef MSL_16_BIT_OP
 #undef MSL_16_BIT
@@ -498,42 +389,29 @@ struct bfloat {
 // `c ? h : 0` and `c ? h : 0.0f` are ambiguous with a class that converts both ways. The generated source wraps both arms of a
 // conditional in arm(), which gives a half a type that integers convert to and that converts to float: what C does.
 namespace msl_ {
-template <class H>
-struct arm {
+template <class H> struct arm {
     H value;
     MSL_FN constexpr arm(H h) : value(h) {}
-    template <class A, class = if_integral<A>>
-    MSL_FN constexpr arm(A a) : value(a) {}
+    template <class A, class = if_integral<A>> MSL_FN constexpr arm(A a) : value(a) {}
     MSL_FN constexpr operator H() const { return value; }
-    template <class F, class = enable_if_t<is_same_v<F, float>>>
-    MSL_FN constexpr operator F() const {
-        return value;
-    }
+    template <class F, class = enable_if_t<is_same_v<F, float>>> MSL_FN constexpr operator F() const { return value; }
     template <class A, class = enable_if_t<scalar<A>::kind == 2>, class = void>
     MSL_FN constexpr explicit operator A() const {
         return A(float(value));
     }
-    template <class A>
-    MSL_FN constexpr arm &operator=(const A &a) {
+    template <class A> MSL_FN constexpr arm &operator=(const A &a) {
         value = H(a);
         return *this;
     }
-#define MSL_ARM_OP(op)                                                                                                \
-    friend MSL_FN constexpr H operator op(arm a, arm b) { return a.value op b.value; }                                \
-    friend MSL_FN constexpr H operator op(arm a, H b) { return a.value op b; }                                        \
-    friend MSL_FN constexpr H operator op(H a, arm b) { return a op b.value; }                                        \
-    template <class A>                                                                                                \
-    friend MSL_FN constexpr with<H, A> operator op(arm a, A b) {                                                      \
-        return a.value op b;                                                                                          \
-    }                                                                                                                 \
-    template <class A>                                                                                                \
-    friend MSL_FN constexpr with<H, A> operator op(A a, arm b) {                                                      \
-        return a op b.value;                                                                                          \
-    }                                                                                                                 \
-    template <class A>                                                                                                \
-    MSL_FN constexpr arm &operator op##=(const A &a) {                                                                \
-        value = H(value op a);                                                                                               \
-        return *this;                                                                                                 \
+#define MSL_ARM_OP(op)                                                                                     \
+    friend MSL_FN constexpr H operator op(arm a, arm b) { return a.value op b.value; }                     \
+    friend MSL_FN constexpr H operator op(arm a, H b) { return a.value op b; }                             \
+    friend MSL_FN constexpr H operator op(H a, arm b) { return a op b.value; }                             \
+    template <class A> friend MSL_FN constexpr with<H, A> operator op(arm a, A b) { return a.value op b; } \
+    template <class A> friend MSL_FN constexpr with<H, A> operator op(A a, arm b) { return a op b.value; } \
+    template <class A> MSL_FN constexpr arm &operator op##=(const A &a) {                                  \
+        value = H(value op a);                                                                             \
+        return *this;                                                                                      \
     }
     MSL_ARM_OP(+)
     MSL_ARM_OP(-)
@@ -542,18 +420,14 @@ struct arm {
 #undef MSL_ARM_OP
     friend MSL_FN constexpr H operator-(arm a) { return -a.value; }
 };
-}  // namespace msl_
-template <class T>
-MSL_FN constexpr T arm(T &&x) {
-    return static_cast<T &&>(x);
-}
+} // namespace msl_
+template <class T> MSL_FN constexpr T arm(T &&x) { return static_cast<T &&>(x); }
 MSL_FN constexpr msl_::arm<half> arm(half x) { return x; }
 MSL_FN constexpr msl_::arm<bfloat> arm(bfloat x) { return x; }
 
 // ---- limits
 
-template <class T>
-struct numeric_limits {
+template <class T> struct numeric_limits {
     static constexpr bool is_specialized = is_integral_v<T>;
     static constexpr bool is_signed = is_signed_v<T>;
     static constexpr bool is_integer = true;
@@ -571,32 +445,30 @@ struct numeric_limits {
     static MSL_FN constexpr T quiet_NaN() { return T(0); }
     static MSL_FN constexpr T denorm_min() { return T(0); }
 };
-template <class T>
-struct numeric_limits<const T> : numeric_limits<T> {};
-#define MSL_FLOAT_LIMITS(T, U, Digits, MinExponent, Min, Max, Epsilon, Inf, NaN)                                      \
-    template <>                                                                                                       \
-    struct numeric_limits<T> {                                                                                        \
-        static constexpr bool is_specialized = true;                                                                  \
-        static constexpr bool is_signed = true;                                                                       \
-        static constexpr bool is_integer = false;                                                                     \
-        static constexpr bool is_exact = false;                                                                       \
-        static constexpr bool has_infinity = true;                                                                    \
-        static constexpr bool has_quiet_NaN = true;                                                                   \
-        static constexpr int radix = 2;                                                                               \
-        static constexpr int digits = Digits;                                                                         \
-        static constexpr int digits10 = (Digits - 1) * 3 / 10;                                                        \
-        static constexpr int max_digits10 = 2 + Digits * 3 / 10;                                                      \
-        static constexpr int min_exponent = MinExponent;                                                              \
-        static constexpr int max_exponent = 3 - MinExponent;                                                          \
-        static MSL_FN constexpr T min() { return as_type<T>(U(Min)); }                                                \
-        static MSL_FN constexpr T max() { return as_type<T>(U(Max)); }                                                \
-        static MSL_FN constexpr T lowest() { return -max(); }                                                         \
-        static MSL_FN constexpr T epsilon() { return as_type<T>(U(Epsilon)); }                                        \
-        static MSL_FN constexpr T round_error() { return T(0.5f); }                                                   \
-        static MSL_FN constexpr T infinity() { return as_type<T>(U(Inf)); }                                           \
-        static MSL_FN constexpr T quiet_NaN() { return as_type<T>(U(NaN)); }                                          \
-        static MSL_FN constexpr T signaling_NaN() { return as_type<T>(U((Inf) + 1)); }                                \
-        static MSL_FN constexpr T denorm_min() { return as_type<T>(U(1)); }                                           \
+template <class T> struct numeric_limits<const T> : numeric_limits<T> {};
+#define MSL_FLOAT_LIMITS(T, U, Digits, MinExponent, Min, Max, Epsilon, Inf, NaN)       \
+    template <> struct numeric_limits<T> {                                             \
+        static constexpr bool is_specialized = true;                                   \
+        static constexpr bool is_signed = true;                                        \
+        static constexpr bool is_integer = false;                                      \
+        static constexpr bool is_exact = false;                                        \
+        static constexpr bool has_infinity = true;                                     \
+        static constexpr bool has_quiet_NaN = true;                                    \
+        static constexpr int radix = 2;                                                \
+        static constexpr int digits = Digits;                                          \
+        static constexpr int digits10 = (Digits - 1) * 3 / 10;                         \
+        static constexpr int max_digits10 = 2 + Digits * 3 / 10;                       \
+        static constexpr int min_exponent = MinExponent;                               \
+        static constexpr int max_exponent = 3 - MinExponent;                           \
+        static MSL_FN constexpr T min() { return as_type<T>(U(Min)); }                 \
+        static MSL_FN constexpr T max() { return as_type<T>(U(Max)); }                 \
+        static MSL_FN constexpr T lowest() { return -max(); }                          \
+        static MSL_FN constexpr T epsilon() { return as_type<T>(U(Epsilon)); }         \
+        static MSL_FN constexpr T round_error() { return T(0.5f); }                    \
+        static MSL_FN constexpr T infinity() { return as_type<T>(U(Inf)); }            \
+        static MSL_FN constexpr T quiet_NaN() { return as_type<T>(U(NaN)); }           \
+        static MSL_FN constexpr T signaling_NaN() { return as_type<T>(U((Inf) + 1)); } \
+        static MSL_FN constexpr T denorm_min() { return as_type<T>(U(1)); }            \
     };
 MSL_FLOAT_LIMITS(float, uint, 24, -125, 0x00800000, 0x7f7fffff, 0x34000000, 0x7f800000, 0x7fc00000)
 MSL_FLOAT_LIMITS(half, ushort, 11, -13, 0x0400, 0x7bff, 0x1400, 0x7c00, 0x7e00)
@@ -605,8 +477,7 @@ MSL_FLOAT_LIMITS(bfloat, ushort, 8, -125, 0x0080, 0x7f7f, 0x3c00, 0x7f80, 0x7fc0
 
 // ---- array, thread scopes and other names of the standard library
 
-template <class T, size_t N>
-struct array {
+template <class T, size_t N> struct array {
     T data_[N];
     MSL_FN constexpr T &operator[](size_t i) { return data_[i]; }
     MSL_FN constexpr const T &operator[](size_t i) const { return data_[i]; }
@@ -619,84 +490,83 @@ struct array {
     static MSL_FN constexpr size_t size() { return N; }
 };
 
-template <class T>
-MSL_FN constexpr void swap(T &a, T &b) {
+template <class T> MSL_FN constexpr void swap(T &a, T &b) {
     T old = a;
     a = b;
     b = old;
 }
 
-}  // namespace metal
+} // namespace metal
 
-#define CHAR_BIT 8
-#define SCHAR_MAX 127
-#define SCHAR_MIN (-128)
-#define CHAR_MAX 127
-#define CHAR_MIN (-128)
-#define UCHAR_MAX 255
-#define SHRT_MAX 32767
-#define SHRT_MIN (-32768)
-#define USHRT_MAX 65535
-#define INT_MAX 2147483647
-#define INT_MIN (-2147483647 - 1)
-#define UINT_MAX 4294967295u
-#define LONG_MAX 9223372036854775807l
-#define LONG_MIN (-9223372036854775807l - 1)
-#define ULONG_MAX 18446744073709551615ul
-#define INFINITY (metal::numeric_limits<float>::infinity())
-#define NAN (metal::numeric_limits<float>::quiet_NaN())
-#define HUGE_VALF INFINITY
-#define HUGE_VALH (metal::numeric_limits<metal::half>::infinity())
-#define MAXFLOAT 0x1.fffffep127f
-#define FLT_MAX 0x1.fffffep127f
-#define FLT_MIN 0x1p-126f
-#define FLT_EPSILON 0x1p-23f
-#define FLT_DIG 6
-#define FLT_MANT_DIG 24
-#define FLT_RADIX 2
-#define FLT_MAX_EXP 128
-#define FLT_MIN_EXP (-125)
+#define CHAR_BIT       8
+#define SCHAR_MAX      127
+#define SCHAR_MIN      (-128)
+#define CHAR_MAX       127
+#define CHAR_MIN       (-128)
+#define UCHAR_MAX      255
+#define SHRT_MAX       32767
+#define SHRT_MIN       (-32768)
+#define USHRT_MAX      65535
+#define INT_MAX        2147483647
+#define INT_MIN        (-2147483647 - 1)
+#define UINT_MAX       4294967295u
+#define LONG_MAX       9223372036854775807l
+#define LONG_MIN       (-9223372036854775807l - 1)
+#define ULONG_MAX      18446744073709551615ul
+#define INFINITY       (metal::numeric_limits<float>::infinity())
+#define NAN            (metal::numeric_limits<float>::quiet_NaN())
+#define HUGE_VALF      INFINITY
+#define HUGE_VALH      (metal::numeric_limits<metal::half>::infinity())
+#define MAXFLOAT       0x1.fffffep127f
+#define FLT_MAX        0x1.fffffep127f
+#define FLT_MIN        0x1p-126f
+#define FLT_EPSILON    0x1p-23f
+#define FLT_DIG        6
+#define FLT_MANT_DIG   24
+#define FLT_RADIX      2
+#define FLT_MAX_EXP    128
+#define FLT_MIN_EXP    (-125)
 #define FLT_MAX_10_EXP 38
 #define FLT_MIN_10_EXP (-37)
-#define MAXHALF metal::half(0x1.ffcp15f)
-#define HALF_MAX metal::half(0x1.ffcp15f)
-#define HALF_MIN metal::half(0x1p-14f)
-#define HALF_EPSILON metal::half(0x1p-10f)
-#define HALF_DIG 3
-#define HALF_MANT_DIG 11
-#define HALF_RADIX 2
-#define HALF_MAX_EXP 16
-#define HALF_MIN_EXP (-13)
-#define M_E_F 2.71828182845904523536f
-#define M_LOG2E_F 1.44269504088896340736f
-#define M_LOG10E_F 0.434294481903251827651f
-#define M_LN2_F 0.693147180559945309417f
-#define M_LN10_F 2.30258509299404568402f
-#define M_PI_F 3.14159265358979323846f
-#define M_PI_2_F 1.57079632679489661923f
-#define M_PI_4_F 0.785398163397448309616f
-#define M_1_PI_F 0.318309886183790671538f
-#define M_2_PI_F 0.636619772367581343076f
-#define M_2_SQRTPI_F 1.12837916709551257390f
-#define M_SQRT2_F 1.41421356237309504880f
-#define M_SQRT1_2_F 0.707106781186547524401f
-#define M_E_H metal::half(M_E_F)
-#define M_LOG2E_H metal::half(M_LOG2E_F)
-#define M_LOG10E_H metal::half(M_LOG10E_F)
-#define M_LN2_H metal::half(M_LN2_F)
-#define M_LN10_H metal::half(M_LN10_F)
-#define M_PI_H metal::half(M_PI_F)
-#define M_PI_2_H metal::half(M_PI_2_F)
-#define M_PI_4_H metal::half(M_PI_4_F)
-#define M_1_PI_H metal::half(M_1_PI_F)
-#define M_2_PI_H metal::half(M_2_PI_F)
-#define M_2_SQRTPI_H metal::half(M_2_SQRTPI_F)
-#define M_SQRT2_H metal::half(M_SQRT2_F)
-#define M_SQRT1_2_H metal::half(M_SQRT1_2_F)
+#define MAXHALF        metal::half(0x1.ffcp15f)
+#define HALF_MAX       metal::half(0x1.ffcp15f)
+#define HALF_MIN       metal::half(0x1p-14f)
+#define HALF_EPSILON   metal::half(0x1p-10f)
+#define HALF_DIG       3
+#define HALF_MANT_DIG  11
+#define HALF_RADIX     2
+#define HALF_MAX_EXP   16
+#define HALF_MIN_EXP   (-13)
+#define M_E_F          2.71828182845904523536f
+#define M_LOG2E_F      1.44269504088896340736f
+#define M_LOG10E_F     0.434294481903251827651f
+#define M_LN2_F        0.693147180559945309417f
+#define M_LN10_F       2.30258509299404568402f
+#define M_PI_F         3.14159265358979323846f
+#define M_PI_2_F       1.57079632679489661923f
+#define M_PI_4_F       0.785398163397448309616f
+#define M_1_PI_F       0.318309886183790671538f
+#define M_2_PI_F       0.636619772367581343076f
+#define M_2_SQRTPI_F   1.12837916709551257390f
+#define M_SQRT2_F      1.41421356237309504880f
+#define M_SQRT1_2_F    0.707106781186547524401f
+#define M_E_H          metal::half(M_E_F)
+#define M_LOG2E_H      metal::half(M_LOG2E_F)
+#define M_LOG10E_H     metal::half(M_LOG10E_F)
+#define M_LN2_H        metal::half(M_LN2_F)
+#define M_LN10_H       metal::half(M_LN10_F)
+#define M_PI_H         metal::half(M_PI_F)
+#define M_PI_2_H       metal::half(M_PI_2_F)
+#define M_PI_4_H       metal::half(M_PI_4_F)
+#define M_1_PI_H       metal::half(M_1_PI_F)
+#define M_2_PI_H       metal::half(M_2_PI_F)
+#define M_2_SQRTPI_H   metal::half(M_2_SQRTPI_F)
+#define M_SQRT2_H      metal::half(M_SQRT2_F)
+#define M_SQRT1_2_H    metal::half(M_SQRT1_2_F)
 // C's names, which MSL has not but kernels use.
-#define M_PI M_PI_F
-#define M_E M_E_F
-#define M_LN2 M_LN2_F
-#define M_LOG2E M_LOG2E_F
-#define M_SQRT2 M_SQRT2_F
+#define M_PI      M_PI_F
+#define M_E       M_E_F
+#define M_LN2     M_LN2_F
+#define M_LOG2E   M_LOG2E_F
+#define M_SQRT2   M_SQRT2_F
 #define M_SQRT1_2 M_SQRT1_2_F

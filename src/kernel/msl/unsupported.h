@@ -2,26 +2,23 @@
 namespace metal {
 
 #if MSL_GPU
-#define MSL_UNSUPPORTED_TYPE(name, what)                                                                              \
-    struct name {                                                                                                     \
-        template <class... A>                                                                                         \
-        name(A...) {                                                                                                  \
-            static_assert(sizeof...(A) > 99, what " are not supported in custom kernels");                            \
-        }                                                                                                             \
+#define MSL_UNSUPPORTED_TYPE(name, what)                                                   \
+    struct name {                                                                          \
+        template <class... A> name(A...) {                                                 \
+            static_assert(sizeof...(A) > 99, what " are not supported in custom kernels"); \
+        }                                                                                  \
     };
 #else
-#define MSL_UNSUPPORTED_TYPE(name, what)                                                                              \
+#define MSL_UNSUPPORTED_TYPE(name, what) \
     struct __attribute__((unavailable(what " are not supported in custom kernels"))) name {};
 #endif
 namespace msl_ {
-template <class...>
-constexpr bool never = false;
+template <class...> constexpr bool never = false;
 }
 enum class access { sample, read, write, read_write };
-#define MSL_UNSUPPORTED(name, what)                                                                                   \
-    template <class T, access A = access::sample>                                                                     \
-    struct name {                                                                                                     \
-        static_assert(msl_::never<T>, what " are not supported in custom kernels");                                   \
+#define MSL_UNSUPPORTED(name, what)                                                 \
+    template <class T, access A = access::sample> struct name {                     \
+        static_assert(msl_::never<T>, what " are not supported in custom kernels"); \
     };
 MSL_UNSUPPORTED(texture1d, "textures")
 MSL_UNSUPPORTED(texture1d_array, "textures")
@@ -41,33 +38,28 @@ MSL_UNSUPPORTED_TYPE(command_buffer, "indirect command buffers")
 MSL_UNSUPPORTED_TYPE(render_command, "indirect command buffers")
 MSL_UNSUPPORTED_TYPE(compute_command, "indirect command buffers")
 namespace raytracing {
-template <class... A>
-struct intersector {
+template <class... A> struct intersector {
     static_assert(sizeof...(A) > 99, "ray tracing is not supported in custom kernels");
 };
-template <class... A>
-struct acceleration_structure {
+template <class... A> struct acceleration_structure {
     static_assert(sizeof...(A) > 99, "ray tracing is not supported in custom kernels");
 };
-template <class... A>
-struct intersection_function_table {
+template <class... A> struct intersection_function_table {
     static_assert(sizeof...(A) > 99, "ray tracing is not supported in custom kernels");
 };
 MSL_UNSUPPORTED_TYPE(ray, "ray tracing types")
-}  // namespace raytracing
-template <class... A>
-struct tensor {
+} // namespace raytracing
+template <class... A> struct tensor {
     static_assert(sizeof...(A) > 99, "tensors are not supported in custom kernels");
 };
 namespace tensor_ops {
 struct matmul2d_descriptor {
-    template <class... A>
-    constexpr matmul2d_descriptor(A...) {
+    template <class... A> constexpr matmul2d_descriptor(A...) {
         static_assert(sizeof...(A) > 99, "tensor operations are not supported in custom kernels");
     }
 };
-}  // namespace tensor_ops
+} // namespace tensor_ops
 #undef MSL_UNSUPPORTED
 #undef MSL_UNSUPPORTED_TYPE
 
-}  // namespace metal
+} // namespace metal

@@ -11,18 +11,14 @@
 
 namespace metal {
 
-template <class T, int N>
-struct vec;
-template <class V>
-struct packed_vec;
+template <class T, int N> struct vec;
+template <class V> struct packed_vec;
 
 namespace msl_ {
-template <class... A>
-using if_scalars = enable_if_t<((scalar<A>::kind > 0) && ...)>;
+template <class... A> using if_scalars = enable_if_t<((scalar<A>::kind > 0) && ...)>;
 
 // Components I of the Width elements that this member of a union overlays, as a value of type V.
-template <class V, class T, int Width, int... I>
-struct swizzle {
+template <class V, class T, int Width, int... I> struct swizzle {
     T e[Width];
     MSL_FN constexpr operator V() const { return V(e[I]...); }
     MSL_FN void operator=(const swizzle &s) { set(s); }
@@ -39,11 +35,8 @@ struct swizzle {
         int i = 0;
         ((e[I] = v[i++]), ...);
     }
-#define MSL_SWIZZLE_OP(op)                                                                                            \
-    template <class A>                                                                                                \
-    MSL_FN void operator op##=(const A &a) {                                                                          \
-        set(V(*this) op a);                                                                                           \
-    }
+#define MSL_SWIZZLE_OP(op) \
+    template <class A> MSL_FN void operator op##=(const A &a) { set(V(*this) op a); }
     MSL_SWIZZLE_OP(+)
     MSL_SWIZZLE_OP(-)
     MSL_SWIZZLE_OP(*)
@@ -56,96 +49,88 @@ struct swizzle {
     MSL_SWIZZLE_OP(>>)
 #undef MSL_SWIZZLE_OP
 };
-}  // namespace msl_
+} // namespace msl_
 
-#define MSL_S2(name, ...) msl_::swizzle<vec<T, 2>, T, MSL_WIDTH, __VA_ARGS__> name;
-#define MSL_S3(name, ...) msl_::swizzle<vec<T, 3>, T, MSL_WIDTH, __VA_ARGS__> name;
-#define MSL_S4(name, ...) msl_::swizzle<vec<T, 4>, T, MSL_WIDTH, __VA_ARGS__> name;
+#define MSL_S2(name, ...)     msl_::swizzle<vec<T, 2>, T, MSL_WIDTH, __VA_ARGS__> name;
+#define MSL_S3(name, ...)     msl_::swizzle<vec<T, 3>, T, MSL_WIDTH, __VA_ARGS__> name;
+#define MSL_S4(name, ...)     msl_::swizzle<vec<T, 4>, T, MSL_WIDTH, __VA_ARGS__> name;
 
-#define MSL_BINARY(T, op, c) T(a.c op b.c)
-#define MSL_UNARY(T, op, c) T(op a.c)
+#define MSL_BINARY(T, op, c)  T(a.c op b.c)
+#define MSL_UNARY(T, op, c)   T(op a.c)
 #define MSL_CONVERT(T, op, c) T(b.c)
-#define MSL_EACH_2(T, F, op) F(T, op, x), F(T, op, y)
-#define MSL_EACH_3(T, F, op) F(T, op, x), F(T, op, y), F(T, op, z)
-#define MSL_EACH_4(T, F, op) F(T, op, x), F(T, op, y), F(T, op, z), F(T, op, w)
-#define MSL_ASSIGN_2 x = b.x, y = b.y
-#define MSL_ASSIGN_3 x = b.x, y = b.y, z = b.z
-#define MSL_ASSIGN_4 x = b.x, y = b.y, z = b.z, w = b.w
-#define MSL_AT_2 (__builtin_is_constant_evaluated() ? (i == 0 ? x : y) : e[i])
-#define MSL_AT_3 (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : z) : e[i])
-#define MSL_AT_4 (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : i == 2 ? z : w) : e[i])
+#define MSL_EACH_2(T, F, op)  F(T, op, x), F(T, op, y)
+#define MSL_EACH_3(T, F, op)  F(T, op, x), F(T, op, y), F(T, op, z)
+#define MSL_EACH_4(T, F, op)  F(T, op, x), F(T, op, y), F(T, op, z), F(T, op, w)
+#define MSL_ASSIGN_2          x = b.x, y = b.y
+#define MSL_ASSIGN_3          x = b.x, y = b.y, z = b.z
+#define MSL_ASSIGN_4          x = b.x, y = b.y, z = b.z, w = b.w
+#define MSL_AT_2              (__builtin_is_constant_evaluated() ? (i == 0 ? x : y) : e[i])
+#define MSL_AT_3              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : z) : e[i])
+#define MSL_AT_4              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : i == 2 ? z : w) : e[i])
 
-#define MSL_VEC_ARITHMETIC(EACH, op)                                                                                  \
-    friend MSL_FN constexpr vec operator op(const vec &a, const vec &b) { return vec(EACH(T, MSL_BINARY, op)); }          \
-    friend MSL_FN constexpr vec operator op(const vec &a, T b) { return a op vec(b); }                                \
-    friend MSL_FN constexpr vec operator op(T a, const vec &b) { return vec(a) op b; }                                \
-    template <class A>                                                                                                \
-    MSL_FN constexpr vec &operator op##=(const A &b) {                                                                \
-        return *this = *this op b;                                                                                    \
-    }
-#define MSL_VEC_COMPARISON(N, EACH, op)                                                                               \
-    friend MSL_FN constexpr vec<bool, N> operator op(const vec &a, const vec &b) {                                    \
-        return vec<bool, N>(EACH(bool, MSL_BINARY, op));                                                                  \
-    }                                                                                                                 \
-    friend MSL_FN constexpr vec<bool, N> operator op(const vec &a, T b) { return a op vec(b); }                       \
+#define MSL_VEC_ARITHMETIC(EACH, op)                                                                             \
+    friend MSL_FN constexpr vec operator op(const vec &a, const vec &b) { return vec(EACH(T, MSL_BINARY, op)); } \
+    friend MSL_FN constexpr vec operator op(const vec &a, T b) { return a op vec(b); }                           \
+    friend MSL_FN constexpr vec operator op(T a, const vec &b) { return vec(a) op b; }                           \
+    template <class A> MSL_FN constexpr vec &operator op##=(const A &b) { return *this = *this op b; }
+#define MSL_VEC_COMPARISON(N, EACH, op)                                                         \
+    friend MSL_FN constexpr vec<bool, N> operator op(const vec &a, const vec &b) {              \
+        return vec<bool, N>(EACH(bool, MSL_BINARY, op));                                        \
+    }                                                                                           \
+    friend MSL_FN constexpr vec<bool, N> operator op(const vec &a, T b) { return a op vec(b); } \
     friend MSL_FN constexpr vec<bool, N> operator op(T a, const vec &b) { return vec(a) op b; }
-#define MSL_VEC_COMMON(N, EACH)                                                                                       \
-    using scalar_type = T;                                                                                            \
-    static constexpr int width = N;                                                                                   \
-    vec() = default;                                                                                                  \
-    constexpr vec(const vec &) = default;                                                                             \
-    MSL_FN constexpr vec &operator=(const vec &b) {                                                                   \
-        if (__builtin_is_constant_evaluated())                                                                        \
-            MSL_ASSIGN_##N;                                                                                           \
-        else                                                                                                          \
-            msl_::copy(this, &b, sizeof *this);                                                                 \
-        return *this;                                                                                                 \
-    }                                                                                                                 \
-    template <class U>                                                                                                \
-    MSL_FN constexpr explicit vec(const vec<U, N> &b) : vec(EACH(T, MSL_CONVERT, )) {}                                       \
-    template <class V, class U, int W, int... I>                                                                      \
-    MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(V(b)) {}                               \
-    template <class V>                                                                                                \
-    MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(V(b)) {}                                              \
-    MSL_FN constexpr T &operator[](int i) { return e[i]; }                                                            \
-    MSL_FN constexpr T operator[](int i) const { return MSL_AT_##N; }                                                 \
-    MSL_VEC_ARITHMETIC(EACH, +)                                                                                       \
-    MSL_VEC_ARITHMETIC(EACH, -)                                                                                       \
-    MSL_VEC_ARITHMETIC(EACH, *)                                                                                       \
-    MSL_VEC_ARITHMETIC(EACH, /)                                                                                       \
-    MSL_VEC_ARITHMETIC(EACH, %)                                                                                       \
-    MSL_VEC_ARITHMETIC(EACH, &)                                                                                       \
-    MSL_VEC_ARITHMETIC(EACH, |)                                                                                       \
-    MSL_VEC_ARITHMETIC(EACH, ^)                                                                                       \
-    MSL_VEC_ARITHMETIC(EACH, <<)                                                                                      \
-    MSL_VEC_ARITHMETIC(EACH, >>)                                                                                      \
-    MSL_VEC_COMPARISON(N, EACH, ==)                                                                                   \
-    MSL_VEC_COMPARISON(N, EACH, !=)                                                                                   \
-    MSL_VEC_COMPARISON(N, EACH, <)                                                                                    \
-    MSL_VEC_COMPARISON(N, EACH, <=)                                                                                   \
-    MSL_VEC_COMPARISON(N, EACH, >)                                                                                    \
-    MSL_VEC_COMPARISON(N, EACH, >=)                                                                                   \
-    MSL_VEC_COMPARISON(N, EACH, &&)                                                                                   \
-    MSL_VEC_COMPARISON(N, EACH, ||)                                                                                   \
-    friend MSL_FN constexpr vec operator-(const vec &a) { return vec(EACH(T, MSL_UNARY, -)); }                             \
-    friend MSL_FN constexpr vec operator+(const vec &a) { return a; }                                                 \
-    friend MSL_FN constexpr vec operator~(const vec &a) { return vec(EACH(T, MSL_UNARY, ~)); }                             \
-    friend MSL_FN constexpr vec<bool, N> operator!(const vec &a) { return vec<bool, N>(EACH(bool, MSL_UNARY, !)); }        \
-    MSL_FN constexpr vec &operator++() { return *this = *this + T(1); }                                               \
-    MSL_FN constexpr vec &operator--() { return *this = *this - T(1); }                                               \
-    MSL_FN constexpr vec operator++(int) {                                                                            \
-        vec old = *this;                                                                                              \
-        ++*this;                                                                                                      \
-        return old;                                                                                                   \
-    }                                                                                                                 \
-    MSL_FN constexpr vec operator--(int) {                                                                            \
-        vec old = *this;                                                                                              \
-        --*this;                                                                                                      \
-        return old;                                                                                                   \
+#define MSL_VEC_COMMON(N, EACH)                                                                                     \
+    using scalar_type = T;                                                                                          \
+    static constexpr int width = N;                                                                                 \
+    vec() = default;                                                                                                \
+    constexpr vec(const vec &) = default;                                                                           \
+    MSL_FN constexpr vec &operator=(const vec &b) {                                                                 \
+        if (__builtin_is_constant_evaluated()) MSL_ASSIGN_##N;                                                      \
+        else whole = b.whole;                                                                                       \
+        return *this;                                                                                               \
+    }                                                                                                               \
+    template <class U> MSL_FN constexpr explicit vec(const vec<U, N> &b) : vec(EACH(T, MSL_CONVERT, )) {}           \
+    template <class V, class U, int W, int... I>                                                                    \
+    MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(b.operator V()) {}                   \
+    template <class V> MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(b.operator V()) {}               \
+    MSL_FN constexpr T &operator[](int i) { return e[i]; }                                                          \
+    MSL_FN constexpr T operator[](int i) const { return MSL_AT_##N; }                                               \
+    MSL_VEC_ARITHMETIC(EACH, +)                                                                                     \
+    MSL_VEC_ARITHMETIC(EACH, -)                                                                                     \
+    MSL_VEC_ARITHMETIC(EACH, *)                                                                                     \
+    MSL_VEC_ARITHMETIC(EACH, /)                                                                                     \
+    MSL_VEC_ARITHMETIC(EACH, %)                                                                                     \
+    MSL_VEC_ARITHMETIC(EACH, &)                                                                                     \
+    MSL_VEC_ARITHMETIC(EACH, |)                                                                                     \
+    MSL_VEC_ARITHMETIC(EACH, ^)                                                                                     \
+    MSL_VEC_ARITHMETIC(EACH, <<)                                                                                    \
+    MSL_VEC_ARITHMETIC(EACH, >>)                                                                                    \
+    MSL_VEC_COMPARISON(N, EACH, ==)                                                                                 \
+    MSL_VEC_COMPARISON(N, EACH, !=)                                                                                 \
+    MSL_VEC_COMPARISON(N, EACH, <)                                                                                  \
+    MSL_VEC_COMPARISON(N, EACH, <=)                                                                                 \
+    MSL_VEC_COMPARISON(N, EACH, >)                                                                                  \
+    MSL_VEC_COMPARISON(N, EACH, >=)                                                                                 \
+    MSL_VEC_COMPARISON(N, EACH, &&)                                                                                 \
+    MSL_VEC_COMPARISON(N, EACH, ||)                                                                                 \
+    friend MSL_FN constexpr vec operator-(const vec &a) { return vec(EACH(T, MSL_UNARY, -)); }                      \
+    friend MSL_FN constexpr vec operator+(const vec &a) { return a; }                                               \
+    friend MSL_FN constexpr vec operator~(const vec &a) { return vec(EACH(T, MSL_UNARY, ~)); }                      \
+    friend MSL_FN constexpr vec<bool, N> operator!(const vec &a) { return vec<bool, N>(EACH(bool, MSL_UNARY, !)); } \
+    MSL_FN constexpr vec &operator++() { return *this = *this + T(1); }                                             \
+    MSL_FN constexpr vec &operator--() { return *this = *this - T(1); }                                             \
+    MSL_FN constexpr vec operator++(int) {                                                                          \
+        vec old = *this;                                                                                            \
+        ++*this;                                                                                                    \
+        return old;                                                                                                 \
+    }                                                                                                               \
+    MSL_FN constexpr vec operator--(int) {                                                                          \
+        vec old = *this;                                                                                            \
+        --*this;                                                                                                    \
+        return old;                                                                                                 \
     }
 
-template <class T>
-struct alignas(sizeof(T) * 2) vec<T, 2> {
+template <class T> struct alignas(sizeof(T) * 2) vec<T, 2> {
     union {
         struct {
             T x, y;
@@ -154,19 +139,20 @@ struct alignas(sizeof(T) * 2) vec<T, 2> {
             T r, g;
         };
         T e[2];
+        struct alignas(sizeof(T) * 2) {
+            T e[2];
+        } whole; // one store
 #define MSL_WIDTH 2
         MSL_SWIZZLES_2(MSL_S2, MSL_S3, MSL_S4)
 #undef MSL_WIDTH
     };
     MSL_FN constexpr vec(T s) : x(s), y(s) {}
     MSL_FN constexpr vec(T a, T b) : x(a), y(b) {}
-    template <class A, class B, class = msl_::if_scalars<A, B>>
-    MSL_FN constexpr vec(A a, B b) : x(T(a)), y(T(b)) {}
+    template <class A, class B, class = msl_::if_scalars<A, B>> MSL_FN constexpr vec(A a, B b) : x(T(a)), y(T(b)) {}
     MSL_VEC_COMMON(2, MSL_EACH_2)
 };
 
-template <class T>
-struct alignas(sizeof(T) * 4) vec<T, 3> {
+template <class T> struct alignas(sizeof(T) * 4) vec<T, 3> {
     union {
         struct {
             T x, y, z;
@@ -175,6 +161,9 @@ struct alignas(sizeof(T) * 4) vec<T, 3> {
             T r, g, b;
         };
         T e[3];
+        struct alignas(sizeof(T) * 4) {
+            T e[3];
+        } whole; // one store
 #define MSL_WIDTH 3
         MSL_SWIZZLES_3(MSL_S2, MSL_S3, MSL_S4)
 #undef MSL_WIDTH
@@ -188,8 +177,7 @@ struct alignas(sizeof(T) * 4) vec<T, 3> {
     MSL_VEC_COMMON(3, MSL_EACH_3)
 };
 
-template <class T>
-struct alignas(sizeof(T) * 4) vec<T, 4> {
+template <class T> struct alignas(sizeof(T) * 4) vec<T, 4> {
     union {
         struct {
             T x, y, z, w;
@@ -198,6 +186,9 @@ struct alignas(sizeof(T) * 4) vec<T, 4> {
             T r, g, b, a;
         };
         T e[4];
+        struct alignas(sizeof(T) * 4) {
+            T e[4];
+        } whole; // one store
 #define MSL_WIDTH 4
         MSL_SWIZZLES_4(MSL_S2, MSL_S3, MSL_S4)
 #undef MSL_WIDTH
@@ -219,10 +210,8 @@ struct alignas(sizeof(T) * 4) vec<T, 4> {
 #undef MSL_VEC_COMPARISON
 
 // Components as an array has them, aligned as one component; arithmetic is that of V.
-template <class V, class T, int N>
-struct packed_components;
-template <class V, class T>
-struct packed_components<V, T, 2> {
+template <class V, class T, int N> struct packed_components;
+template <class V, class T> struct packed_components<V, T, 2> {
     union {
         struct {
             T x, y;
@@ -239,8 +228,7 @@ struct packed_components<V, T, 2> {
     MSL_FN constexpr packed_components(const V &v) : x(v.x), y(v.y) {}
     MSL_FN constexpr operator V() const { return V(x, y); }
 };
-template <class V, class T>
-struct packed_components<V, T, 3> {
+template <class V, class T> struct packed_components<V, T, 3> {
     union {
         struct {
             T x, y, z;
@@ -257,8 +245,7 @@ struct packed_components<V, T, 3> {
     MSL_FN constexpr packed_components(const V &v) : x(v.x), y(v.y), z(v.z) {}
     MSL_FN constexpr operator V() const { return V(x, y, z); }
 };
-template <class V, class T>
-struct packed_components<V, T, 4> {
+template <class V, class T> struct packed_components<V, T, 4> {
     union {
         struct {
             T x, y, z, w;
@@ -275,8 +262,7 @@ struct packed_components<V, T, 4> {
     MSL_FN constexpr packed_components(const V &v) : x(v.x), y(v.y), z(v.z), w(v.w) {}
     MSL_FN constexpr operator V() const { return V(x, y, z, w); }
 };
-template <class V>
-struct packed_vec : packed_components<V, typename V::scalar_type, V::width> {
+template <class V> struct packed_vec : packed_components<V, typename V::scalar_type, V::width> {
     using scalar_type = typename V::scalar_type;
     static constexpr int width = V::width;
     packed_vec() = default;
@@ -290,11 +276,8 @@ struct packed_vec : packed_components<V, typename V::scalar_type, V::width> {
     }
     MSL_FN scalar_type &operator[](int i) { return this->e[i]; }
     MSL_FN scalar_type operator[](int i) const { return this->e[i]; }
-#define MSL_PACKED_OP(op)                                                                                             \
-    template <class A>                                                                                                \
-    MSL_FN packed_vec &operator op##=(const A &a) {                                                                   \
-        return *this = packed_vec(V(*this) op a);                                                                     \
-    }
+#define MSL_PACKED_OP(op) \
+    template <class A> MSL_FN packed_vec &operator op##=(const A &a) { return *this = packed_vec(V(*this) op a); }
     MSL_PACKED_OP(+)
     MSL_PACKED_OP(-)
     MSL_PACKED_OP(*)
@@ -308,12 +291,12 @@ struct packed_vec : packed_components<V, typename V::scalar_type, V::width> {
 #undef MSL_S3
 #undef MSL_S4
 
-#define MSL_VEC_NAMES(T)                                                                                              \
-    typedef vec<T, 2> T##2;                                                                                           \
-    typedef vec<T, 3> T##3;                                                                                           \
-    typedef vec<T, 4> T##4;                                                                                           \
-    typedef packed_vec<vec<T, 2>> packed_##T##2;                                                                      \
-    typedef packed_vec<vec<T, 3>> packed_##T##3;                                                                      \
+#define MSL_VEC_NAMES(T)                         \
+    typedef vec<T, 2> T##2;                      \
+    typedef vec<T, 3> T##3;                      \
+    typedef vec<T, 4> T##4;                      \
+    typedef packed_vec<vec<T, 2>> packed_##T##2; \
+    typedef packed_vec<vec<T, 3>> packed_##T##3; \
     typedef packed_vec<vec<T, 4>> packed_##T##4;
 MSL_VEC_NAMES(bool)
 MSL_VEC_NAMES(char)
@@ -329,160 +312,82 @@ MSL_VEC_NAMES(bfloat)
 MSL_VEC_NAMES(float)
 #undef MSL_VEC_NAMES
 
-template <class T>
-constexpr bool is_vector_v = false;
-template <class T, int N>
-constexpr bool is_vector_v<vec<T, N>> = true;
-template <class T>
-struct is_vector : bool_constant<is_vector_v<T>> {};
-template <class T>
-struct make_scalar {
-    using type = T;
-};
-template <class T, int N>
-struct make_scalar<vec<T, N>> {
-    using type = T;
-};
-template <class T>
-using make_scalar_t = typename make_scalar<T>::type;
+template <class T> constexpr bool is_vector_v = false;
+template <class T, int N> constexpr bool is_vector_v<vec<T, N>> = true;
+template <class T> struct is_vector : bool_constant<is_vector_v<T>> {};
+template <class T> struct make_scalar { using type = T; };
+template <class T, int N> struct make_scalar<vec<T, N>> { using type = T; };
+template <class T> using make_scalar_t = typename make_scalar<T>::type;
 
 namespace msl_ {
 // What a function's argument counts as: a scalar, or the vector that a swizzle or a packed vector stands for.
-template <class T, class = void>
-struct number {};
-template <class T>
-struct number<T, enable_if_t<(scalar<T>::kind > 0)>> {
-    using type = T;
-};
-template <class H>
-struct number<arm<H>> {
-    using type = H;
-};
-template <class T, int N>
-struct number<vec<T, N>> {
-    using type = vec<T, N>;
-};
-template <class V, class T, int W, int... I>
-struct number<swizzle<V, T, W, I...>> {
-    using type = V;
-};
-template <class V>
-struct number<packed_vec<V>> {
-    using type = V;
-};
-template <class T>
-using number_t = typename number<T>::type;
+template <class T, class = void> struct number {};
+template <class T> struct number<T, enable_if_t<(scalar<T>::kind > 0)>> { using type = T; };
+template <class H> struct number<arm<H>> { using type = H; };
+template <class T, int N> struct number<vec<T, N>> { using type = vec<T, N>; };
+template <class V, class T, int W, int... I> struct number<swizzle<V, T, W, I...>> { using type = V; };
+template <class V> struct number<packed_vec<V>> { using type = V; };
+template <class T> using number_t = typename number<T>::type;
 
 // The same for functions of floating point: integers count as float.
-template <class N>
-struct floating {
+template <class N> struct floating {
     using type = conditional_t<scalar<N>::kind == 3, conditional_t<is_same_v<N, double>, float, N>, float>;
 };
-template <class T, int N>
-struct floating<vec<T, N>> {
-    using type = vec<T, N>;
-};
-template <class T>
-using float_t = typename floating<number_t<T>>::type;
+template <class T, int N> struct floating<vec<T, N>> { using type = vec<T, N>; };
+template <class T> using float_t = typename floating<number_t<T>>::type;
 
 // The common type of several arguments: a vector beside scalars; among scalars the float there is, or C's rule.
-template <class A, class B, bool Scalars>
-struct common2 {
-    using type = decltype(A() + B());
-};
-template <class A>
-struct common2<A, A, true> {
-    using type = A;
-};
-template <class A, class B>
-struct common2<A, B, false> {};
-template <class T, int N>
-struct common2<vec<T, N>, vec<T, N>, false> {
-    using type = vec<T, N>;
-};
-template <class T, int N, class B>
-struct common2<vec<T, N>, B, false> {
-    using type = vec<T, N>;
-};
-template <class T, int N, class B>
-struct common2<B, vec<T, N>, false> {
-    using type = vec<T, N>;
-};
+template <class A, class B, bool Scalars> struct common2 { using type = decltype(A() + B()); };
+template <class A> struct common2<A, A, true> { using type = A; };
+template <class A, class B> struct common2<A, B, false> {};
+template <class T, int N> struct common2<vec<T, N>, vec<T, N>, false> { using type = vec<T, N>; };
+template <class T, int N, class B> struct common2<vec<T, N>, B, false> { using type = vec<T, N>; };
+template <class T, int N, class B> struct common2<B, vec<T, N>, false> { using type = vec<T, N>; };
 template <class A, class B>
 using common2_t = typename common2<A, B, (scalar<A>::kind > 0) && (scalar<B>::kind > 0)>::type;
-template <class A, class B>
-using common_t = common2_t<number_t<A>, number_t<B>>;
-template <class A, class B, class C>
-using common3_t = common2_t<common_t<A, B>, number_t<C>>;
-template <class A, class B>
-using common_float_t = float_t<common_t<A, B>>;
-template <class A, class B, class C>
-using common3_float_t = float_t<common3_t<A, B, C>>;
-template <class T>
-using vector_t = enable_if_t<is_vector_v<number_t<T>>, number_t<T>>;
+template <class A, class B> using common_t = common2_t<number_t<A>, number_t<B>>;
+template <class A, class B, class C> using common3_t = common2_t<common_t<A, B>, number_t<C>>;
+template <class A, class B> using common_float_t = float_t<common_t<A, B>>;
+template <class A, class B, class C> using common3_float_t = float_t<common3_t<A, B, C>>;
+template <class T> using vector_t = enable_if_t<is_vector_v<number_t<T>>, number_t<T>>;
 
 // f on each component.
-template <class R, class F, class T>
-MSL_FN constexpr R each(F f, T a) {
-    return f(a);
-}
-template <class R, class F, class T, class U>
-MSL_FN constexpr R each(F f, T a, U b) {
-    return f(a, b);
-}
-template <class R, class F, class T, class U, class V>
-MSL_FN constexpr R each(F f, T a, U b, V c) {
+template <class R, class F, class T> MSL_FN constexpr R each(F f, T a) { return f(a); }
+template <class R, class F, class T, class U> MSL_FN constexpr R each(F f, T a, U b) { return f(a, b); }
+template <class R, class F, class T, class U, class V> MSL_FN constexpr R each(F f, T a, U b, V c) {
     return f(a, b, c);
 }
-template <class R, class F, class T>
-MSL_FN constexpr R each(F f, vec<T, 2> a) {
-    return R(f(a.x), f(a.y));
-}
-template <class R, class F, class T, class U>
-MSL_FN constexpr R each(F f, vec<T, 2> a, vec<U, 2> b) {
+template <class R, class F, class T> MSL_FN constexpr R each(F f, vec<T, 2> a) { return R(f(a.x), f(a.y)); }
+template <class R, class F, class T, class U> MSL_FN constexpr R each(F f, vec<T, 2> a, vec<U, 2> b) {
     return R(f(a.x, b.x), f(a.y, b.y));
 }
 template <class R, class F, class T, class U, class V>
 MSL_FN constexpr R each(F f, vec<T, 2> a, vec<U, 2> b, vec<V, 2> c) {
     return R(f(a.x, b.x, c.x), f(a.y, b.y, c.y));
 }
-template <class R, class F, class T>
-MSL_FN constexpr R each(F f, vec<T, 3> a) {
-    return R(f(a.x), f(a.y), f(a.z));
-}
-template <class R, class F, class T, class U>
-MSL_FN constexpr R each(F f, vec<T, 3> a, vec<U, 3> b) {
+template <class R, class F, class T> MSL_FN constexpr R each(F f, vec<T, 3> a) { return R(f(a.x), f(a.y), f(a.z)); }
+template <class R, class F, class T, class U> MSL_FN constexpr R each(F f, vec<T, 3> a, vec<U, 3> b) {
     return R(f(a.x, b.x), f(a.y, b.y), f(a.z, b.z));
 }
 template <class R, class F, class T, class U, class V>
 MSL_FN constexpr R each(F f, vec<T, 3> a, vec<U, 3> b, vec<V, 3> c) {
     return R(f(a.x, b.x, c.x), f(a.y, b.y, c.y), f(a.z, b.z, c.z));
 }
-template <class R, class F, class T>
-MSL_FN constexpr R each(F f, vec<T, 4> a) {
+template <class R, class F, class T> MSL_FN constexpr R each(F f, vec<T, 4> a) {
     return R(f(a.x), f(a.y), f(a.z), f(a.w));
 }
-template <class R, class F, class T, class U>
-MSL_FN constexpr R each(F f, vec<T, 4> a, vec<U, 4> b) {
+template <class R, class F, class T, class U> MSL_FN constexpr R each(F f, vec<T, 4> a, vec<U, 4> b) {
     return R(f(a.x, b.x), f(a.y, b.y), f(a.z, b.z), f(a.w, b.w));
 }
 template <class R, class F, class T, class U, class V>
 MSL_FN constexpr R each(F f, vec<T, 4> a, vec<U, 4> b, vec<V, 4> c) {
     return R(f(a.x, b.x, c.x), f(a.y, b.y, c.y), f(a.z, b.z, c.z), f(a.w, b.w, c.w));
 }
-template <class V, class T>
-struct rebind {
-    using type = T;
-};
-template <class S, int N, class T>
-struct rebind<vec<S, N>, T> {
-    using type = vec<T, N>;
-};
+template <class V, class T> struct rebind { using type = T; };
+template <class S, int N, class T> struct rebind<vec<S, N>, T> { using type = vec<T, N>; };
 // V's shape with components of type T.
-template <class V, class T>
-using rebind_t = typename rebind<V, T>::type;
-template <class T>
-using component_t = make_scalar_t<number_t<T>>;
-}  // namespace msl_
+template <class V, class T> using rebind_t = typename rebind<V, T>::type;
+template <class T> using component_t = make_scalar_t<number_t<T>>;
+} // namespace msl_
 
-}  // namespace metal
+} // namespace metal

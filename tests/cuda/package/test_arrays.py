@@ -1,4 +1,4 @@
-"""The Python package on CUDA arrays: in, out, on the current stream. Needs the package; skipped where it is not built."""
+"""The Python package on CUDA arrays: in, out, on the current stream. Skipped where the package is not built."""
 
 import importlib.util
 

@@ -544,10 +544,15 @@ def run_on_gpu(options: argparse.Namespace) -> None:
     import metalloid
     from metalloid.bench import gpu
 
+    words = options.filter.lower().split()
+
+    def chosen(name: str) -> bool:
+        return all(word in name.lower() for word in words)
+
     if options.list:
-        print(*(case[0] for case in gpu.CASES), sep="\n")
+        print(*(name for name, *_ in gpu.CASES if chosen(name)), sep="\n")
         return
-    rows = gpu.main(metalloid, options.filter, not options.no_peers)
+    rows = gpu.main(metalloid, chosen, not options.no_peers)
     if options.json:
         cases_of_json = [{"case": name, "unit": unit, "values": values} for name, unit, values in rows]
         Path(options.json).write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "cases": cases_of_json}))

@@ -246,14 +246,14 @@ attention_case(8, 32, 8, 1, 8192, 128, decode=True, sets=2)
 attention_case(64, 32, 8, 1, 8192, 128, decode=True, sets=1)
 
 
-def main(ops, words="", peers=True):
-    """words: cases whose name has one of these, separated by commas. Returns [(case, unit, {who: value})]."""
+def main(ops, chosen, peers=True):
+    """chosen: whether a case of this name is wanted. Returns [(case, unit, {who: value})]."""
     print(torch.cuda.get_device_name(), "PyTorch", torch.__version__)
     if peers and not importlib.util.find_spec("fla"):
         print("flash-linear-attention is not installed: gated_delta_update has no peer")
     rows = []
     for name, work, unit, sets, make in CASES:
-        if not any(word in name for word in words.split(",")):
+        if not chosen(name):
             continue
         torch.manual_seed(0)
         made = [make(ops) for _ in range(sets)]

@@ -1,0 +1,351 @@
+"""``metal_kernel``: a caller's own kernel in the Metal Shading Language, on arrays of any library."""
+
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+
+from metalloid import _native
+
+_MATH_MODES = {"safe": 0, "relaxed": 1, "fast": 2}
+
+
+class CompileOptions(TypedDict, total=False):
+    math_mode: Literal["safe", "relaxed", "fast"]
+
+
+class DebugOptions(TypedDict, total=False):
+    debug: bool
+    address_sanitizer: bool
+    max_iterations: int
+
+
+@functools.cache
+def _dtype_name(dtype: Any) -> str:
+    """``float32`` for that dtype of any library."""
+    if isinstance(dtype, type) and dtype in (bool, int, float, complex):
+        raise ValueError(f"metal_kernel: {dtype.__name__} is no dtype of an array library")
+    if type(dtype).__module__.partition(".")[0] in ("torch", "mlx"):
+        return str(dtype).rpartition(".")[2]
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        raise ValueError(f"metal_kernel: {dtype!r} is no dtype") from None
+
+
+def _name_of(dtype: Any) -> str:
+    try:
+        return _dtype_name(dtype)
+    except TypeError:  # not hashable
+        raise ValueError(f"metal_kernel: {dtype!r} is no dtype") from None
+
+
+@functools.cache
+def _numpy_dtype(name: str) -> np.dtype:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _library(array: Any) -> str:
+    return type(array).__module__.partition(".")[0]
+
+
+def _scalar(value: Any) -> Any:
+    """A Python scalar as an array of rank 0, with the dtype that MLX gives it; anything else as it is."""
+    if isinstance(value, bool):
+        return np.array(value)
+    if isinstance(value, int):
+        return np.array(value, np.int32 if -(2**31) <= value < 2**31 else np.int64)
+    if isinstance(value, float):
+        return np.array(value, np.float32)
+    if isinstance(value, np.generic):
+        return np.asarray(value)
+    return value
+
+
+def _allocate(library: str, like: Any, shape: tuple[int, ...], dtype: Any, name: str) -> Any:
+    """Memory for one output that the kernel can write to, in the library of the arrays where that library has such."""
+    if library == "torch":
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, name), device=None if like is None else like.device)
+    if library == "mlx":
+        mx = sys.modules["mlx.core"]
+        memory = mx.zeros(shape, getattr(mx, "bool_" if name == "bool" else name))
+        mx.eval(memory)
+        return memory
+    if library == "cupy":
+        return sys.modules["cupy"].empty(shape, name)
+    return np.empty(shape, _numpy_dtype(name))
+
+
+def _deliver(library: str, like: Any, memory: Any) -> Any:
+    """The output as an array of the library."""
+    if not isinstance(memory, np.ndarray) or library == "numpy":
+        return memory
+    namespace = like.__array_namespace__()
+    return namespace.asarray(memory)
+
+
+def _three(value: Sequence[int], what: str) -> tuple[int, int, int]:
+    try:
+        x, y, z = (int(n) for n in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"metal_kernel: {what} must be three integers, got {value!r}") from None
+    return x, y, z
+
+
+def _fallback_compiler() -> str | None:
+    """The compiler of the PyPI package ziglang, which the extra ``metalloid[kernels]`` brings."""
+    spec = importlib.util.find_spec("ziglang")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = os.path.join(folder, "zig")
+        if os.access(path, os.X_OK):
+            return f"{path} c++"
+    return None
+
+
+class MetalKernel:
+    """What :func:`metal_kernel` returns."""
+
+    def __init__(self, native: _native.Kernel, name: str, inputs: int, outputs: int) -> None:
+        self._native = native
+        self._name = name
+        self._inputs = inputs
+        self._outputs = outputs
+
+    def __repr__(self) -> str:
+        return f"<metal_kernel {self._name}>"
+
+    def _prepare(
+        self,
+        inputs: Sequence[Any],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[Any],
+        grid: Sequence[int],
+        threadgroup: Sequence[int],
+        template: Sequence[tuple[str, Any]] | None,
+        init_value: float | None,
+    ) -> tuple[tuple[Any, ...], str, Any]:
+        for what, given, wanted in (
+            ("inputs", inputs, self._inputs),
+            ("output_shapes", output_shapes, self._outputs),
+            ("output_dtypes", output_dtypes, self._outputs),
+        ):
+            if len(given) != wanted:
+                raise ValueError(f"metal_kernel: {what} must have {wanted} entries for {self._name}, got {len(given)}")
+        arrays, library, like = [], "numpy", None
+        for value in inputs:
+            array = _scalar(value)
+            if like is None and array is value:
+                like, library = array, _library(array)
+            arrays.append(array)
+        if like is None and output_dtypes and _library(output_dtypes[0]) in ("torch", "mlx"):
+            library = _library(output_dtypes[0])
+        if library == "mlx":
+            sys.modules["mlx.core"].eval([array for array in arrays if _library(array) == "mlx"])
+
+        values = []
+        for name, value in template or ():
+            if isinstance(value, (bool, np.bool_)):
+                values.append((name, bool(value)))
+            elif isinstance(value, (int, np.integer)):
+                values.append((name, int(value)))
+            else:
+                values.append((name, _name_of(value)))
+
+        # What the library refuses without looking at arrays is refused before there is memory for results.
+        names = [_name_of(dtype) for dtype in output_dtypes]
+        shapes = [
+            (shape,) if isinstance(shape, int) else tuple(int(extent) for extent in shape) for shape in output_shapes
+        ]
+        if any(extent < 0 for shape in shapes for extent in shape):
+            raise ValueError(f"metal_kernel: output_shapes must not be negative, got {output_shapes!r}")
+        for name in names:
+            if name not in _native.KERNEL_DTYPES:
+                raise ValueError(f"metal_kernel: kernels have no dtype {name}")
+        sizes = _three(grid, "grid"), _three(threadgroup, "threadgroup")
+        if min(sizes[0]) < 1 or min(sizes[1]) < 1:
+            raise ValueError(f"metal_kernel: grid and threadgroup must be at least 1, got {grid!r} and {threadgroup!r}")
+        outputs = tuple(
+            _allocate(library, like, shape, dtype, name)
+            for shape, dtype, name in zip(shapes, output_dtypes, names, strict=True)
+        )
+        return (tuple(arrays), outputs, *sizes, tuple(values), init_value), library, like
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[Any],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[Any],
+        grid: Sequence[int],
+        threadgroup: Sequence[int],
+        template: Sequence[tuple[str, Any]] | None = None,
+        init_value: float | None = None,
+        verbose: bool = False,
+        stream: object = None,
+    ) -> list[Any]:
+        """Runs the kernel and returns its outputs, row contiguous, as a list.
+
+        Args:
+            inputs: arrays, or Python scalars, which the kernel sees as references.
+            output_shapes, output_dtypes: of each output. A dtype is one of any array library's.
+            grid: threads in all along x, y, z.
+            threadgroup: threads of a threadgroup, at most 1024; cut to the grid. Those at the edges are smaller where
+                the grid is no multiple.
+            template: (name, value) pairs, template arguments of the kernel: ints, bools, dtypes.
+            init_value: what the outputs hold before the kernel runs; without it, anything.
+            verbose: prints the generated source.
+            stream: accepted for MLX's sake; work on a GPU goes to the stream that the arrays' library has current.
+
+        Raises:
+            ValueError: arguments that do not fit. Nothing is compiled.
+            RuntimeError: the kernel does not compile, with what the compiler said, its lines counted in ``source`` and
+                ``header``; or it was stopped: a barrier that only part of a threadgroup reaches.
+        """
+        arguments, library, like = self._prepare(
+            inputs, output_shapes, output_dtypes, grid, threadgroup, template, init_value
+        )
+        if verbose:
+            print(f"Generated source code for `{self._name}`:\n```\n{self._native.source(*arguments)}\n```")
+        self._native.launch(*arguments)
+        return [_deliver(library, like, output) for output in arguments[1]]
+
+    def source(
+        self,
+        *,
+        inputs: Sequence[Any],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[Any],
+        grid: Sequence[int] = (1, 1, 1),
+        threadgroup: Sequence[int] = (1, 1, 1),
+        template: Sequence[tuple[str, Any]] | None = None,
+        translated: bool = False,
+        **unused: Any,
+    ) -> str:
+        """The generated source of such a call, without running it: Metal's, or, ``translated``, the C++ that is
+        compiled. The arguments are those of the call."""
+        arguments, _, _ = self._prepare(inputs, output_shapes, output_dtypes, grid, threadgroup, template, None)
+        return self._native.source(*arguments, translated)
+
+
+def metal_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    atomic_outputs: bool = False,
+    compile_options: CompileOptions | None = None,
+    *,
+    debug_options: DebugOptions | None = None,
+) -> Callable[..., list[Any]]:
+    """A kernel from the body of a function in the Metal Shading Language, as ``mlx.core.fast.metal_kernel`` makes it;
+    it runs where there is no Metal.
+
+    Args:
+        name: of the kernel, an identifier.
+        input_names, output_names: of the function's parameters.
+        source: the function's body. The signature follows from the arguments of a call: ``const device T* name`` for an
+            input (a reference where it has rank 0), ``device T* name`` for an output, ``name_shape``, ``name_strides``,
+            ``name_ndim`` and Metal's attributes (``thread_position_in_grid``, ...) where the source mentions them.
+        header: stands before the function.
+        ensure_row_contiguous: copies inputs that are not; without it the kernel reads their strides.
+        atomic_outputs: outputs are ``device atomic<T>*``.
+        compile_options: ``{"math_mode": "safe" | "relaxed" | "fast"}``; safe keeps IEEE's special values.
+        debug_options: on the CPU, ``"debug"`` keeps the sources beside a ``-g`` build for gdb; ``"address_sanitizer"``
+            reports accesses out of bounds (preload the sanitizer's run-time); ``"max_iterations"`` stops a kernel one
+            thread of which goes through more iterations of its loops.
+
+    Raises:
+        ValueError: a name that is no identifier, no output, an option that is not known. Nothing is compiled yet.
+
+    >>> import numpy as np
+    >>> kernel = metal_kernel(
+    ...     name="double", input_names=["x"], output_names=["y"],
+    ...     source="uint i = thread_position_in_grid.x; y[i] = 2 * x[i];")
+    >>> x = np.array([1, 2, 3], np.float32)
+    >>> kernel(inputs=[x], output_shapes=[x.shape], output_dtypes=[x.dtype], grid=(3, 1, 1), threadgroup=(3, 1, 1))
+    [array([2., 4., 6.], dtype=float32)]
+    """
+    options, debug = dict(compile_options or {}), dict(debug_options or {})
+    mode = options.pop("math_mode", "safe")
+    if mode not in _MATH_MODES:
+        raise ValueError(f"metal_kernel: math_mode must be 'safe', 'relaxed' or 'fast', got {mode!r}")
+    settings = {
+        "debug": bool(debug.pop("debug", False)),
+        "address_sanitizer": bool(debug.pop("address_sanitizer", False)),
+        "most_iterations": debug.pop("max_iterations", 0),
+    }
+    for unknown in (*options, *debug):
+        raise ValueError(f"metal_kernel: there is no option {unknown!r}")
+    for what, text in (("name", name), ("source", source), ("header", header)):
+        if "\0" in text:
+            raise ValueError(f"metal_kernel: {what} must not contain NUL")
+    for what, names in (("input_names", input_names), ("output_names", output_names)):
+        if isinstance(names, str):
+            raise ValueError(f"metal_kernel: {what} must be a list of strings, got one string")
+    native = _native.Kernel(
+        name,
+        tuple(input_names),
+        tuple(output_names),
+        source,
+        header,
+        ensure_row_contiguous=ensure_row_contiguous,
+        atomic_outputs=atomic_outputs,
+        math_mode=_MATH_MODES[mode],
+        fallback_compiler=_fallback_compiler(),
+        **settings,
+    )
+    return MetalKernel(native, name, len(input_names), len(output_names))
+
+
+def cuda_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    shared_memory: int = 0,
+) -> Callable[..., list[Any]]:
+    """A kernel from the body of a function in CUDA C++, as ``mlx.core.fast.cuda_kernel`` makes it, for arrays on NVIDIA GPUs.
+
+    Args:
+        name: of the kernel, an identifier.
+        input_names, output_names: of the function's parameters.
+        source: the function's body; ``const T* name`` for an input (a scalar too), ``T* name`` for an output, and
+            ``name_shape``, ``name_strides``, ``name_ndim`` where the source mentions them. Blocks are whole: the body
+            guards itself.
+        header: stands before the function.
+        ensure_row_contiguous: copies inputs that are not; without it the kernel reads their strides.
+        shared_memory: bytes of dynamic shared memory of a block.
+
+    Raises:
+        ValueError: a name that is no identifier, no output, a negative size. Nothing is compiled yet.
+    """
+    for what, text in (("name", name), ("source", source), ("header", header)):
+        if "\0" in text:
+            raise ValueError(f"cuda_kernel: {what} must not contain NUL")
+    for what, names in (("input_names", input_names), ("output_names", output_names)):
+        if isinstance(names, str):
+            raise ValueError(f"cuda_kernel: {what} must be a list of strings, got one string")
+    native = _native.Kernel(
+        name,
+        tuple(input_names),
+        tuple(output_names),
+        source,
+        header,
+        ensure_row_contiguous=ensure_row_contiguous,
+        language=1,
+        shared_memory=shared_memory,
+    )
+    return MetalKernel(native, name, len(input_names), len(output_names))

@@ -1,0 +1,104 @@
+/* Tokens on their way from Metal to C++. SPDX-License-Identifier: MIT */
+#include "kernel/translation.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+const char *mtl_keep(translation *t, const mtl_text *text) {
+    block *kept = text->failed ? NULL : malloc(sizeof *kept + text->length + 1);
+    if (!kept) {
+        t->failed = true;
+        return "";
+    }
+    memcpy(kept->text, mtl_text_string(text), text->length + 1);
+    kept->next = t->scratch;
+    t->scratch = kept;
+    return kept->text;
+}
+
+/* ---- walking over tokens ------------------------------------------------------------------------------------------------ */
+
+/* The index of the next token that is no space; t->count at the end. */
+size_t mtl_after(const translation *t, size_t i) {
+    do i++;
+    while (i < t->count && t->token[i].kind == MTL_TOKEN_SPACE);
+    return i;
+}
+
+/* Of the one before; SIZE_MAX at the beginning. */
+size_t mtl_before(const translation *t, size_t i) {
+    while (i-- > 0) {
+        if (t->token[i].kind != MTL_TOKEN_SPACE) return i;
+    }
+    return SIZE_MAX;
+}
+
+bool mtl_is(const translation *t, size_t i, const char *text) {
+    return i < t->count && mtl_token_is(&t->token[i], text);
+}
+
+bool mtl_is_one_of(const translation *t, size_t i, const char *const *words) {
+    for (; *words; words++) {
+        if (mtl_is(t, i, *words)) return true;
+    }
+    return false;
+}
+
+bool mtl_is_identifier(const translation *t, size_t i) {
+    return i < t->count && t->token[i].kind == MTL_TOKEN_IDENTIFIER;
+}
+
+/* Behind the bracket that closes the one at `i`; t->count where none does. Brackets of the other kinds nest. */
+size_t mtl_behind_bracket(const translation *t, size_t i) {
+    long depth = 0;
+    for (; i < t->count; i = mtl_after(t, i)) {
+        if (mtl_is(t, i, "(") || mtl_is(t, i, "[") || mtl_is(t, i, "{")) depth++;
+        if ((mtl_is(t, i, ")") || mtl_is(t, i, "]") || mtl_is(t, i, "}")) && --depth == 0) return mtl_after(t, i);
+    }
+    return t->count;
+}
+
+size_t mtl_opening_bracket(const translation *t, size_t i) {
+    long depth = 0;
+    for (; i != SIZE_MAX; i = mtl_before(t, i)) {
+        if (mtl_is(t, i, ")") || mtl_is(t, i, "]") || mtl_is(t, i, "}")) depth++;
+        if ((mtl_is(t, i, "(") || mtl_is(t, i, "[") || mtl_is(t, i, "{")) && --depth == 0) return i;
+    }
+    return SIZE_MAX;
+}
+
+/* Behind the > that closes the < at `i`, or `i` where it opens no list of template arguments. */
+size_t mtl_behind_angle(const translation *t, size_t i) {
+    long depth = 0;
+    for (size_t at = i; at < t->count;) {
+        if (mtl_is(t, at, "<")) depth++;
+        if (mtl_is(t, at, ">") && --depth == 0) return mtl_after(t, at);
+        if (mtl_is(t, at, ";") || mtl_is(t, at, "{") || mtl_is(t, at, "}") || mtl_is(t, at, ")") || mtl_is(t, at, "]"))
+            return i;
+        at = mtl_is(t, at, "(") || mtl_is(t, at, "[") ? mtl_behind_bracket(t, at) : mtl_after(t, at);
+    }
+    return i;
+}
+
+void mtl_blank(translation *t, size_t i) { t->token[i].replacement = ""; }
+
+/* Everything in [begin, end), newlines excepted: those are in tokens of space. */
+void mtl_blank_range(translation *t, size_t begin, size_t end) {
+    for (size_t i = begin; i < end && i < t->count; i++) {
+        if (t->token[i].kind != MTL_TOKEN_SPACE) mtl_blank(t, i);
+    }
+}
+
+void mtl_add_before(translation *t, size_t i, const char *text) {
+    mtl_text joined = {0};
+    mtl_text_format(&joined, "%s%s", text, t->token[i].before ? t->token[i].before : "");
+    t->token[i].before = mtl_keep(t, &joined);
+    mtl_text_free(&joined);
+}
+
+void mtl_add_behind(translation *t, size_t i, const char *text) {
+    mtl_text joined = {0};
+    mtl_text_format(&joined, "%s%s", t->token[i].behind ? t->token[i].behind : "", text);
+    t->token[i].behind = mtl_keep(t, &joined);
+    mtl_text_free(&joined);
+}

@@ -1,0 +1,61 @@
+/* Tokens on their way from Metal to C++. SPDX-License-Identifier: MIT */
+#ifndef METALLOID_KERNEL_TRANSLATION_H
+#define METALLOID_KERNEL_TRANSLATION_H
+
+#include "kernel/source.h"
+#include "kernel/tokenizer.h"
+
+#include <stdint.h>
+
+/* `scratch` holds the replacements that are not constants, one block each, until the text is written. */
+typedef struct block {
+    struct block *next;
+    char text[];
+} block;
+
+typedef struct translation {
+    mtl_tokens tokens;
+    mtl_token *token; /* of tokens */
+    size_t count;
+    mtl_region region;
+    const mtl_unit_options *options;
+    int variables;      /* in threadgroup memory */
+    size_t first_place; /* the number of the first token, among those of header and body */
+    block *scratch;
+    bool in_condition; /* of #if */
+    bool failed;
+} translation;
+
+/* ---- walking over tokens: indices, of those that are no space ---- */
+
+size_t mtl_after(const translation *t, size_t i);  /* t->count at the end */
+size_t mtl_before(const translation *t, size_t i); /* SIZE_MAX at the beginning */
+bool mtl_is(const translation *t, size_t i, const char *text);
+bool mtl_is_one_of(const translation *t, size_t i, const char *const *words); /* ends with a NULL */
+bool mtl_is_identifier(const translation *t, size_t i);
+
+/* Behind the bracket that closes the one at `i`; t->count where none does. Brackets of the other kinds nest. */
+size_t mtl_behind_bracket(const translation *t, size_t i);
+
+/* The one that the bracket at `i` closes; SIZE_MAX where none does. */
+size_t mtl_opening_bracket(const translation *t, size_t i);
+
+/* Behind the > that closes the < at `i`, or `i` where it opens no list of template arguments. */
+size_t mtl_behind_angle(const translation *t, size_t i);
+
+/* ---- changing them ---- */
+
+const char *mtl_keep(translation *t, const mtl_text *text); /* until the translation is written */
+void mtl_blank(translation *t, size_t i);
+void mtl_blank_range(translation *t, size_t begin, size_t end); /* all but spaces, in which newlines are */
+void mtl_add_before(translation *t, size_t i, const char *text);
+void mtl_add_behind(translation *t, size_t i, const char *text);
+
+/* ---- places.c ---- */
+
+/* Adds the functions defined here at which lanes meet, as far as `names` says which others do; whether there were any. False: no
+ * memory. */
+bool mtl_find_meeting(const translation *t, mtl_names *names, bool *found);
+void mtl_mark_places(translation *t);
+
+#endif

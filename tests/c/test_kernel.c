@@ -1,0 +1,165 @@
+/* Custom kernels below the public interface: tokens, translation, digests. What kernels compute is tested from Python.
+ * SPDX-License-Identifier: MIT */
+#include "support.h"
+
+#include "kernel/sha256.h"
+#include "kernel/source.h"
+#include "kernel/tokenizer.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void every_byte_belongs_to_a_token(void **state) {
+    (void)state;
+    static const char *const texts[] = {
+        "",
+        "a",
+        "/* open",
+        "\"open",
+        "'",
+        "R\"x(raw )\" )x\" after",
+        "#define A(x) \\\n  x + 1\nint b;",
+        "#error it's\nint x;",
+        "1.5e-3f 0x1p-4 0xe+1 1'000",
+        "\xc3\xa9t\xc3\xa9",
+        "a->b::c",
+        "// comment \\\n goes on\nx",
+        "#",
+        "#include",
+        "u8\"x\" L'c'",
+    };
+    for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
+        mtl_tokens tokens;
+        assert_true(mtl_tokenize(&tokens, texts[i], strlen(texts[i])));
+        const char *at = texts[i];
+        for (size_t t = 0; t < tokens.count; t++) {
+            assert_ptr_equal(tokens.token[t].text, at);
+            at += tokens.token[t].length;
+        }
+        assert_int_equal(*at, '\0');
+        mtl_tokens_free(&tokens);
+    }
+}
+
+static void numbers_end_where_they_should(void **state) {
+    (void)state;
+    static const char text[] = "0xe+1 1e+1 x.y .5h 1..2";
+    static const char *const expected[] = {"0xe", "+", "1", "1e+1", "x", ".", "y", ".5h", "1..2"};
+    mtl_tokens tokens;
+    assert_true(mtl_tokenize(&tokens, text, sizeof text - 1));
+    size_t found = 0;
+    for (size_t t = 0; t < tokens.count; t++) {
+        if (tokens.token[t].kind == MTL_TOKEN_SPACE) continue;
+        assert_int_equal(tokens.token[t].length, strlen(expected[found]));
+        assert_memory_equal(tokens.token[t].text, expected[found], tokens.token[t].length);
+        found++;
+    }
+    assert_int_equal(found, sizeof expected / sizeof expected[0]);
+    mtl_tokens_free(&tokens);
+}
+
+typedef struct {
+    const char *metal, *expected;
+} pair;
+
+static void expect_translation(const pair *pairs, size_t count, mtl_region region, const mtl_unit_options *options) {
+    for (size_t i = 0; i < count; i++) {
+        mtl_text out = {0};
+        mtl_translate(&out, pairs[i].metal, region, options);
+        assert_string_equal(mtl_text_string(&out), pairs[i].expected);
+        mtl_text_free(&out);
+    }
+}
+
+static void metal_becomes_cxx(void **state) {
+    (void)state;
+    static const pair pairs[] = {
+        {"device float* p", "       float* p"},
+        {"const device T& x", "const        T& x"},
+        {"constant float* p", "const float* p"},
+        {"const constant int* p", "const          int* p"},
+        {"constant const int* p", "         const int* p"},
+        {"static constant float x = 1;", "static constexpr float x = 1;"},
+        {"a = 1.0 * b + 2.f - 1e-3 + 0x1p3 + 7;", "a = 1.0f * b + 2.f - 1e-3f + 0x1p3f + 7;"},
+        {"half h = 1.0h;", "half h = 1.0h;"},
+        {"void f(float x [[buffer(0)]])", "void f(float x              )"},
+        {"[[maybe_unused]] int x;", "[[maybe_unused]] int x;"},
+        {"#include <metal_stdlib>\nint x;", "                       \nint x;"},
+        {"#include \"own.h\"\n", "#include \"own.h\"\n"},
+        {"kernel void f()", "       void f()"},
+        {"threadgroup float* p = shared;", "            float* p = shared;"},
+        {"f((threadgroup float*)p);", "f((            float*)p);"},
+        {"// device 1.0\n\"constant\"", "// device 1.0\n\"constant\""},
+        {"threadgroup float a[4];",
+         "typedef float __mtl_a_0[4]; __mtl_a_0 &a = __mtl_variable<__mtl_a_0>(__mtl_group, 0);"},
+        {"threadgroup vec<T, 2> a[N][2], b;",
+         "typedef vec<T, 2> __mtl_a_0[N][2], __mtl_b_1; __mtl_a_0 &a = __mtl_variable<__mtl_a_0>(__mtl_group, 0); "
+         "__mtl_b_1 &b = __mtl_variable<__mtl_b_1>(__mtl_group, 1);"},
+        {"return ::exp(x);", "return   exp(x);"},
+        {"metal::exp(x)", "metal::exp(x)"},
+    };
+    const mtl_unit_options options = {0};
+    expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
+}
+
+static void arms_are_wrapped(void **state) {
+    (void)state;
+    static const pair pairs[] = {
+        {"x = c ? a : b;", "x = c ? metal::arm(a) : metal::arm(b);"},
+        {"f(c ? a + 1 : 0, d);", "f(c ? metal::arm(a + 1) : 0, d);"},
+        {"x = a ? b : c ? d : e;", "x = a ? metal::arm(b) : metal::arm(c ? metal::arm(d) : metal::arm(e));"},
+        {"#if A ? B : C\n", "#if A ? B : C\n"},
+    };
+    const mtl_unit_options options = {.halves = true};
+    expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
+}
+
+static void places_are_marked(void **state) {
+    (void)state;
+    const mtl_names none = {0};
+    const mtl_unit_options options = {.meeting = &none};
+    static const pair pairs[] = {
+        {"simd_sum(x);", "(__mtl_at(0, 16777216), simd_sum(x));"},
+        {"for (;;) a();", "for (;;) a();"},
+        {"for (;;) metal::simd_sum(x);",
+         "for (;;) if (__mtl_loop(0, 16777216)); else  (__mtl_at(1, 16777225), metal::simd_sum(x));"},
+        {"float simd_sum_of(float x) { return simd_sum(x); }",
+         "float simd_sum_of(float x) { __mtl_frame __mtl_here;  return (__mtl_at(0, 16777229), simd_sum(x)); }"},
+    };
+    expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
+}
+
+/* FIPS 180-4's examples. */
+static void digests_are_the_standards(void **state) {
+    (void)state;
+    static const struct {
+        const char *text, *hex;
+    } examples[] = {
+        {"", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},
+        {"abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
+        {"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq",
+         "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1"},
+    };
+    for (size_t i = 0; i < sizeof examples / sizeof examples[0]; i++) {
+        mtl_sha256 hash;
+        mtl_sha256_begin(&hash);
+        mtl_sha256_add(&hash, examples[i].text, strlen(examples[i].text));
+        mtl_digest digest = mtl_sha256_end(&hash);
+        char hex[65];
+        for (int b = 0; b < 32; b++) snprintf(hex + 2 * b, 3, "%02x", digest.bytes[b]);
+        assert_string_equal(hex, examples[i].hex);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_byte_belongs_to_a_token),
+        cmocka_unit_test(numbers_end_where_they_should),
+        cmocka_unit_test(metal_becomes_cxx),
+        cmocka_unit_test(arms_are_wrapped),
+        cmocka_unit_test(places_are_marked),
+        cmocka_unit_test(digests_are_the_standards),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,849 @@
+# ruff: noqa: E501 (kernels and their formulas stand on one line each)
+"""Kernels in the Metal Shading Language with what NumPy says of the same: a case for every row of the support table in
+docs/custom-kernels.md, and whole kernels as users write them. They run on the CPU and on a GPU alike."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+try:
+    import ml_dtypes
+
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+except ImportError:
+    bfloat16 = None
+
+
+@dataclass
+class Case:
+    name: str
+    source: str
+    inputs: list
+    expected: list
+    grid: tuple = (32, 1, 1)
+    threadgroup: tuple = (32, 1, 1)
+    header: str = ""
+    template: list = field(default_factory=list)
+    rtol: float = 1e-5
+    atol: float = 1e-6
+    init_value: float | None = None
+    atomic_outputs: bool = False
+
+    @property
+    def names(self):
+        return ["abcdefg"[i] for i in range(len(self.inputs))], [f"out{i}" for i in range(len(self.expected))]
+
+
+CASES = []
+
+
+def case(name, source, inputs, expected, **more):
+    CASES.append(Case(name, source, list(inputs), [np.asarray(e) for e in expected], **more))
+
+
+rng = np.random.default_rng(20)
+f32, f16, i32, u32 = np.float32, np.float16, np.int32, np.uint32
+X = rng.uniform(-2, 2, 256).astype(f32)
+P = rng.uniform(0.1, 4, 256).astype(f32)
+I = rng.integers(-(2**31), 2**31, 256).astype(i32)
+U = rng.integers(0, 2**32, 256).astype(u32)
+FLAT = {"grid": (256, 1, 1), "threadgroup": (64, 1, 1)}
+ID = "uint i = thread_position_in_grid.x;"
+
+
+def on_vectors(name, expression, expected, inputs=(X,), dtype=f32, **more):
+    """`expression` of float4 v (and w) for each four elements."""
+    second = "float4 w = ((const device float4*)b)[i];" if len(inputs) > 1 else ""
+    case(
+        name,
+        f"{ID} float4 v = ((const device float4*)a)[i]; {second} ((device float4*)out0)[i] = {expression};",
+        inputs,
+        [np.asarray(expected, dtype)],
+        grid=(64, 1, 1),
+        threadgroup=(32, 1, 1),
+        **more,
+    )
+
+
+V = X.reshape(-1, 4).astype(np.float64)
+W = P.reshape(-1, 4).astype(np.float64)
+
+# ---- metal_math, one function at a time
+
+_erf = np.vectorize(__import__("math").erf)
+for _name, _ref, _domain in (
+    ("exp", np.exp, X),
+    ("exp2", np.exp2, X),
+    ("exp10", lambda x: 10.0**x, X),
+    ("log", np.log, P),
+    ("log2", np.log2, P),
+    ("log10", np.log10, P),
+    ("sin", np.sin, 10 * X),
+    ("cos", np.cos, 10 * X),
+    ("tan", np.tan, X / 2),
+    ("sinpi", lambda x: np.sin(np.pi * x), X),
+    ("cospi", lambda x: np.cos(np.pi * x), X),
+    ("tanpi", lambda x: np.tan(np.pi * x), X / 8),
+    ("asin", np.arcsin, X / 2),
+    ("acos", np.arccos, X / 2),
+    ("atan", np.arctan, X),
+    ("sinh", np.sinh, X),
+    ("cosh", np.cosh, X),
+    ("tanh", np.tanh, X),
+    ("asinh", np.arcsinh, X),
+    ("acosh", np.arccosh, P + 1),
+    ("atanh", np.arctanh, X / 2.1),
+    ("sqrt", np.sqrt, P),
+    ("rsqrt", lambda x: 1 / np.sqrt(x), P),
+    ("floor", np.floor, X),
+    ("ceil", np.ceil, X),
+    ("trunc", np.trunc, X),
+    ("rint", np.rint, 2 * X),
+    ("round", lambda x: np.trunc(x + np.copysign(0.5, x)), 2 * X),
+    ("fabs", np.abs, X),
+    ("abs", np.abs, X),
+    ("sign", np.sign, X),
+    ("fract", lambda x: x - np.floor(x), X),
+    ("saturate", lambda x: np.clip(x, 0, 1), X),
+    ("expm1", np.expm1, X),
+    ("log1p", np.log1p, X / 2.1),
+    ("erf", _erf, X),
+):
+    _x = _domain.astype(f32)
+    _want = _ref(_x.astype(np.float64))
+    case(f"math {_name}", f"{ID} out0[i] = {_name}(a[i]);", [_x], [_want.astype(f32)], rtol=2e-6, **FLAT)
+    case(
+        f"math {_name} half",
+        f"{ID} out0[i] = metal::precise::{_name}(a[i]);"
+        if _name not in ("expm1", "log1p", "erf")
+        else f"{ID} out0[i] = {_name}(a[i]);",
+        [_x.astype(f16)],
+        [_ref(_x.astype(f16).astype(np.float64)).astype(f16)],
+        rtol=1e-3,
+        atol=1e-3,
+        **FLAT,
+    )
+case("math erfinv", f"{ID} out0[i] = erf(erfinv(a[i]));", [X / 2.1], [X / f32(2.1)], rtol=1e-5, **FLAT)
+for _name, _ref, _a, _b in (
+    ("pow", np.power, P, X),
+    ("powr", np.power, P, X),
+    ("atan2", np.arctan2, X, P - 2),
+    ("fmod", np.fmod, 10 * X, P),
+    ("fmin", np.fmin, X, P),
+    ("fmax", np.fmax, X, P),
+    ("min", np.fmin, X, P),
+    ("max", np.fmax, X, P),
+    ("fdim", lambda x, y: np.maximum(x - y, 0), X, P),
+    ("copysign", np.copysign, P, X),
+    ("step", lambda e, x: (x >= e) * 1.0, X, P - 2),
+    ("divide", np.divide, X, P),
+):
+    _a, _b = _a.astype(f32), _b.astype(f32)
+    _want = _ref(_a.astype(np.float64), _b.astype(np.float64)).astype(f32)
+    case(f"math {_name}", f"{ID} out0[i] = {_name}(a[i], b[i]);", [_a, _b], [_want], rtol=3e-6, **FLAT)
+case("math nextafter", f"{ID} out0[i] = nextafter(a[i], b[i]);", [X, P], [np.nextafter(X, P)], rtol=0, atol=0, **FLAT)
+on_vectors(
+    "math three arguments",
+    "fma(v, w, 1.0f) + mix(v, w, 0.25f) + clamp(v, -1, 1) + smoothstep(0.0f, 2.0f, v)"
+    " + max3(v, w, 0.5f) + median3(v, w, float4(0.5))",
+    (V * W + 1)
+    + (V + (W - V) * 0.25)
+    + np.clip(V, -1, 1)
+    + (lambda t: t * t * (3 - 2 * t))(np.clip(V / 2, 0, 1))
+    + np.maximum(np.maximum(V, W), 0.5)
+    + np.median(np.stack([V, W, np.full_like(V, 0.5)]), axis=0),
+    (X, P),
+)
+case(
+    "math modf frexp ldexp ilogb sincos",
+    f"{ID} float whole, c; int e; float f = modf(a[i], whole); float m = frexp(a[i], e); float s = sincos(a[i], c);"
+    "out0[i] = f + 10 * whole; out1[i] = ldexp(m, e) + ilogb(a[i]); out2[i] = s + 2 * c;",
+    [X],
+    [
+        np.modf(X)[0] + 10 * np.modf(X)[1],
+        X + np.floor(np.log2(np.abs(X))),
+        np.sin(X.astype(np.float64)) + 2 * np.cos(X.astype(np.float64)),
+    ],
+    **FLAT,
+)
+_special = np.array([np.inf, -np.inf, np.nan, 0, -0.0, 1, -1, 1e-40], f32)
+case(
+    "math special values",
+    f"{ID} out0[i] = exp(a[i]); out1[i] = log(a[i]); out2[i] = isnan(a[i]) + 2 * isinf(a[i])"
+    " + 4 * isfinite(a[i]) + 8 * isnormal(a[i]) + 16 * signbit(a[i]); out3[i] = pow(a[i], 2.0) + tanh(a[i]);",
+    [_special],
+    [
+        np.array([np.inf, 0, np.nan, 1, 1, np.e, 1 / np.e, 1], f32),
+        np.array([np.inf, np.nan, np.nan, -np.inf, -np.inf, 0, np.nan, np.log(1e-40)], f32),
+        np.array([2, 18, 1, 4, 20, 12, 28, 4], i32),
+        np.array([np.inf, np.inf, np.nan, 0, 0, 1 + np.tanh(1), 1 - np.tanh(1), 0], f32),
+    ],
+    grid=(8, 1, 1),
+    threadgroup=(8, 1, 1),
+)
+
+# ---- scalars, vectors, matrices
+
+case(
+    "16-bit arithmetic rounds each operation",
+    f"{ID} half x = a[i], y = b[i]; out0[i] = x * y + x; half z = i % 2 ? x : 0; out1[i] = i % 3 ? z : 0.5f; out2[i] = x / y;",
+    [X.astype(f16), P.astype(f16)],
+    [
+        X.astype(f16) * P.astype(f16) + X.astype(f16),
+        np.where(np.arange(256) % 3, np.where(np.arange(256) % 2, X.astype(f16), f16(0)).astype(f32), f32(0.5)),
+        X.astype(f16) / P.astype(f16),
+    ],
+    rtol=0,
+    atol=0,
+    **FLAT,
+)
+if bfloat16 is not None:
+    case(
+        "bfloat",
+        f"{ID} bfloat x = a[i]; out0[i] = x * x; out1[i] = float(x) * 3.0; bfloat y = bfloat(float(x) + 1); out2[i] = y;",
+        [X.astype(bfloat16)],
+        [
+            (X.astype(bfloat16) * X.astype(bfloat16)),
+            X.astype(bfloat16).astype(f32) * 3,
+            (X.astype(bfloat16).astype(f32) + 1).astype(bfloat16),
+        ],
+        rtol=0,
+        atol=0,
+        **FLAT,
+    )
+case(
+    "literals and conversions",
+    f"{ID} out0[i] = 1.5 * a[i] + 2.0h + float(short(a[i])) + 0x1p-3; out1[i] = int(a[i]) + uchar(3);",
+    [X],
+    [1.5 * X + 2 + X.astype(np.int16) + 0.125, X.astype(i32) + 3],
+    **FLAT,
+)
+on_vectors(
+    "swizzles",
+    "float4(v.wzyx) + float4(v.xy, v.x, 1) * float4(2, v.bgr)",
+    V[:, ::-1] + np.stack([V[:, 0] * 2, V[:, 1] * V[:, 2], V[:, 0] * V[:, 1], V[:, 0]], 1),
+)
+case(
+    "swizzles are assigned to",
+    f"{ID} float4 v = ((const device float4*)a)[i]; v.xy = v.zw; v.bgr *= 2; v.wx += v.xw; v.y = 7;"
+    "((device float4*)out0)[i] = v;",
+    [X],
+    [np.stack([V[:, 2] * 2 + V[:, 3], np.full(64, 7.0), V[:, 2] * 2, V[:, 3] + V[:, 2] * 2], 1).astype(f32)],
+    grid=(64, 1, 1),
+)
+on_vectors(
+    "constructors",
+    "float4(1, 2.0h, v.x, int(3)) + float4(v.x, v.yz, v.w) + float4(float3(v.xyz), 1) + float4(0.5)",
+    np.stack([1 + 2 * V[:, 0], 2 + 2 * V[:, 1], V[:, 0] + 2 * V[:, 2], 4 + V[:, 3]], 1) + 0.5,
+)
+case(
+    "packed vectors",
+    f"{ID} packed_float3 p = ((const device packed_float3*)a)[i]; float3 v = p; v += p.zyx;"
+    "((device packed_float3*)out0)[i] = packed_float3(v * 2);",
+    [X[:192]],
+    [(lambda m: (m + m[:, ::-1]) * 2)(X[:192].reshape(-1, 3))],
+    grid=(64, 1, 1),
+)
+case(
+    "comparisons and select",
+    f"{ID} float4 v = ((const device float4*)a)[i]; bool4 m = v > 0.0f && !(v > float4(1));"
+    "((device float4*)out0)[i] = select(float4(-1), v, m); out1[i] = any(m) + 2 * all(m) + 4 * (m.x || m.y);",
+    [X],
+    [
+        np.where((V > 0) & ~(V > 1), V, -1).astype(f32),
+        (lambda m: m.any(1) + 2 * m.all(1) + 4 * (m[:, 0] | m[:, 1]))((V > 0) & ~(V > 1)).astype(i32),
+    ],
+    grid=(64, 1, 1),
+)
+case(
+    "as_type",
+    f"{ID} out0[i] = as_type<float>(as_type<uint>(a[i]) ^ 0x80000000u); out1[i] = as_type<uint>(half2(a[i], 1));",
+    [X],
+    [-X, X.astype(f16).view(np.uint16).astype(u32) | (u32(0x3C00) << u32(16))],
+    **FLAT,
+)
+case(
+    "matrices",
+    "float2x2 m = float2x2(a[0], a[1], a[2], a[3]); float3x3 d(2.0); float2 v = m * float2(1, 2); float2 w = float2(1, 2) * m;"
+    "out0[0] = v.x; out0[1] = v.y; out0[2] = w.x; out0[3] = w.y; out0[4] = determinant(m); out0[5] = determinant(d);"
+    "out0[6] = (m * m)[1][0]; out0[7] = transpose(m)[0][1]; float4x4 q(1.0f); q = q * 3; out0[8] = determinant(q);",
+    [f32([1, 2, 3, 4])],
+    [f32([7, 10, 5, 11, -2, 8, 15, 3, 81])],
+    grid=(1, 1, 1),
+)
+case(
+    "arrays, structs, templates, constants in the header",
+    f"{ID} Pair<float> p = {{a[i], table[i % 3]}}; float local[4] = {{1, 2}}; local[3] = p.sum(); out0[i] = twice(local[3]) + local[2] + COUNT;",
+    [X],
+    [2 * (X + np.array([1, 2, 4], f32)[np.arange(256) % 3]) + 5],
+    header="#include <metal_stdlib>\nusing namespace metal;\n#define COUNT 5\nconstant float table[3] = {1.0, 2.0, 4.0};\n"
+    "template <typename T> struct Pair { T x, y; T sum() const thread { return x + y; } };\n"
+    "template <typename T> METAL_FUNC T twice(T x) { return x + x; }",
+    **FLAT,
+)
+case(
+    "limits",
+    "out0[0] = numeric_limits<float>::max(); out0[1] = metal::numeric_limits<half>::max(); out0[2] = Limits<float>::min;"
+    "out0[3] = is_same_v<float, half> ? 1 : 2; out0[4] = INFINITY; out0[5] = M_PI_F; out1[0] = numeric_limits<int>::min();"
+    "out1[1] = INT_MAX;",
+    [],
+    [f32([3.4028235e38, 65504, -np.inf, 2, np.inf, np.pi]), i32([-(2**31), 2**31 - 1])],
+    grid=(1, 1, 1),
+)
+
+# ---- integers
+
+_bits = ((U[:, None] >> np.arange(32, dtype=u32)) & 1).astype(bool)
+case(
+    "popcount clz ctz reverse_bits",
+    f"{ID} out0[i] = popcount(a[i]); out1[i] = clz(a[i] >> (i % 32)); out2[i] = ctz(a[i]);"
+    "out3[i] = reverse_bits(a[i]); out4[i] = clz(uchar(a[i])) + 100 * ctz(uint(0));",
+    [U],
+    [
+        _bits.sum(1).astype(u32),
+        u32([32 - int(u >> (i % 32)).bit_length() for i, u in enumerate(U.tolist())]),
+        np.where(U == 0, 32, _bits.argmax(1)).astype(u32),
+        u32([int(f"{u:032b}"[::-1], 2) for u in U.tolist()]),
+        u32([8 - (u & 255).bit_length() + 3200 for u in U.tolist()]),
+    ],
+    **FLAT,
+)
+_i64, _u64 = I.astype(np.int64), U.astype(np.uint64)
+_J, _K = I[::-1].astype(np.int64), U[::-1].astype(np.uint64)
+case(
+    "mulhi rotate absdiff hadd saturating sums",
+    f"{ID} out0[i] = mulhi(a[i], b[i]); out1[i] = mulhi(c[i], d[i]); out2[i] = rotate(c[i], d[i]);"
+    "out3[i] = absdiff(c[i], d[i]) + hadd(c[i], d[i]); out4[i] = addsat(a[i], b[i]); out5[i] = subsat(c[i], d[i]); out6[i] = rhadd(a[i], b[i]);",
+    [I, I[::-1].copy(), U, U[::-1].copy()],
+    [
+        ((_i64 * _J) >> 32).astype(i32),
+        ((_u64 * _K) >> np.uint64(32)).astype(u32),
+        u32([((u << (k & 31)) | (u >> (32 - (k & 31)))) & 0xFFFFFFFF for u, k in zip(U.tolist(), _K.tolist(), strict=True)]),
+        (np.abs(U.astype(np.int64) - _K.astype(np.int64)) + ((U.astype(np.int64) + _K.astype(np.int64)) >> 1))
+        .astype(np.uint64)
+        .astype(u32),
+        np.clip(_i64 + _J, -(2**31), 2**31 - 1).astype(i32),
+        np.where(_u64 > _K, _u64 - _K, 0).astype(u32),
+        ((_i64 + _J + 1) >> 1).astype(i32),
+    ],
+    **FLAT,
+)
+case(
+    "extract_bits insert_bits mul24 mad24",
+    f"{ID} out0[i] = extract_bits(a[i], 5u, 7u); out1[i] = extract_bits(b[i], 5u, 7u);"
+    "out2[i] = insert_bits(b[i], 0x15u, 8u, 6u); out3[i] = mad24(int(a[i] & 0xfff), -7, 3) + mul24(2, 3);",
+    [I, U],
+    [
+        ((I.astype(np.int64) << 20).astype(i32) >> 25),
+        (U >> u32(5)) & u32(127),
+        (U & ~u32(0x3F << 8)) | u32(0x15 << 8),
+        (I & 0xFFF) * -7 + 9,
+    ],
+    **FLAT,
+)
+
+# ---- geometric, pack
+
+on_vectors(
+    "geometric",
+    "float4(dot(v, w), length(v.xyz), distance(v, w), length_squared(w.xy)) + normalize(v) + float4(cross(v.xyz, w.xyz), 0)"
+    " + reflect(v, w) + faceforward(v, v, w)",
+    np.stack(
+        [(V * W).sum(1), np.linalg.norm(V[:, :3], axis=1), np.linalg.norm(V - W, axis=1), (W[:, :2] ** 2).sum(1)], 1
+    )
+    + V / np.linalg.norm(V, axis=1, keepdims=True)
+    + np.pad(np.cross(V[:, :3], W[:, :3]), ((0, 0), (0, 1)))
+    + V
+    - 2 * W * (V * W).sum(1, keepdims=True)
+    + np.where((V * W).sum(1, keepdims=True) < 0, V, -V),
+    (X, P),
+    rtol=1e-5,
+    atol=1e-5,
+)
+case(
+    "pack and unpack",
+    f"{ID} float4 v = unpack_unorm4x8_to_float(a[i]); out0[i] = pack_float_to_unorm4x8(v); out1[i] = v.y;"
+    "out2[i] = pack_float_to_snorm2x16(unpack_snorm2x16_to_float(a[i])); half4 h = unpack_snorm4x8_to_half(a[i]); out3[i] = h.w;",
+    [U & u32(0x7FFF7FFF)],
+    [
+        U & u32(0x7FFF7FFF),
+        ((U >> u32(8)) & u32(127)) / f32(255),
+        U & u32(0x7FFF7FFF),
+        (((U >> u32(24)) & u32(127)) / f32(127)).astype(f16),
+    ],
+    rtol=1e-3,
+    atol=1e-3,
+    **FLAT,
+)
+
+# ---- simdgroups: 40 lanes are one whole simdgroup and 8 lanes of another
+
+L = X[:40]
+_groups = [slice(0, 32), slice(32, 40)]
+
+
+def by_group(f, x=None):
+    x = L if x is None else x
+    return np.concatenate([np.broadcast_to(f(x[g]), x[g].shape) for g in _groups])
+
+
+SIMD = {"grid": (40, 1, 1), "threadgroup": (40, 1, 1)}
+N = rng.integers(0, 2**20, 40).astype(i32)
+case(
+    "simd reductions",
+    f"{ID} out0[i] = simd_sum(a[i]); out1[i] = simd_max(a[i]); out2[i] = simd_min(a[i]); out3[i] = simd_product(a[i]);"
+    "out4[i] = simd_sum(half(a[i]));",
+    [L],
+    [
+        by_group(np.sum),
+        by_group(np.max),
+        by_group(np.min),
+        by_group(np.prod),
+        by_group(np.sum, L.astype(f16).astype(f32)).astype(f16),
+    ],
+    rtol=2e-3,
+    atol=1e-5,
+    **SIMD,
+)
+case(
+    "simd reductions of integers",
+    f"{ID} out0[i] = simd_sum(a[i]); out1[i] = simd_and(a[i] | 1); out2[i] = simd_or(a[i]); out3[i] = simd_xor(a[i]);"
+    "out4[i] = simd_sum(int64_t(a[i]) << 20);",
+    [N],
+    [
+        by_group(np.sum, N).astype(i32),
+        by_group(np.bitwise_and.reduce, N | 1),
+        by_group(np.bitwise_or.reduce, N),
+        by_group(np.bitwise_xor.reduce, N),
+        by_group(np.sum, N.astype(np.int64) << 20),
+    ],
+    **SIMD,
+)
+case(
+    "simd prefixes",
+    f"{ID} out0[i] = simd_prefix_inclusive_sum(a[i]); out1[i] = simd_prefix_exclusive_sum(a[i]);"
+    "out2[i] = simd_prefix_inclusive_product(a[i]); out3[i] = simd_prefix_exclusive_product(a[i]);",
+    [L],
+    [
+        by_group(np.cumsum),
+        by_group(lambda x: np.cumsum(x) - x),
+        by_group(np.cumprod),
+        by_group(lambda x: np.append(1, np.cumprod(x)[:-1])),
+    ],
+    rtol=1e-4,
+    atol=1e-5,
+    **SIMD,
+)
+_lane = np.arange(32)
+F = X[:32]
+case(
+    "simd shuffles",
+    f"{ID} float x = a[i]; out0[i] = simd_shuffle(x, (i * 7) % 32); out1[i] = simd_shuffle_xor(x, 5); out2[i] = i >= 3 ? simd_shuffle_up(x, 3) : 0;".replace(
+        "i >= 3 ? simd_shuffle_up(x, 3) : 0", "simd_shuffle_up(x, 3) * (i >= 3)"
+    )
+    + "out3[i] = simd_shuffle_down(x, 4) * (i < 28); out4[i] = simd_broadcast(x, 9) + simd_broadcast_first(x);"
+    "out5[i] = simd_shuffle_rotate_up(x, 5) + 2 * simd_shuffle_rotate_down(x, 6);"
+    "out6[i] = simd_shuffle_and_fill_up(x, 10 + x, 3) + 100 * simd_shuffle_and_fill_down(x, 20 + x, 2, 8);",
+    [F],
+    [
+        F[_lane * 7 % 32],
+        F[_lane ^ 5],
+        np.where(_lane >= 3, F[_lane - 3], 0),
+        np.where(_lane < 28, F[(_lane + 4) % 32], 0),
+        np.full(32, F[9] + F[0]),
+        F[(_lane - 5) % 32] + 2 * F[(_lane + 6) % 32],
+        np.where(_lane >= 3, F[_lane - 3], 10 + F[(_lane - 3) % 32])
+        + 100 * np.where(_lane % 8 < 6, F[(_lane + 2) % 32], 20 + F[_lane // 8 * 8 + (_lane + 2) % 8]),
+    ],
+    rtol=1e-5,
+    atol=1e-4,
+)
+case(
+    "simd votes",
+    f"{ID} out0[i] = simd_all(a[i] < 3) + 2 * simd_any(a[i] > 1.5) + 4 * simd_is_first(); simd_vote v = simd_ballot(a[i] > 0);"
+    "out1[i] = ulong((simd_vote::vote_t)v); out2[i] = popcount(ulong(simd_vote::vote_t(simd_active_threads_mask()))) ;",
+    [L],
+    [
+        (by_group(lambda x: 1 + 2 * (x > 1.5).any()) + 4 * np.isin(np.arange(40), [0, 32])).astype(i32),
+        np.concatenate(
+            [np.full(x.size, sum(1 << j for j in np.flatnonzero(x > 0)), np.uint64) for x in (L[:32], L[32:])]
+        ),
+        by_group(lambda x: x.size).astype(i32),
+    ],
+    **SIMD,
+)
+case(
+    "simd in a divergent branch",
+    f"{ID} float x = a[i]; if (i % 3 == 0) {{ out0[i] = simd_sum(x); }} else {{ out0[i] = -simd_sum(x); }}"
+    "out1[i] = simd_sum(x);",
+    [F],
+    [np.where(_lane % 3 == 0, F[_lane % 3 == 0].sum(), -F[_lane % 3 != 0].sum()), np.full(32, F.sum())],
+    rtol=1e-4,
+    atol=1e-5,
+)
+_q = F.reshape(8, 4)
+case(
+    "quads",
+    f"{ID} float x = a[i]; out0[i] = quad_sum(x) + quad_max(x); out1[i] = quad_broadcast(x, 2) + quad_shuffle_xor(x, 1);"
+    "out2[i] = quad_shuffle_rotate_down(x, 1) + quad_prefix_inclusive_sum(x) + 2 * quad_prefix_exclusive_sum(x); out3[i] = quad_all(x > -1) + 2 * quad_any(x > 1);",
+    [F],
+    [
+        np.repeat(_q.sum(1) + _q.max(1), 4),
+        np.repeat(_q[:, 2], 4) + F[_lane ^ 1],
+        (np.roll(_q, -1, 1) + 3 * np.cumsum(_q, 1) - 2 * _q).ravel(),
+        np.repeat((_q > -1).all(1) + 2 * (_q > 1).any(1), 4).astype(i32),
+    ],
+    rtol=1e-4,
+    atol=1e-5,
+)
+
+# ---- simdgroup_matrix
+
+M8, M8b = X[:64].reshape(8, 8), X[64:128].reshape(8, 8)
+case(
+    "simdgroup_matrix",
+    "simdgroup_float8x8 A, B, C = make_filled_simdgroup_matrix<float, 8, 8>(1.0f); simdgroup_load(A, a, 8); simdgroup_load(B, b, 8, ulong2(0, 0), true);"
+    "simdgroup_multiply_accumulate(C, A, B, C); simdgroup_store(C, out0, 8); simdgroup_multiply(C, C, A); simdgroup_store(C, out1, 8);",
+    [M8, M8b],
+    [M8 @ M8b.T + 1, (M8 @ M8b.T + 1) @ M8],
+    rtol=1e-5,
+    atol=2e-5,
+)
+case(
+    "simdgroup_matrix of half",
+    "simdgroup_half8x8 A, B; simdgroup_float8x8 C(0.0f); simdgroup_load(A, a, 8); simdgroup_load(B, b, 8);"
+    "simdgroup_multiply_accumulate(C, A, B, C); simdgroup_store(C, out0, 8); simdgroup_matrix<half, 8, 8> D; simdgroup_multiply(D, A, B); simdgroup_store(D, out1, 8);",
+    [M8.astype(f16), M8b.astype(f16)],
+    [
+        M8.astype(f16).astype(f32) @ M8b.astype(f16).astype(f32),
+        (M8.astype(f16).astype(f32) @ M8b.astype(f16).astype(f32)).astype(f16),
+    ],
+    rtol=2e-3,
+    atol=2e-3,
+)
+_row = (_lane >> 4) * 4 + ((_lane >> 1) & 3)
+_col = ((_lane >> 3) & 1) * 4 + (_lane & 1) * 2
+_scaled = (M8 @ M8b).copy()
+_scaled[_row, _col] *= _lane
+case(
+    "simdgroup_matrix thread_elements",
+    "simdgroup_float8x8 A, B, C(0); simdgroup_load(A, a, 8); simdgroup_load(B, b, 8); simdgroup_multiply_accumulate(C, A, B, C);"
+    "C.thread_elements()[0] *= float(thread_index_in_simdgroup); simdgroup_store(C, out0, 8); out1[thread_index_in_simdgroup] = C.thread_elements()[1];"
+    "simdgroup_multiply(C, C, A); simdgroup_store(C, out2, 8);",
+    [M8, M8b],
+    [_scaled, _scaled[_row, _col + 1], _scaled @ M8],
+    rtol=1e-4,
+    atol=1e-3,
+)
+
+# ---- atomics, threadgroup memory, attributes
+
+case(
+    "atomics",
+    f"{ID} atomic_fetch_add_explicit(&out0[i % 4], a[i], memory_order_relaxed); atomic_fetch_max_explicit(&out0[4], a[i], memory_order_relaxed);"
+    "atomic_fetch_min_explicit(&out0[5], a[i], memory_order_relaxed);",
+    [X],
+    [np.array([*(X[k::4].sum() for k in range(4)), max(X.max(), 0), min(X.min(), 0)], f32)],
+    init_value=0,
+    atomic_outputs=True,
+    rtol=1e-4,
+    atol=1e-4,
+    **FLAT,
+)
+case(
+    "atomics of integers",
+    f"{ID} atomic_fetch_add_explicit(&out0[0], 1, memory_order_relaxed); atomic_fetch_sub_explicit(&out0[1], 2, memory_order_relaxed);"
+    "atomic_fetch_or_explicit(&out0[2], int(i), memory_order_relaxed); atomic_fetch_xor_explicit(&out0[3], int(i), memory_order_relaxed);"
+    "atomic_fetch_and_explicit(&out0[4], 0, memory_order_relaxed); atomic_fetch_max_explicit(&out0[5], int(i), memory_order_relaxed);"
+    "int old = 0; while (!atomic_compare_exchange_weak_explicit(&out0[6], &old, old + 3, memory_order_relaxed, memory_order_relaxed)) {}"
+    "if (i == 0) { atomic_store_explicit(&out0[7], 9, memory_order_relaxed); atomic_exchange_explicit(&out0[8], atomic_load_explicit(&out0[7], memory_order_relaxed), memory_order_relaxed); }",
+    [X],
+    [i32([256, -512, 255, 0, 0, 255, 768, 9, 9])],
+    init_value=0,
+    atomic_outputs=True,
+    **FLAT,
+)
+case(
+    "threadgroup atomics: a histogram",
+    "threadgroup atomic_uint bins[16]; uint l = thread_index_in_threadgroup; if (l < 16) atomic_store_explicit(&bins[l], 0u, memory_order_relaxed);"
+    "threadgroup_barrier(mem_flags::mem_threadgroup); for (uint i = l; i < N; i += threads_per_threadgroup.x) atomic_fetch_add_explicit(&bins[a[i] >> 28], 1u, memory_order_relaxed);"
+    "threadgroup_barrier(mem_flags::mem_threadgroup); if (l < 16) out0[l] = atomic_load_explicit(&bins[l], memory_order_relaxed);",
+    [U],
+    [np.bincount(U >> u32(28), minlength=16).astype(u32)],
+    grid=(64, 1, 1),
+    threadgroup=(64, 1, 1),
+    template=[("N", 256)],
+)
+_g = np.indices((3, 5, 7)).reshape(3, -1)
+case(
+    "attributes, groups at the edges smaller",
+    "uint3 p = thread_position_in_grid; uint n = (p.z * threads_per_grid.y + p.y) * threads_per_grid.x + p.x; uint3 l = thread_position_in_threadgroup;"
+    "uint3 t = threads_per_threadgroup; out0[n] = thread_index_in_threadgroup; out1[n] = (t.x * 10 + t.y) * 10 + t.z;"
+    "out2[n] = threadgroup_position_in_grid.x + 10 * threadgroups_per_grid.x + 100 * dispatch_threads_per_threadgroup.x;"
+    "out3[n] = l.x + 10 * l.y + 100 * l.z + 1000 * simdgroups_per_threadgroup;",
+    [],
+    (
+        lambda z, y, x: (
+            lambda lx, ly, lz, ex, ey, ez: [
+                ((lz * ey + ly) * ex + lx).astype(u32),
+                ((ex * 10 + ey) * 10 + ez).astype(u32),
+                (x // 4 + 10 * 2 + 100 * 4).astype(u32),
+                (lx + 10 * ly + 100 * lz + 1000).astype(u32),
+            ]
+        )(
+            x % 4,
+            y % 2,
+            z % 2,
+            np.minimum(4, 7 - x // 4 * 4),
+            np.minimum(2, 5 - y // 2 * 2),
+            np.minimum(2, 3 - z // 2 * 2),
+        )
+    )(*_g),
+    grid=(7, 5, 3),
+    threadgroup=(4, 2, 2),
+)
+
+# ---- what users write
+
+ROWS, COLS = 6, 1000
+A = rng.standard_normal((ROWS, COLS)).astype(f32)
+G = rng.uniform(0.5, 1.5, COLS).astype(f32)
+REDUCE = """
+template <typename Op> inline float reduce(float x, threadgroup float* shared, uint lane, uint group, uint groups, float neutral, Op op) {
+    x = op.simd(x);
+    if (lane == 0) shared[group] = x;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    x = op.simd(lane < groups ? shared[lane] : neutral);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    return x;
+}
+struct Sum { float simd(float x) const { return simd_sum(x); } };
+struct Max { float simd(float x) const { return simd_max(x); } };
+"""
+_e = np.exp(A.astype(np.float64) - A.max(1, keepdims=True))
+case(
+    "softmax",
+    """
+    threadgroup float shared[32];
+    uint row = threadgroup_position_in_grid.x, l = thread_position_in_threadgroup.x, n = threads_per_threadgroup.x;
+    uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup, groups = simdgroups_per_threadgroup;
+    const device float* x = a + row * N;
+    float m = -INFINITY;
+    for (uint i = l; i < N; i += n) m = max(m, x[i]);
+    m = reduce(m, shared, lane, group, groups, -INFINITY, Max());
+    float s = 0;
+    for (uint i = l; i < N; i += n) s += exp(x[i] - m);
+    s = reduce(s, shared, lane, group, groups, 0.0f, Sum());
+    for (uint i = l; i < N; i += n) out0[row * N + i] = exp(x[i] - m) / s;""",
+    [A],
+    [(_e / _e.sum(1, keepdims=True)).astype(f32)],
+    grid=(ROWS * 128, 1, 1),
+    threadgroup=(128, 1, 1),
+    template=[("N", COLS)],
+    header=REDUCE,
+    rtol=2e-5,
+)
+RMS_NORM = """
+    threadgroup float shared[32];
+    uint row = threadgroup_position_in_grid.x, l = thread_position_in_threadgroup.x, n = threads_per_threadgroup.x;
+    float s = 0;
+    for (uint i = l; i < N; i += n) { float x = a[row * N + i]; s += x * x; }
+    s = simd_sum(s);
+    if (thread_index_in_simdgroup == 0) shared[simdgroup_index_in_threadgroup] = s;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    s = simd_sum(thread_index_in_simdgroup < simdgroups_per_threadgroup ? shared[thread_index_in_simdgroup] : 0.0f);
+    float scale = metal::precise::rsqrt(s / N + c);
+    for (uint i = l; i < N; i += n) out0[row * N + i] = T(a[row * N + i] * scale) * b[i];"""
+for _t in (f32, f16) + ((bfloat16,) if bfloat16 is not None else ()):
+    _a, _w = A.astype(_t), G.astype(_t)
+    _d = _a.astype(np.float64)
+    case(
+        f"rms_norm {np.dtype(_t).name}",
+        RMS_NORM,
+        [_a, _w, np.asarray(1e-5, f32)],
+        [(_d / np.sqrt((_d * _d).mean(1, keepdims=True) + 1e-5) * _w.astype(np.float64)).astype(_t)],
+        grid=(ROWS * 256, 1, 1),
+        threadgroup=(256, 1, 1),
+        template=[("N", COLS), ("T", _t)],
+        rtol=1e-5 if _t == f32 else 2e-2,
+        atol=1e-5 if _t == f32 else 1e-2,
+    )
+Am, Bm = rng.standard_normal((40, 56)).astype(f32), rng.standard_normal((56, 24)).astype(f32)
+case(
+    "matrix product, threadgroup tiles",
+    """
+    threadgroup float ta[TILE][TILE], tb[TILE][TILE];
+    uint2 l = thread_position_in_threadgroup.xy, p = threadgroup_position_in_grid.xy * TILE + l;
+    float sum = 0;
+    for (uint k = 0; k < K; k += TILE) {
+        ta[l.y][l.x] = p.y < M && k + l.x < K ? a[p.y * K + k + l.x] : 0;
+        tb[l.y][l.x] = k + l.y < K && p.x < N ? b[(k + l.y) * N + p.x] : 0;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (uint j = 0; j < TILE; ++j) sum += ta[l.y][j] * tb[j][l.x];
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    if (p.y < M && p.x < N) out0[p.y * N + p.x] = sum;""",
+    [Am, Bm],
+    [Am @ Bm],
+    grid=(32, 48, 1),
+    threadgroup=(16, 16, 1),
+    template=[("M", 40), ("N", 24), ("K", 56), ("TILE", 16)],
+    rtol=1e-4,
+    atol=1e-4,
+)
+SIMD_PRODUCT = """
+    uint2 tile = threadgroup_position_in_grid.xy * uint2(1, 2) + uint2(0, simdgroup_index_in_threadgroup);
+    simdgroup_matrix<T, 8, 8> left, right;
+    simdgroup_float8x8 sum = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    if (tile.y * 8 >= M) return;
+    for (uint k = 0; k < K; k += 8) {
+        simdgroup_load(left, a + tile.y * 8 * K + k, K);
+        simdgroup_load(right, b, N, ulong2(tile.x * 8, k));
+        simdgroup_multiply_accumulate(sum, left, right, sum);
+    }
+    simdgroup_store(sum, out0 + tile.y * 8 * N + tile.x * 8, N);"""
+for _t in (f32, f16):
+    case(
+        f"matrix product, simdgroup_matrix {np.dtype(_t).name}",
+        SIMD_PRODUCT,
+        [Am.astype(_t), Bm.astype(_t)],
+        [Am.astype(_t).astype(f32) @ Bm.astype(_t).astype(f32)],
+        grid=(3 * 64, 3, 1),
+        threadgroup=(64, 1, 1),
+        template=[("M", 40), ("N", 24), ("K", 56), ("T", _t)],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+case(
+    "scan with simd_prefix",
+    """
+    threadgroup float sums[32];
+    uint l = thread_index_in_threadgroup, lane = thread_index_in_simdgroup, g = simdgroup_index_in_threadgroup;
+    float before = 0;
+    for (uint base = 0; base < N; base += threads_per_threadgroup.x) {
+        uint i = base + l;
+        float x = i < N ? a[i] : 0, s = simd_prefix_inclusive_sum(x);
+        if (lane == threads_per_simdgroup - 1) sums[g] = s;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (g == 0) sums[lane] = simd_prefix_inclusive_sum(lane < simdgroups_per_threadgroup ? sums[lane] : 0);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (i < N) out0[i] = before + s + (g > 0 ? sums[g - 1] : 0);
+        before += sums[simdgroups_per_threadgroup - 1];
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }""",
+    [A[0]],
+    [np.cumsum(A[0].astype(np.float64)).astype(f32)],
+    grid=(256, 1, 1),
+    threadgroup=(256, 1, 1),
+    template=[("N", COLS)],
+    rtol=1e-4,
+    atol=1e-3,
+)
+T_, D_ = 77, 64
+Q, Kk, Vv = (rng.standard_normal(s).astype(f32) for s in ((4, D_), (4, T_, D_), (4, T_, D_)))
+_s = np.einsum("hd,htd->ht", Q.astype(np.float64), Kk.astype(np.float64)) / 8
+_p = np.exp(_s - _s.max(1, keepdims=True))
+_p /= _p.sum(1, keepdims=True)
+case(
+    "flash attention, a decode step",
+    """
+    constexpr int E = D / 32;
+    threadgroup float ms[8], ls[8], os[8][D];
+    uint h = threadgroup_position_in_grid.x, lane = thread_index_in_simdgroup, g = simdgroup_index_in_threadgroup;
+    float q[E], o[E] = {0}, m = -INFINITY, l = 0;
+    for (int e = 0; e < E; ++e) q[e] = a[h * D + lane * E + e] * rsqrt(float(D));
+    for (uint t = g; t < T; t += 8) {
+        float s = 0;
+        for (int e = 0; e < E; ++e) s += q[e] * b[(h * T + t) * D + lane * E + e];
+        s = simd_sum(s);
+        float next = max(m, s), scale = exp(m - next), p = exp(s - next);
+        l = l * scale + p;
+        for (int e = 0; e < E; ++e) o[e] = o[e] * scale + p * c[(h * T + t) * D + lane * E + e];
+        m = next;
+    }
+    if (lane == 0) { ms[g] = m; ls[g] = l; }
+    for (int e = 0; e < E; ++e) os[g][lane * E + e] = o[e];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (g == 0) {
+        float most = -INFINITY, sum = 0;
+        for (int k = 0; k < 8; ++k) most = max(most, ms[k]);
+        for (int k = 0; k < 8; ++k) sum += ls[k] * exp(ms[k] - most);
+        for (int e = 0; e < E; ++e) {
+            float y = 0;
+            for (int k = 0; k < 8; ++k) y += os[k][lane * E + e] * exp(ms[k] - most);
+            out0[h * D + lane * E + e] = y / sum;
+        }
+    }""",
+    [Q, Kk, Vv],
+    [np.einsum("ht,htd->hd", _p, Vv.astype(np.float64)).astype(f32)],
+    grid=(4 * 256, 1, 1),
+    threadgroup=(256, 1, 1),
+    template=[("T", T_), ("D", D_)],
+    rtol=1e-4,
+    atol=1e-5,
+)
+OUT_, IN_ = 24, 256
+W4 = rng.integers(0, 2**32, (OUT_, IN_ // 8)).astype(u32)
+S4, B4 = rng.uniform(0.01, 0.1, (OUT_, IN_ // 64)).astype(f16), rng.uniform(-1, 0, (OUT_, IN_ // 64)).astype(f16)
+_w4 = ((W4[:, :, None] >> (4 * np.arange(8, dtype=u32))) & u32(15)).reshape(OUT_, IN_).astype(np.float64)
+_w4 = _w4 * np.repeat(S4.astype(np.float64), 64, 1) + np.repeat(B4.astype(np.float64), 64, 1)
+case(
+    "4-bit matrix-vector product",
+    """
+    uint row = thread_position_in_grid.y, lane = thread_index_in_simdgroup;
+    float sum = 0;
+    for (uint word = lane; word < IN / 8; word += 32) {
+        uint packed = b[row * (IN / 8) + word];
+        half scale = c[row * (IN / 64) + word / 8], bias = d[row * (IN / 64) + word / 8];
+        float part = 0, all = 0;
+        for (uint j = 0; j < 8; ++j) { float x = a[word * 8 + j]; part += x * float(extract_bits(packed, 4 * j, 4u)); all += x; }
+        sum += float(scale) * part + float(bias) * all;
+    }
+    sum = simd_sum(sum);
+    if (simd_is_first()) out0[row] = sum;""",
+    [X, W4, S4, B4],
+    [(_w4 @ X.astype(np.float64)).astype(f32)],
+    grid=(32, OUT_, 1),
+    threadgroup=(32, 4, 1),
+    template=[("IN", IN_)],
+    rtol=1e-4,
+    atol=1e-3,
+)
+case(
+    "bitonic sort",
+    """
+    threadgroup float keys[N];
+    uint l = thread_index_in_threadgroup;
+    keys[l] = a[l];
+    for (uint size = 2; size <= N; size <<= 1) {
+        for (uint step = size >> 1; step > 0; step >>= 1) {
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+            uint other = l ^ step;
+            if (other > l) {
+                float x = keys[l], y = keys[other];
+                if ((x > y) == ((l & size) == 0)) { keys[l] = y; keys[other] = x; }
+            }
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    out0[l] = keys[l];""",
+    [X],
+    [np.sort(X)],
+    grid=(256, 1, 1),
+    threadgroup=(256, 1, 1),
+    template=[("N", 256)],
+    rtol=0,
+    atol=0,
+)
+_S = np.arange(24, dtype=f32).reshape(4, 6)
+case(
+    "complex numbers",
+    f"{ID} complex64_t z = a[i]; z = z * z + 1.0f; z = z / a[i]; out0[i] = z; out1[i] = z.real;",
+    [(X[:32] + 1j * P[:32]).astype(np.complex64)],
+    [
+        (lambda z: (z * z + 1) / z)(X[:32] + 1j * P[:32]).astype(np.complex64),
+        (lambda z: (z * z + 1) / z)(X[:32] + 1j * P[:32]).real.astype(f32),
+    ],
+    rtol=1e-4,
+    atol=1e-4,
+)

@@ -1,0 +1,59 @@
+"""Every row of the support table of docs/custom-kernels.md, and kernels as users write them, against NumPy."""
+
+import metal_cases
+import metalloid.fast
+import numpy as np
+import pytest
+
+
+@pytest.mark.parametrize("case", metal_cases.CASES, ids=lambda case: case.name)
+def test_kernel_agrees_with_numpy(case):
+    input_names, output_names = case.names
+    kernel = metalloid.fast.metal_kernel(
+        "language", input_names, output_names, case.source, header=case.header, atomic_outputs=case.atomic_outputs
+    )
+    outputs = kernel(
+        inputs=case.inputs,
+        output_shapes=[expected.shape for expected in case.expected],
+        output_dtypes=[expected.dtype for expected in case.expected],
+        grid=case.grid,
+        threadgroup=case.threadgroup,
+        template=case.template,
+        init_value=case.init_value,
+    )
+    for output, expected in zip(outputs, case.expected, strict=True):
+        wide = np.complex128 if expected.dtype.kind == "c" else np.float64
+        np.testing.assert_allclose(output.astype(wide), expected.astype(wide), case.rtol, case.atol)
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("texture2d<float> t;", "textures"),
+        ("texture2d<half, access::read> t;", "textures"),
+        ("sampler s;", "samplers"),
+        ("visible_function_table<void()> t;", "function tables"),
+        ("raytracing::intersector<int> i;", "ray tracing"),
+    ],
+)
+def test_what_is_not_supported_says_so(source, what):
+    kernel = metalloid.fast.metal_kernel("unsupported", [], ["out"], source)
+    with pytest.raises(RuntimeError, match=what):
+        kernel(inputs=[], output_shapes=[(1,)], output_dtypes=[np.float32], grid=(1, 1, 1), threadgroup=(1, 1, 1))
+
+
+def test_a_cuda_kernel_wants_a_gpu():
+    x = np.ones(4, np.float32)
+    kernel = metalloid.fast.cuda_kernel("k", ["a"], ["out"], "out[threadIdx.x] = a[threadIdx.x];")
+    call = {
+        "inputs": [x],
+        "output_shapes": [x.shape],
+        "output_dtypes": [x.dtype],
+        "grid": (4, 1, 1),
+        "threadgroup": (4, 1, 1),
+    }
+    assert "mtl_kernel" in kernel.source(**call)
+    with pytest.raises((RuntimeError, ValueError), match="CUDA C"):
+        kernel(**call)
+    with pytest.raises(ValueError, match="shared_memory"):
+        metalloid.fast.cuda_kernel("k", [], ["out"], "", shared_memory=-1)
