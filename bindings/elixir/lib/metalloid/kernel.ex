@@ -166,9 +166,9 @@ defmodule Metalloid.Kernel do
         verbose: false
       ])
 
-    inputs = list(fetch(options, :inputs))
-    shapes = list(fetch(options, :output_shapes))
-    types = list(fetch(options, :output_dtypes))
+    inputs = list(:inputs, fetch(options, :inputs))
+    shapes = list(:output_shapes, fetch(options, :output_shapes))
+    types = list(:output_dtypes, fetch(options, :output_dtypes))
 
     for {key, given, wanted} <- [
           {:inputs, inputs, kernel.inputs},
@@ -178,6 +178,10 @@ defmodule Metalloid.Kernel do
         length(given) != wanted do
       raise ArgumentError,
             "metal_kernel: #{key} must have #{wanted} entries for #{kernel.name}, got #{length(given)}"
+    end
+
+    for shape <- shapes, not is_tuple(shape) do
+      raise ArgumentError, "metal_kernel: output_shapes must be tuples, got #{inspect(shape)}"
     end
 
     %{
@@ -242,13 +246,16 @@ defmodule Metalloid.Kernel do
     end
   end
 
-  # defn makes tuples of what it is given.
-  defp list(value) when is_list(value), do: value
-  defp list(value) when is_tuple(value), do: Tuple.to_list(value)
-  defp list(value), do: raise(ArgumentError, "metal_kernel: #{inspect(value)} must be a list")
+  # In defn a list is written as a tuple.
+  defp list(_key, value) when is_tuple(value), do: Tuple.to_list(value)
 
-  defp names(_key, names) when is_list(names), do: Enum.map(names, &name/1)
-  defp names(key, other), do: raise(ArgumentError, "metal_kernel: #{key} must be a list, got #{inspect(other)}")
+  defp list(key, value) do
+    if is_list(value) and not List.improper?(value),
+      do: value,
+      else: raise(ArgumentError, "metal_kernel: #{key} must be a list, got #{inspect(value)}")
+  end
+
+  defp names(key, names), do: key |> list(names) |> Enum.map(&name/1)
 
   defp name(name) when is_atom(name) and not is_nil(name), do: Atom.to_string(name)
   defp name(name), do: name
@@ -260,12 +267,12 @@ defmodule Metalloid.Kernel do
 
   defp type(type), do: Map.get(@short_types, type, type)
 
-  defp template(pairs) when is_list(pairs) do
-    Enum.map(pairs, fn
-      {name, value} -> {name(name), type(value)}
-      other -> raise ArgumentError, "metal_kernel: template must have {name, value} entries, got #{inspect(other)}"
-    end)
+  defp template(pairs) do
+    for pair <- list(:template, pairs) do
+      case pair do
+        {name, value} -> {name(name), type(value)}
+        _ -> raise ArgumentError, "metal_kernel: template must have {name, value} entries, got #{inspect(pair)}"
+      end
+    end
   end
-
-  defp template(other), do: raise(ArgumentError, "metal_kernel: template must be a list, got #{inspect(other)}")
 end
