@@ -260,6 +260,55 @@ if Code.ensure_loaded?(Nx) do
       assert grad |> Nx.is_nan() |> Nx.any() |> Nx.to_number() == 0
     end
 
+    test "NaN in what is hidden leaves every gradient as it is" do
+      q = normal({1, 2, 3, 4}, {:f, 32}, 51)
+      [k, v] = for seed <- [52, 53], do: normal({1, 1, 5, 4}, {:f, 32}, seed)
+      spoil = fn t, at, value -> Nx.put_slice(t, [0, 0, at, 1], Nx.tensor([[[[value, value]]]])) end
+
+      masked = [mask: Nx.tensor([[1, 1, 1, 0, 1]])]
+      key_masked = [key_mask: Nx.tensor([[1, 1, 1, 0, 1]]), causal: true]
+      added = [mask: Nx.tensor([[0.5, 0.0, 0.0, :neg_infinity, 0.25]]), softcap: 5.0]
+
+      for options <- [masked, key_masked, added], value <- [:nan, :infinity, :neg_infinity] do
+        gradients = fn k, v ->
+          Nx.Defn.grad({q, k, v}, fn {q, k, v} ->
+            out = Fast.scaled_dot_product_attention(q, k, v, 0.5, options)
+            Nx.sum(Nx.multiply(out, out))
+          end)
+        end
+
+        assert gradients.(spoil.(k, 3, value), spoil.(v, 3, value)) == gradients.(k, v)
+      end
+
+      # Hidden from some queries alone: the first two do not see the last key, and the last gets what it sees.
+      spoilt = spoil.(k, 4, :nan)
+
+      causal = &Nx.sum(Fast.scaled_dot_product_attention_causal(&1, &2, v, 0.5))
+      dq = Nx.Defn.grad(q, &causal.(&1, spoilt))
+      assert dq[[.., .., 0..1]] == Nx.Defn.grad(q, &causal.(&1, k))[[.., .., 0..1]]
+      assert dq[[.., .., 2]] |> Nx.is_nan() |> Nx.all() |> Nx.to_number() == 1
+
+      # A cache beyond what was written, and a padded query that sees nothing.
+      cache =
+        spoil.(Nx.transpose(k, axes: [0, 2, 1, 3]) |> Nx.reshape({1, 1, 5, 4}), 4, :nan) |> Nx.reshape({1, 5, 1, 4})
+
+      one = normal({1, 1, 1, 4}, {:f, 32}, 54)
+
+      decode = fn q, cache ->
+        mask = Nx.tensor([[1, 1, 1, 0, 0]])
+        {out, _, _} = Fast.kv_cache_sdpa_update(q, one, one, cache, cache, 2, mask, 0.5)
+        Nx.sum(Nx.multiply(out, out))
+      end
+
+      for grad <- Tuple.to_list(Nx.Defn.grad({one, cache}, fn {q, cache} -> decode.(q, cache) end)),
+          do: assert(Nx.to_number(Nx.any(Nx.is_nan(grad))) == 0)
+
+      [padded, zeroed] = for value <- [:nan, 0.0], do: spoil.(q, 0, value)
+      mask = Nx.tensor([[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+      loss = fn q, k -> Nx.sum(Nx.pow(Fast.scaled_dot_product_attention(q, k, v, 0.5, mask), 2)) end
+      assert Nx.Defn.grad(k, &loss.(padded, &1)) == Nx.Defn.grad(k, &loss.(zeroed, &1))
+    end
+
     # ---- what EMLX's page says and what differs --------------------------------------------------
 
     test "shape, type and names are those of the first tensor" do
