@@ -138,7 +138,6 @@ defmodule Metalloid.KernelTest do
     assert Kernel.source(kernel, [translated: true] ++ call) =~ "float"
     run = call ++ [grid: {1, 1, 1}, threadgroup: {1, 1, 1}, verbose: true]
     assert capture_io(fn -> Kernel.call(kernel, run) end) =~ "Generated source code for `shown`"
-    assert inspect(kernel) == ~s(#Metalloid.Kernel<name: "shown", ...>)
   end
 
   test "what does not compile, with the compiler's words and the author's lines" do

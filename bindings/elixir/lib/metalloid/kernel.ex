@@ -40,7 +40,6 @@ defmodule Metalloid.Kernel do
 
   import Metalloid.Tensor, only: [deftransform: 2]
 
-  @derive {Inspect, only: [:name]}
   @enforce_keys [:reference, :name, :inputs, :outputs]
   defstruct @enforce_keys
 
