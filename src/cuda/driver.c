@@ -22,6 +22,7 @@
     X(cuModuleGetFunction)               \
     X(cuFuncGetAttribute)                \
     X(cuFuncSetAttribute)                \
+    X(cuLaunchKernel)                    \
     X(cuLaunchKernelEx)                  \
     X(cuOccupancyMaxActiveClusters)      \
     X(cuMemAllocAsync)                   \
