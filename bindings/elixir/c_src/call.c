@@ -108,23 +108,18 @@ ERL_NIF_TERM call_end_term(call *c, metalloid_status status, ERL_NIF_TERM term) 
     return term;
 }
 
-static unsigned result_terms(call *c, metalloid_status status, ERL_NIF_TERM terms[MAX_RESULTS]) {
-    if (c->failed || status != METALLOID_OK) return 0;
+static ERL_NIF_TERM end_with_results(call *c, metalloid_status status, bool tuple_of_one) {
+    ERL_NIF_TERM terms[MAX_RESULTS];
+    if (c->failed || status != METALLOID_OK || c->result_count == 0) return call_end_term(c, status, 0);
     for (int i = 0; i < c->result_count; i++) terms[i] = term_of(c, c->result[i]);
-    return (unsigned)c->result_count;
+    bool alone = c->result_count == 1 && !tuple_of_one;
+    return call_end_term(c, status,
+                         alone ? terms[0] : enif_make_tuple_from_array(c->env, terms, (unsigned)c->result_count));
 }
 
-ERL_NIF_TERM call_end(call *c, metalloid_status status) {
-    ERL_NIF_TERM terms[MAX_RESULTS];
-    unsigned count = result_terms(c, status, terms);
-    return call_end_term(c, status, count == 1 ? terms[0] : enif_make_tuple_from_array(c->env, terms, count));
-}
+ERL_NIF_TERM call_end(call *c, metalloid_status status) { return end_with_results(c, status, false); }
 
-ERL_NIF_TERM call_end_tuple(call *c, metalloid_status status) {
-    ERL_NIF_TERM terms[MAX_RESULTS];
-    unsigned count = result_terms(c, status, terms);
-    return call_end_term(c, status, enif_make_tuple_from_array(c->env, terms, count));
-}
+ERL_NIF_TERM call_end_tuple(call *c, metalloid_status status) { return end_with_results(c, status, true); }
 
 /* ---- types and shapes ------------------------------------------------------------------------ */
 
