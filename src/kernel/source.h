@@ -9,6 +9,7 @@
 enum {
     MTL_MOST_BUFFERS = 64,   /* inputs, and outputs, of a kernel; Metal has 31 in all */
     MTL_MOST_TEMPLATES = 64, /* template arguments */
+    MTL_MOST_SCALARS = 64,   /* of a precompiled kernel */
     MTL_LONGEST_NAME = 255,
     MTL_POINTERS_OF_INPUT =
         4, /* of mtl_dispatch.pointers: data, shape (int), strides (int64_t), rank (int); an output has one */
