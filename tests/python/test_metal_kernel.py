@@ -432,7 +432,7 @@ def test_simdgroups_do_not_wait_for_each_other():
 
 
 def test_simdgroups_keep_pace():
-    """Threadgroup memory that is read, reduced and written again with no barrier in between, as published kernels do."""
+    """Threadgroup memory that is read, reduced and written again with no barrier in between."""
     rows, width = 3, 3000
     x = normal(rows, width)
     source = """
