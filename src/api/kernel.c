@@ -603,6 +603,7 @@ metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metallo
                                           .math_mode = kernel->math_mode,
                                           .stack_bits = 16,
                                           .most_threads = 1024,
+                                          .line = mtl_cuda_line(&kernel->mentions, c.launch.grid, c.launch.threadgroup),
                                           .count_iterations = kernel->most_iterations > 0};
         mtl_translation_unit(&source, &kernel->definition, &kernel->mentions, &c.launch.types, &options);
     } else if (!status) {
