@@ -99,8 +99,7 @@ static int most_threads_of(const uint32_t threads[3]) {
 }
 
 static metalloid_status make_function(const mtl_cuda_call *call, const metalloid_kernel *kernel,
-                                      const mtl_launch *launch, int most_threads, int line,
-                                      CUfunction *function) {
+                                      const mtl_launch *launch, int most_threads, int line, CUfunction *function) {
     const mtl_definition *definition = &kernel->definition;
     if (kernel->language == METALLOID_KERNEL_PRECOMPILED)
         return mtl_cuda_load(call, definition->source, definition->name, kernel->shared_memory, function);
@@ -342,7 +341,7 @@ static metalloid_status place_scalars(const metalloid_kernel *kernel, const mtl_
 /* MLX's conventions: whole blocks, and of each input its pointer, then what of shape, strides and rank the source mentions. A
  * precompiled kernel gets pointers and scalars. */
 static metalloid_status launch_whole_blocks(const mtl_cuda_call *call, const metalloid_kernel *kernel,
-                                           const mtl_launch *launch, CUfunction function) {
+                                            const mtl_launch *launch, CUfunction function) {
     enum { MOST_PARAMETERS = (MTL_POINTERS_OF_INPUT + 1) * MTL_MOST_BUFFERS + MTL_MOST_SCALARS };
     struct {
         int32_t shape[MTL_CUDA_NDIM];

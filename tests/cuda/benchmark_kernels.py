@@ -6,6 +6,7 @@ launch from C, a first call. The C library by ctypes.
 """
 
 import ctypes
+import functools
 import os
 import statistics
 import subprocess
@@ -115,7 +116,7 @@ def copies():
         metal = "uint i = thread_position_in_grid.x; T tmp = x[i]; y[i] = metal::exp(tmp);"
         cuda = "auto i = cooperative_groups::this_grid().thread_rank(); T tmp = x[i]; y[i] = exp(tmp);"
         functions = {
-            "copy": lambda: y.copy_(x),
+            "copy": functools.partial(y.copy_, x),
             "metal_kernel": launcher(metal, {"x": x}, {"y": y}, (size, 1, 1), (256, 1, 1), T=dtype),
             "cuda_kernel": launcher(cuda, {"x": x}, {"y": y}, (size, 1, 1), (256, 1, 1), language=1, T=dtype),
         }
@@ -124,7 +125,6 @@ def copies():
         for name, took in times.items():
             rate, share = 2 * size * x.element_size() / took / 1e9, times["copy"] / took
             print(f"elementwise {str(dtype)[6:]:8} {name:14} {rate:7.0f} GB/s {share:6.0%} of copy (target 90%)")
-        del x, y
 
 
 def norms():
@@ -132,7 +132,7 @@ def norms():
     for dtype in (torch.float32, torch.bfloat16):
         x, w = (torch.randn(s, device="cuda").to(dtype) for s in ((rows, length), (length,)))
         y, ours = torch.empty_like(x), torch.empty_like(x)
-        took = seconds([lambda: run("rms_norm", x, w, 1e-5, ours)])
+        took = seconds([functools.partial(run, "rms_norm", x, w, 1e-5, ours)])
         print(f"rms_norm {str(dtype)[6:]:9} metalloid          {took * 1e6:8.1f} us")
         for name, body in (("by elements", BY_ELEMENTS), ("by fours", BY_FOURS)):
             for threads in (256, 1024):

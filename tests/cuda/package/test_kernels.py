@@ -303,7 +303,7 @@ except RuntimeError as error:
 def test_nothing_is_launched_for_arguments_that_do_not_fit():
     x, kernel = torch.ones(4, device="cuda"), metal(TWICE)
     for threads, grid in ((2048, (4096, 1, 1)), (0, (4, 1, 1)), (32, (0, 1, 1)), (32, (-1, 1, 1))):
-        with pytest.raises(ValueError, match="threadgroup|grid"):
+        with pytest.raises(ValueError, match=r"threadgroup|grid"):
             call(kernel, x, threads=threads, grid=grid)
     with pytest.raises(ValueError, match="inputs"):
         call(kernel, x, x)
