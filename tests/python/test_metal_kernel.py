@@ -431,6 +431,33 @@ def test_simdgroups_do_not_wait_for_each_other():
     assert out.tolist() == [32] * 32 + [192] * 32 + [32] * 32
 
 
+def test_simdgroups_keep_pace():
+    """Threadgroup memory that is read, reduced and written again with no barrier in between, as published kernels do."""
+    rows, width = 3, 3000
+    x = normal(rows, width)
+    source = """
+        threadgroup float shared[32];
+        uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
+        uint y = thread_position_in_grid.y;
+        float most = -1e30f, sum = 0;
+        for (uint i = thread_index_in_threadgroup; i < WIDTH; i += 1024) most = max(most, x[y * WIDTH + i]);
+        most = simd_max(most);
+        if (lane == 0) shared[simdgroup] = most;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        most = simd_max(shared[lane]);
+        for (uint i = thread_index_in_threadgroup; i < WIDTH; i += 1024) sum += exp(x[y * WIDTH + i] - most);
+        sum = simd_sum(sum);
+        if (lane == 0) shared[simdgroup] = sum;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        sum = simd_sum(shared[lane]);
+        out[y * 1024 + thread_position_in_grid.x] = most + log(sum);
+    """
+    b = run(source, {"x": x}, out=((rows, 1024), F32), grid=(1024, rows, 1), threadgroup=(1024, 1, 1),
+            template=[("WIDTH", width)])  # fmt: skip
+    expected = np.log(np.exp(x.astype(np.float64)).sum(-1, keepdims=True))
+    np.testing.assert_allclose(b, np.broadcast_to(expected, b.shape), rtol=1e-5)
+
+
 def test_threadgroup_variables_of_many_kinds():
     source = """
         threadgroup int plain, other;
