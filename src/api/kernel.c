@@ -561,10 +561,9 @@ static metalloid_status launch_checked(metalloid_context *context, metalloid_ker
                                        const metalloid_kernel_call *call, checked *c) {
     if (c->device.device_type != kDLCPU) return launch_cuda(context, kernel, call, c);
     if (kernel->language != METALLOID_KERNEL_METAL) {
-        return mtl_fail(METALLOID_UNSUPPORTED,
-                        "cuda_kernel: kernel %s is %s, for NVIDIA GPUs, and its tensors are in CPU memory",
-                        kernel->definition.name,
-                        kernel->language == METALLOID_KERNEL_CUDA ? "in CUDA C++" : "a precompiled one");
+        return mtl_fail(
+            METALLOID_UNSUPPORTED, "cuda_kernel: kernel %s is %s, for NVIDIA GPUs, and its tensors are in CPU memory",
+            kernel->definition.name, kernel->language == METALLOID_KERNEL_CUDA ? "in CUDA C++" : "a precompiled one");
     }
     for (int i = 0; i < call->input_count; i++) {
         if (kernel->ensure_row_contiguous && !is_row_contiguous(&c->inputs[i]))
@@ -603,6 +602,7 @@ metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metallo
                                           .math_mode = kernel->math_mode,
                                           .stack_bits = 16,
                                           .most_threads = 1024,
+                                          .line = mtl_cuda_line(&kernel->mentions, c.launch.grid, c.launch.threadgroup),
                                           .count_iterations = kernel->most_iterations > 0};
         mtl_translation_unit(&source, &kernel->definition, &kernel->mentions, &c.launch.types, &options);
     } else if (!status) {

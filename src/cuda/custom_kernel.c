@@ -99,14 +99,14 @@ static int most_threads_of(const uint32_t threads[3]) {
 }
 
 static metalloid_status make_function(const mtl_cuda_call *call, const metalloid_kernel *kernel,
-                                      const mtl_launch *launch, int most_threads, CUfunction *function) {
+                                      const mtl_launch *launch, int most_threads, int line, CUfunction *function) {
     const mtl_definition *definition = &kernel->definition;
     if (kernel->language == METALLOID_KERNEL_PRECOMPILED)
         return mtl_cuda_load(call, definition->source, definition->name, kernel->shared_memory, function);
     bool metal = kernel->language == METALLOID_KERNEL_METAL, include = false;
     mtl_text unit = {0};
     const mtl_unit_options options = {
-        .target = MTL_TARGET_CUDA, .math_mode = kernel->math_mode, .most_threads = most_threads};
+        .target = MTL_TARGET_CUDA, .math_mode = kernel->math_mode, .most_threads = most_threads, .line = line};
     if (metal) mtl_translation_unit(&unit, definition, &kernel->mentions, &launch->types, &options);
     else mtl_cuda_unit(&unit, definition, &kernel->mentions, &launch->types, &include);
     metalloid_status status = build(call, definition->name, &unit, kernel->math_mode, metal, include, "mtl_kernel",
@@ -117,14 +117,17 @@ static metalloid_status make_function(const mtl_cuda_call *call, const metalloid
 
 static metalloid_status get_function(const mtl_cuda_call *call, metalloid_kernel *kernel, const mtl_launch *launch,
                                      CUfunction *function) {
-    int most_threads = kernel->language == METALLOID_KERNEL_METAL ? most_threads_of(launch->threadgroup) : 0;
-    size_t length = launch->key_length + 3;
+    bool metal = kernel->language == METALLOID_KERNEL_METAL;
+    int most_threads = metal ? most_threads_of(launch->threadgroup) : 0;
+    int line = metal ? mtl_cuda_line(&kernel->mentions, launch->grid, launch->threadgroup) : 0;
+    size_t length = launch->key_length + 4;
     unsigned char local[512], *key = length <= sizeof local ? local : malloc(length);
     if (!key) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
     memcpy(key, launch->key, launch->key_length);
     key[launch->key_length] = (unsigned char)call->device->id;
     key[launch->key_length + 1] = (unsigned char)(most_threads / 256);
-    key[launch->key_length + 2] = 0xff; /* no key of the CPU ends so */
+    key[launch->key_length + 2] = (unsigned char)(line / 32);
+    key[launch->key_length + 3] = 0xff; /* no key of the CPU ends so */
     uint64_t hash = hash_of(key, length);
     metalloid_status status = METALLOID_OK;
     for (mtl_variant *at = atomic_load_explicit(&kernel->variants, memory_order_acquire); at; at = at->next) {
@@ -132,7 +135,7 @@ static metalloid_status get_function(const mtl_cuda_call *call, metalloid_kernel
         *function = at->function;
         goto done;
     }
-    status = make_function(call, kernel, launch, most_threads, function);
+    status = make_function(call, kernel, launch, most_threads, line, function);
     if (status) goto done;
     mtl_variant *variant = malloc(sizeof *variant + length);
     if (!variant) {
@@ -338,7 +341,7 @@ static metalloid_status place_scalars(const metalloid_kernel *kernel, const mtl_
 /* MLX's conventions: whole blocks, and of each input its pointer, then what of shape, strides and rank the source mentions. A
  * precompiled kernel gets pointers and scalars. */
 static metalloid_status launch_whole_blocks(const mtl_cuda_call *call, const metalloid_kernel *kernel,
-                                           const mtl_launch *launch, CUfunction function) {
+                                            const mtl_launch *launch, CUfunction function) {
     enum { MOST_PARAMETERS = (MTL_POINTERS_OF_INPUT + 1) * MTL_MOST_BUFFERS + MTL_MOST_SCALARS };
     struct {
         int32_t shape[MTL_CUDA_NDIM];

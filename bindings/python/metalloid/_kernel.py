@@ -101,7 +101,7 @@ def _deliver(library: str, like: Any, memory: Any) -> Any:
 
 
 def _leads(array: Any) -> bool:
-    """Whether the outputs go where this array is, whatever the others are: scalars of the host's may stand beside it."""
+    """Whether the outputs go where this array is: scalars of the host's may stand beside it."""
     return bool(getattr(array, "is_cuda", False)) or _library(array) == "cupy"
 
 
@@ -404,8 +404,8 @@ def precompiled_cuda_kernel(
         compiled_source: PTX or a cubin. It is loaded once a process and device.
         inputs, output_shapes, output_dtypes, grid, threadgroup, init_value, stream: as for a ``metal_kernel``; whole
             blocks run.
-        scalars: what the kernel's parameters are behind the pointers of inputs and outputs: bools, ints, floats, each as
-            wide as the parameter.
+        scalars: the kernel's parameters behind the pointers of inputs and outputs: bools, ints, floats, each as wide as
+            the parameter.
         shared_memory: bytes of dynamic shared memory of a block.
         ensure_row_contiguous: copies inputs that are not.
 
@@ -419,7 +419,8 @@ def precompiled_cuda_kernel(
     for place, value in enumerate(scalars):
         if not isinstance(value, (bool, int, float)):
             raise ValueError(
-                f"precompiled_cuda_kernel: scalars[{place}] must be a bool, an int or a float, got {type(value).__name__}"
+                f"precompiled_cuda_kernel: scalars[{place}] must be a bool, an int or a float, "
+                f"got {type(value).__name__}"
             )
     outputs = len(output_shapes)
     kernel = _precompiled(name, bytes(compiled_source), len(inputs), outputs, ensure_row_contiguous, shared_memory)

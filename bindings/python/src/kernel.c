@@ -65,8 +65,8 @@ static PyObject *kernel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     int contiguous = 1, atomic = 0, mode = 0, debug = 0, sanitizer = 0, language = METALLOID_KERNEL_METAL;
     long long iterations = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!O!s#|sppizppLii", keywords, &name, &PyTuple_Type, &inputs,
-                                     &PyTuple_Type, &outputs, &source, &length, &options.header, &contiguous, &atomic, &mode,
-                                     &options.fallback_compiler, &debug, &sanitizer, &iterations, &language,
+                                     &PyTuple_Type, &outputs, &source, &length, &options.header, &contiguous, &atomic,
+                                     &mode, &options.fallback_compiler, &debug, &sanitizer, &iterations, &language,
                                      &options.shared_memory))
         return NULL;
     const char *input_names[MOST_BUFFERS], *output_names[MOST_BUFFERS];
@@ -259,9 +259,10 @@ static PyObject *run_call(PyObject *self, PyObject *args, bool run) {
     PyObject *inputs, *outputs, *templates, *init_value, *scalars = NULL;
     long long grid[3], threadgroup[3];
     int translated = 0;
-    if (!PyArg_ParseTuple(args, run ? "O!O!(LLL)(LLL)O!O|O!" : "O!O!(LLL)(LLL)O!O|p", &PyTuple_Type, &inputs, &PyTuple_Type, &outputs, &grid[0],
-                          &grid[1], &grid[2], &threadgroup[0], &threadgroup[1], &threadgroup[2], &PyTuple_Type,
-                          &templates, &init_value, run ? (void *)&PyTuple_Type : (void *)&translated, &scalars))
+    if (!PyArg_ParseTuple(args, run ? "O!O!(LLL)(LLL)O!O|O!" : "O!O!(LLL)(LLL)O!O|p", &PyTuple_Type, &inputs,
+                          &PyTuple_Type, &outputs, &grid[0], &grid[1], &grid[2], &threadgroup[0], &threadgroup[1],
+                          &threadgroup[2], &PyTuple_Type, &templates, &init_value,
+                          run ? (void *)&PyTuple_Type : (void *)&translated, &scalars))
         return NULL;
     if (init_value != Py_None) {
         call.has_init_value = true;

@@ -65,15 +65,16 @@ def test_kernel_agrees_with_numpy(case):
     kernel = fast.metal_kernel(
         "language", input_names, output_names, case.source, header=case.header, atomic_outputs=case.atomic_outputs
     )
-    outputs = kernel(
-        inputs=[to_torch(value) for value in case.inputs],
-        output_shapes=[expected.shape for expected in case.expected],
-        output_dtypes=[getattr(torch, expected.dtype.name) for expected in case.expected],
-        grid=case.grid,
-        threadgroup=case.threadgroup,
-        template=case.template,
-        init_value=case.init_value,
-    )
+    with torch.device("cuda"):  # where outputs go if there is no input
+        outputs = kernel(
+            inputs=[to_torch(value) for value in case.inputs],
+            output_shapes=[expected.shape for expected in case.expected],
+            output_dtypes=[getattr(torch, expected.dtype.name) for expected in case.expected],
+            grid=case.grid,
+            threadgroup=case.threadgroup,
+            template=case.template,
+            init_value=case.init_value,
+        )
     for output, expected in zip(outputs, case.expected, strict=True):
         assert output.is_cuda
         wide = np.complex128 if expected.dtype.kind == "c" else np.float64
@@ -119,6 +120,28 @@ def test_graphs_capture_launches_copies_fills_and_the_first_call():
         graph.replay()
         assert torch.equal(y, 2 * x.T)
         torch.testing.assert_close(z, 5 + (x + 1).reshape(-1, 4).sum(0), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("threads", [32, 64, 96, 256, 512, 1024])
+@pytest.mark.parametrize("rest", [0, 40])
+def test_a_threadgroup_of_any_size_knows_how_many_it_is(threads, rest):
+    source = """
+        threadgroup uint seen[1024];
+        uint lid = thread_position_in_threadgroup.x, n = threads_per_threadgroup.x;
+        seen[lid] = simd_sum(1u) + 100 * simdgroups_per_threadgroup;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        uint sum = 0;
+        for (uint i = 0; i < n; i++) sum += seen[i];
+        out[thread_position_in_grid.x] = sum + x[0];
+    """
+    x = torch.zeros(1, device="cuda", dtype=torch.int32)
+    y = torch.empty(3 * threads + rest, device="cuda", dtype=torch.int32)
+    got = call(metal(source), x, like=y, threads=threads).cpu().numpy()
+    for first in range(0, len(got), threads):
+        size = min(threads, len(got) - first)
+        groups = -(-size // 32)
+        lanes = sum(min(32, size - 32 * g) ** 2 for g in range(groups))
+        assert (got[first : first + size] == lanes + 100 * groups * size).all()
 
 
 def test_strides_scalars_and_tensors_of_the_host():
@@ -280,7 +303,7 @@ except RuntimeError as error:
 def test_nothing_is_launched_for_arguments_that_do_not_fit():
     x, kernel = torch.ones(4, device="cuda"), metal(TWICE)
     for threads, grid in ((2048, (4096, 1, 1)), (0, (4, 1, 1)), (32, (0, 1, 1)), (32, (-1, 1, 1))):
-        with pytest.raises(ValueError, match="threadgroup|grid"):
+        with pytest.raises(ValueError, match=r"threadgroup|grid"):
             call(kernel, x, threads=threads, grid=grid)
     with pytest.raises(ValueError, match="inputs"):
         call(kernel, x, x)

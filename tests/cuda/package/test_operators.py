@@ -1,4 +1,4 @@
-"""metalloid.torch and metalloid.jax on a GPU: every operator beside its own result on the CPU, compiled, differentiated."""
+"""metalloid.torch and metalloid.jax on a GPU: each operator beside its result on the CPU, compiled, differentiated."""
 
 import importlib.util
 import os
@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
     pytest.skip("PyTorch sees no GPU", allow_module_level=True)
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "python"))
-import metalloid.torch as mt  # noqa: E402
-from operation_calls import CALLS  # noqa: E402
+import metalloid.torch as mt
+from operation_calls import CALLS
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 BOUND = {"rtol": 2e-5, "atol": 2e-5}
