@@ -14,6 +14,10 @@ from metalloid import _native
 _ON_CUDA = (2, 13)  # DLPack's device types of it, managed memory too
 _MATH_MODES = {"safe": 0, "relaxed": 1, "fast": 2}
 
+# Inputs, outputs, grid, threadgroup, template arguments, initial value: what the extension's Kernel takes.
+_Three = tuple[int, int, int]
+_Arguments = tuple[tuple[Any, ...], tuple[Any, ...], _Three, _Three, tuple[tuple[str, int | str], ...], float | None]
+
 
 class CompileOptions(TypedDict, total=False):
     math_mode: Literal["safe", "relaxed", "fast"]
@@ -144,7 +148,7 @@ class MetalKernel:
         threadgroup: Sequence[int],
         template: Sequence[tuple[str, Any]] | None,
         init_value: float | None,
-    ) -> tuple[tuple[Any, ...], str, Any]:
+    ) -> tuple[_Arguments, str, Any]:
         for what, given, wanted in (
             ("inputs", inputs, self._inputs),
             ("output_shapes", output_shapes, self._outputs),
@@ -163,7 +167,7 @@ class MetalKernel:
         if library == "mlx":
             sys.modules["mlx.core"].eval([array for array in arrays if _library(array) == "mlx"])
 
-        values = []
+        values: list[tuple[str, int | str]] = []
         for name, value in template or ():
             if isinstance(value, (bool, np.bool_)):
                 values.append((name, bool(value)))
@@ -191,7 +195,7 @@ class MetalKernel:
         )
         return (tuple(arrays), outputs, *sizes, tuple(values), init_value), library, like
 
-    def _run(self, arguments: tuple[Any, ...], library: str, like: Any, scalars: tuple[Any, ...] = ()) -> list[Any]:
+    def _run(self, arguments: _Arguments, library: str, like: Any, scalars: tuple[Any, ...] = ()) -> list[Any]:
         self._native.launch(*arguments, scalars)
         return [_deliver(library, like, output) for output in arguments[1]]
 
@@ -295,7 +299,7 @@ def metal_kernel(
     mode = options.pop("math_mode", "safe")
     if mode not in _MATH_MODES:
         raise ValueError(f"metal_kernel: math_mode must be 'safe', 'relaxed' or 'fast', got {mode!r}")
-    settings = {
+    settings: dict[str, Any] = {
         "debug": bool(debug.pop("debug", False)),
         "address_sanitizer": bool(debug.pop("address_sanitizer", False)),
         "most_iterations": debug.pop("max_iterations", 0),
