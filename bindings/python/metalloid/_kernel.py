@@ -296,7 +296,7 @@ def metal_kernel(
     [array([2., 4., 6.], dtype=float32)]
     """
     options, debug = dict(compile_options or {}), dict(debug_options or {})
-    mode = options.pop("math_mode", "safe")
+    mode: Any = options.pop("math_mode", "safe")
     if mode not in _MATH_MODES:
         raise ValueError(f"metal_kernel: math_mode must be 'safe', 'relaxed' or 'fast', got {mode!r}")
     settings: dict[str, Any] = {
