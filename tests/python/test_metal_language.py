@@ -1,9 +1,15 @@
 """Every row of the support table of docs/custom-kernels.md, and kernels as users write them, against NumPy."""
 
+import os
+import shutil
+
 import metal_cases
 import metalloid.fast
 import numpy as np
 import pytest
+
+CLANG = shutil.which("clang++") or shutil.which("clang")
+pytestmark = pytest.mark.skipif(not CLANG and "METALLOID_CXX" not in os.environ, reason="no clang")
 
 
 @pytest.mark.parametrize("case", metal_cases.CASES, ids=lambda case: case.name)
