@@ -2,10 +2,11 @@
 PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 60
 ARGS ?=
+CMAKE_ARGS ?=
 
 all:
 	@tools/setup build
-	cmake --preset release
+	cmake --preset release $(CMAKE_ARGS)
 	cmake --build --preset release
 
 install: all

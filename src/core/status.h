@@ -13,7 +13,7 @@
 /* Keeps the message for metalloid_last_error() and returns the status, so that a check is one return statement. */
 metalloid_status mtl_fail(metalloid_status status, const char *format, ...) MTL_PRINTF(2, 3);
 
-/* Every message starts with the operation: "rope: dims must be even, got 7". */
+/* Every message starts with the operation: "rope: dims must be even and 2 or more, got 7". */
 #define MTL_REQUIRE(condition, op, format, ...)                                                        \
     do {                                                                                               \
         if (!(condition)) return mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: " format, op, __VA_ARGS__); \

@@ -1,4 +1,4 @@
-"""Metalloid: fused transformer kernels, the operations of ``mlx.core.fast`` on any machine.
+"""Metalloid: fused transformer kernels, the operations of ``mlx.core.fast`` on Linux.
 
 Arrays are NumPy's, PyTorch's, or any other library's with ``__dlpack__``; results come in the library of the first
 array. All operations stand here; ``metalloid.fast`` holds those that ``mlx.core.fast`` has, with its signatures.
