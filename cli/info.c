@@ -6,38 +6,40 @@
 #include "cpu/kernels.h"
 #if MTL_WITH_CUDA
 #include "cuda/kernels.h"
+#include "cuda/nvrtc.h"
 #endif
+#include "kernel/compiler.h"
 
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
-/* The first line that `program --version` prints; false where it cannot be run. No shell sees the name. */
-static bool version_of(const char *program, char *line, int size) {
-    int pipe_ends[2];
-    if (pipe(pipe_ends) != 0) return false;
-    pid_t child = fork();
-    if (child == 0) {
-        dup2(pipe_ends[1], STDOUT_FILENO);
-        close(pipe_ends[0]);
-        close(pipe_ends[1]);
-        if (!freopen("/dev/null", "w", stderr)) _exit(127);
-        execlp(program, program, "--version", (char *)NULL);
-        _exit(127);
+/* What compiles custom kernels: for the CPU as the library would find it, for GPUs NVRTC. */
+static void print_compilers(void) {
+    const char *named = getenv("METALLOID_CXX");
+    bool is_named = named && *named;
+    mtl_compiler compiler;
+    if (mtl_compiler_find(&compiler, NULL)) {
+        static const char *const arguments[] = {"--version", NULL};
+        mtl_text output = {0};
+        bool runs = mtl_compiler_run(&compiler, arguments, "/", &output);
+        const char *line = mtl_text_string(&output);
+        printf("compiler      ");
+        for (int i = 0; i < compiler.words; i++) printf("%s%s", i ? " " : "", compiler.word[i]);
+        printf(": %.*s%s\n", (int)strcspn(line, "\n"), line, runs ? "" : " (--version failed)");
+        mtl_text_free(&output);
+        mtl_compiler_free(&compiler);
+    } else if (is_named) {
+        printf("compiler      none: METALLOID_CXX=%s is no program that can be run\n", named);
+    } else {
+        printf("compiler      none found: clang, or the program that METALLOID_CXX names, \"zig c++\" say; from Python "
+               "ziglang's too\n");
     }
-    close(pipe_ends[1]);
-    FILE *output = fdopen(pipe_ends[0], "r");
-    bool read_line = child > 0 && output && fgets(line, size, output);
-    char rest[256];
-    while (output && fgets(rest, sizeof rest, output))
-        continue; /* so that the program never writes into a closed pipe */
-    if (output) fclose(output);
-    int status = 1;
-    if (child > 0) waitpid(child, &status, 0);
-    if (read_line) line[strcspn(line, "\n")] = '\0';
-    return read_line && status == 0;
+#if MTL_WITH_CUDA
+    const char *why = "";
+    printf("nvrtc         %s\n", mtl_nvrtc_available(&why) ? mtl_nvrtc_identity() : why);
+#endif
 }
 
 static void print_gpus(void) {
@@ -64,7 +66,7 @@ int metalloid_cli_info(int count, char **arguments) {
                 "compilers found for custom kernels.\n\nenvironment:\n"
                 "  METALLOID_CPU_ISA      the instruction set to use instead of the best one\n"
                 "  METALLOID_NUM_THREADS  the threads of a call, the caller included\n"
-                "  METALLOID_CXX          the C++ compiler of custom kernels, which are not in this version\n");
+                "  METALLOID_CXX          the C++ compiler of custom kernels, instead of clang\n");
         return help ? EXIT_OK : EXIT_USAGE;
     }
     printf("metalloid     %s\n", metalloid_version());
@@ -88,15 +90,6 @@ int metalloid_cli_info(int count, char **arguments) {
                mtl_environment_threads() ? "" : " is ignored: it is not a number from 1 to 1024");
     print_gpus();
 
-    const char *named = getenv("METALLOID_CXX");
-    const char *compilers[] = {named && *named ? named : "clang++", "clang"};
-    char line[256];
-    bool found = false;
-    for (int i = 0; i < 2 && !found; i++) {
-        found = version_of(compilers[i], line, sizeof line);
-        if (found) printf("compiler      %s: %s", compilers[i], line);
-    }
-    if (!found) printf("compiler      none found: clang++, or the program that METALLOID_CXX names");
-    printf(" (for custom kernels, which are not in this version)\n");
+    print_compilers();
     return EXIT_OK;
 }

@@ -40,7 +40,7 @@ if find_spec("torch") and find_spec("transformers"):
 
 # Types of DLPack and of C's library, which this site does not describe.
 nitpick_ignore_regex = [
-    (r"c:identifier", r"DL\w+|bool|size_t|u?int\d+_t|metalloid_context|int64_t"),
+    (r"c:identifier", r"DL\w+|bool|size_t|u?int\d+_t|metalloid_context|metalloid_kernel"),
     (r"py:class", r".*"),
     (r"py:exc", r".*"),
     (r"py:func", r".*"),

@@ -277,6 +277,11 @@ typedef struct metalloid_kernel metalloid_kernel;
 typedef enum metalloid_kernel_language {
     METALLOID_KERNEL_METAL = 0,
     METALLOID_KERNEL_CUDA = 1, /* CUDA C++ as for mlx.core.fast.cuda_kernel, on NVIDIA GPUs alone */
+
+    /* PTX or a cubin, as for mlx.core.fast.precompiled_cuda_kernel: `source` is that image and the kernel's name its symbol, whose
+     * parameters are a pointer for each input and each output, then the scalars of the call. The names of inputs and outputs are for
+     * messages; ensure_row_contiguous, shared_memory and source_length are the options that count. */
+    METALLOID_KERNEL_PRECOMPILED = 2,
 } metalloid_kernel_language;
 
 typedef enum metalloid_math_mode {
@@ -299,13 +304,14 @@ typedef struct metalloid_kernel_options {
     bool address_sanitizer;  /* reports accesses out of bounds; its run-time has to be in the process (LD_PRELOAD) */
     int64_t most_iterations; /* all loops of a thread together; a kernel with one more is stopped. 0: no limit */
 
-    int shared_memory; /* METALLOID_KERNEL_CUDA: bytes of dynamic shared memory of a block */
+    int shared_memory;    /* METALLOID_KERNEL_CUDA, _PRECOMPILED: bytes of dynamic shared memory of a block */
+    size_t source_length; /* METALLOID_KERNEL_PRECOMPILED: bytes of the image; 0: it is PTX that ends with NUL */
 } metalloid_kernel_options;
 
 #define METALLOID_KERNEL_OPTIONS_INIT                                                                                  \
     {                                                                                                                  \
         sizeof(metalloid_kernel_options), METALLOID_KERNEL_METAL, NULL, true, false, METALLOID_MATH_SAFE, NULL, false, \
-            false, 0, 0                                                                                                \
+            false, 0, 0, 0                                                                                             \
     }
 
 /* Names are identifiers of C, none of them twice; at least one output. Nothing is compiled yet. The strings are copied. */
@@ -329,6 +335,17 @@ typedef struct metalloid_template_argument {
     DLDataType dtype;
 } metalloid_template_argument;
 
+typedef enum metalloid_scalar_kind {
+    METALLOID_SCALAR_INT = 0,   /* bool too; as wide as the kernel's parameter, in whose range it is */
+    METALLOID_SCALAR_FLOAT = 1, /* float, or double where the kernel's parameter is one */
+} metalloid_scalar_kind;
+
+typedef struct metalloid_kernel_scalar {
+    metalloid_scalar_kind kind;
+    int64_t integer;
+    double real;
+} metalloid_kernel_scalar;
+
 typedef struct metalloid_kernel_call {
     size_t size;                   /* sizeof(metalloid_kernel_call) of the caller; the initializer sets it */
     int input_count, output_count; /* as many as the kernel has names */
@@ -346,10 +363,13 @@ typedef struct metalloid_kernel_call {
     const metalloid_template_argument *template_arguments; /* in the order of the template's parameters */
     bool has_init_value;
     double init_value; /* outputs are filled with it first */
+
+    const metalloid_kernel_scalar *scalars; /* METALLOID_KERNEL_PRECOMPILED */
+    int64_t scalar_count;
 } metalloid_kernel_call;
 
 #define METALLOID_KERNEL_CALL_INIT \
-    { sizeof(metalloid_kernel_call), 0, 0, NULL, NULL, {1, 1, 1}, {1, 1, 1}, 0, NULL, false, 0.0 }
+    { sizeof(metalloid_kernel_call), 0, 0, NULL, NULL, {1, 1, 1}, {1, 1, 1}, 0, NULL, false, 0.0, NULL, 0 }
 
 /* Compiles where this is the first call with such types, and runs. Nothing is written by a call that fails before the kernel
  * runs: every status but METALLOID_KERNEL_FAILED. */

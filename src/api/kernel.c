@@ -110,12 +110,14 @@ static metalloid_status check_names(const char *const *names, int count, const c
 /* ---- create and destroy ------------------------------------------------------------------------------------------------------ */
 
 /* Takes the next string of the block that a kernel's strings are in. */
-static const char *store(char **block, const char *string) {
-    size_t size = strlen(string) + 1;
-    char *stored = memcpy(*block, string, size);
-    *block += size;
+static const char *store_bytes(char **block, const char *bytes, size_t length) {
+    char *stored = memcpy(*block, bytes, length);
+    stored[length] = '\0';
+    *block += length + 1;
     return stored;
 }
+
+static const char *store(char **block, const char *string) { return store_bytes(block, string, strlen(string)); }
 
 static void free_kernel(metalloid_kernel *kernel) {
     for (mtl_variant *at = kernel->variants; at;) {
@@ -133,7 +135,9 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
     MTL_REQUIRE(kernel, op, "%s must not be NULL", "kernel");
     metalloid_kernel_options read;
     MTL_TRY(mtl_options_read(&read, &defaults, sizeof read, options, op));
-    MTL_TRY(check_name(name, "name"));
+    bool precompiled = read.language == METALLOID_KERNEL_PRECOMPILED;
+    if (precompiled) MTL_REQUIRE(name && *name, op, "%s must be the kernel's symbol in the image", "name");
+    else MTL_TRY(check_name(name, "name"));
     MTL_TRY(check_names(input_names, input_count, "input_names"));
     MTL_TRY(check_names(output_names, output_count, "output_names"));
     MTL_REQUIRE(output_count > 0, op, "%s must have at least one name", "output_names");
@@ -145,7 +149,7 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
         }
     }
     MTL_REQUIRE(source, op, "%s must not be NULL", "source");
-    MTL_REQUIRE(read.language == METALLOID_KERNEL_METAL || read.language == METALLOID_KERNEL_CUDA, op,
+    MTL_REQUIRE(read.language == METALLOID_KERNEL_METAL || read.language == METALLOID_KERNEL_CUDA || precompiled, op,
                 "options.language is unknown: %d", (int)read.language);
     MTL_REQUIRE(read.shared_memory >= 0, op, "options.shared_memory must not be negative, got %d", read.shared_memory);
     MTL_REQUIRE((int)read.math_mode >= METALLOID_MATH_SAFE && (int)read.math_mode <= METALLOID_MATH_FAST, op,
@@ -156,7 +160,8 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
     /* The kernel, pointers to its names, and the strings, in one block. */
     const char *header = read.header ? read.header : "", *fallback = read.fallback_compiler;
     size_t size = sizeof(metalloid_kernel) + (size_t)(input_count + output_count) * sizeof(char *);
-    size += strlen(name) + strlen(source) + strlen(header) + 3 + (fallback ? strlen(fallback) + 1 : 0);
+    size_t length = precompiled && read.source_length ? read.source_length : strlen(source);
+    size += strlen(name) + length + strlen(header) + 3 + (fallback ? strlen(fallback) + 1 : 0);
     for (int i = 0; i < input_count; i++) size += strlen(input_names[i]) + 1;
     for (int i = 0; i < output_count; i++) size += strlen(output_names[i]) + 1;
     metalloid_kernel *created = malloc(size);
@@ -173,7 +178,7 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
                        .output_count = output_count,
                        .input_names = names,
                        .output_names = names + input_count,
-                       .source = store(&block, source),
+                       .source = store_bytes(&block, source, length),
                        .header = store(&block, header),
                        .atomic_outputs = mtl_option_flag(&read.atomic_outputs)},
         .math_mode = read.math_mode,
@@ -186,7 +191,7 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
         created->fallback_compiler = block;
         store(&block, fallback);
     }
-    if (!mtl_find_mentions(&created->mentions, &created->definition)) {
+    if (!precompiled && !mtl_find_mentions(&created->mentions, &created->definition)) {
         free_kernel(created);
         return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
     }
@@ -239,6 +244,25 @@ static metalloid_status check_counts(const metalloid_kernel *kernel, const metal
     MTL_REQUIRE(call->template_count >= 0 && call->template_count <= MTL_MOST_TEMPLATES, op,
                 "there may be 0 to %d template arguments, got %d", (int)MTL_MOST_TEMPLATES, call->template_count);
     MTL_REQUIRE(call->template_arguments || call->template_count == 0, op, "%s must not be NULL", "template_arguments");
+    return METALLOID_OK;
+}
+
+static metalloid_status check_scalars(const metalloid_kernel *kernel, const metalloid_kernel_call *call) {
+    if (kernel->language != METALLOID_KERNEL_PRECOMPILED) {
+        MTL_REQUIRE(call->scalar_count == 0, op, "scalars are a precompiled kernel's, and kernel %s is none",
+                    kernel->definition.name);
+        return METALLOID_OK;
+    }
+    MTL_REQUIRE(call->template_count == 0, op, "kernel %s is compiled: it has no template arguments",
+                kernel->definition.name);
+    MTL_REQUIRE(call->scalar_count >= 0 && call->scalar_count <= MTL_MOST_SCALARS, op,
+                "there may be 0 to %d scalars, got %lld", (int)MTL_MOST_SCALARS, (long long)call->scalar_count);
+    MTL_REQUIRE(call->scalars || call->scalar_count == 0, op, "%s must not be NULL", "scalars");
+    for (int64_t i = 0; i < call->scalar_count; i++) {
+        int kind = (int)call->scalars[i].kind;
+        MTL_REQUIRE(kind == METALLOID_SCALAR_INT || kind == METALLOID_SCALAR_FLOAT, op,
+                    "scalar %lld is of unknown kind %d", (long long)i, kind);
+    }
     return METALLOID_OK;
 }
 
@@ -318,7 +342,8 @@ static void settle_types(const metalloid_kernel *kernel, checked *c) {
         memcpy(key, value->name, length);
         key += length;
     }
-    c->launch.key_length = (size_t)(key - c->key);
+    /* What comes compiled is the same for all types. */
+    c->launch.key_length = kernel->language == METALLOID_KERNEL_PRECOMPILED ? 0 : (size_t)(key - c->key);
 }
 
 static void *carve(char **at, size_t bytes) {
@@ -399,6 +424,7 @@ static metalloid_status check(const metalloid_kernel *kernel, const metalloid_ke
     MTL_REQUIRE(given, op, "%s must not be NULL", "call");
     MTL_TRY(mtl_options_read(call, &defaults, sizeof *call, given, op));
     MTL_TRY(check_counts(kernel, call));
+    MTL_TRY(check_scalars(kernel, call));
     MTL_TRY(check_grid(call, &c->launch));
     MTL_TRY(allocate(c, call));
     MTL_TRY(check_templates(call, c->templates));
@@ -408,6 +434,8 @@ static metalloid_status check(const metalloid_kernel *kernel, const metalloid_ke
     c->launch.outputs = c->outputs;
     c->launch.has_init_value = mtl_option_flag(&call->has_init_value);
     c->launch.init_value = call->init_value;
+    c->launch.scalars = call->scalars;
+    c->launch.scalar_count = (int)call->scalar_count;
     c->launch.shapes = c->shapes;
     c->launch.strides = c->strides;
     c->launch.ranks = c->ranks;
@@ -533,9 +561,9 @@ static metalloid_status launch_checked(metalloid_context *context, metalloid_ker
                                        const metalloid_kernel_call *call, checked *c) {
     if (c->device.device_type != kDLCPU) return launch_cuda(context, kernel, call, c);
     if (kernel->language != METALLOID_KERNEL_METAL) {
-        return mtl_fail(METALLOID_UNSUPPORTED,
-                        "cuda_kernel: kernel %s is in CUDA C++, and its tensors are in CPU memory",
-                        kernel->definition.name);
+        return mtl_fail(
+            METALLOID_UNSUPPORTED, "cuda_kernel: kernel %s is %s, for NVIDIA GPUs, and its tensors are in CPU memory",
+            kernel->definition.name, kernel->language == METALLOID_KERNEL_CUDA ? "in CUDA C++" : "a precompiled one");
     }
     for (int i = 0; i < call->input_count; i++) {
         if (kernel->ensure_row_contiguous && !is_row_contiguous(&c->inputs[i]))
@@ -563,7 +591,10 @@ metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metallo
     metalloid_status status = check(kernel, given, &c, &call);
     if (!status && !(text || capacity == 0))
         status = mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: text must not be NULL where capacity is %zu", op, capacity);
-    if (!status && kernel->language == METALLOID_KERNEL_CUDA) {
+    if (!status && kernel->language == METALLOID_KERNEL_PRECOMPILED) {
+        status = mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: kernel %s came compiled: it has no source", op,
+                          kernel->definition.name);
+    } else if (!status && kernel->language == METALLOID_KERNEL_CUDA) {
         bool include;
         mtl_cuda_unit(&source, &kernel->definition, &kernel->mentions, &c.launch.types, &include);
     } else if (!status && translated) {
@@ -571,6 +602,7 @@ metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metallo
                                           .math_mode = kernel->math_mode,
                                           .stack_bits = 16,
                                           .most_threads = 1024,
+                                          .line = mtl_cuda_line(&kernel->mentions, c.launch.grid, c.launch.threadgroup),
                                           .count_iterations = kernel->most_iterations > 0};
         mtl_translation_unit(&source, &kernel->definition, &kernel->mentions, &c.launch.types, &options);
     } else if (!status) {

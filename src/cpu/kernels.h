@@ -92,9 +92,9 @@ static inline size_t mtl_gated_delta_scratch(const mtl_gated_delta_args *args) {
     return reals * (args->in_double ? sizeof(double) : sizeof(float));
 }
 
-/* cross_entropy's items are rows, or pieces of one: the largest logit, and the other terms of the sum of exp(x - largest). */
+/* cross_entropy's items are rows, or pieces of one: the sum of 2^(x log2(e) - shift) over its logits but the target. */
 typedef struct mtl_logits_piece {
-    double largest, rest;
+    double shift, sum;
 } mtl_logits_piece;
 
 /* Entry points: how an operation's work is cut into items, and which kernel does it. `op` is for messages. */

@@ -98,18 +98,36 @@ static int most_threads_of(const uint32_t threads[3]) {
     return count <= 256 ? 256 : count <= 512 ? 512 : 1024;
 }
 
+static metalloid_status make_function(const mtl_cuda_call *call, const metalloid_kernel *kernel,
+                                      const mtl_launch *launch, int most_threads, int line, CUfunction *function) {
+    const mtl_definition *definition = &kernel->definition;
+    if (kernel->language == METALLOID_KERNEL_PRECOMPILED)
+        return mtl_cuda_load(call, definition->source, definition->name, kernel->shared_memory, function);
+    bool metal = kernel->language == METALLOID_KERNEL_METAL, include = false;
+    mtl_text unit = {0};
+    const mtl_unit_options options = {
+        .target = MTL_TARGET_CUDA, .math_mode = kernel->math_mode, .most_threads = most_threads, .line = line};
+    if (metal) mtl_translation_unit(&unit, definition, &kernel->mentions, &launch->types, &options);
+    else mtl_cuda_unit(&unit, definition, &kernel->mentions, &launch->types, &include);
+    metalloid_status status = build(call, definition->name, &unit, kernel->math_mode, metal, include, "mtl_kernel",
+                                    kernel->shared_memory, function);
+    mtl_text_free(&unit);
+    return status;
+}
+
 static metalloid_status get_function(const mtl_cuda_call *call, metalloid_kernel *kernel, const mtl_launch *launch,
                                      CUfunction *function) {
-    const mtl_definition *definition = &kernel->definition;
     bool metal = kernel->language == METALLOID_KERNEL_METAL;
     int most_threads = metal ? most_threads_of(launch->threadgroup) : 0;
-    size_t length = launch->key_length + 3;
+    int line = metal ? mtl_cuda_line(&kernel->mentions, launch->grid, launch->threadgroup) : 0;
+    size_t length = launch->key_length + 4;
     unsigned char local[512], *key = length <= sizeof local ? local : malloc(length);
     if (!key) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
     memcpy(key, launch->key, launch->key_length);
     key[launch->key_length] = (unsigned char)call->device->id;
     key[launch->key_length + 1] = (unsigned char)(most_threads / 256);
-    key[launch->key_length + 2] = 0xff; /* no key of the CPU ends so */
+    key[launch->key_length + 2] = (unsigned char)(line / 32);
+    key[launch->key_length + 3] = 0xff; /* no key of the CPU ends so */
     uint64_t hash = hash_of(key, length);
     metalloid_status status = METALLOID_OK;
     for (mtl_variant *at = atomic_load_explicit(&kernel->variants, memory_order_acquire); at; at = at->next) {
@@ -117,15 +135,7 @@ static metalloid_status get_function(const mtl_cuda_call *call, metalloid_kernel
         *function = at->function;
         goto done;
     }
-    mtl_text unit = {0};
-    const mtl_unit_options options = {
-        .target = MTL_TARGET_CUDA, .math_mode = kernel->math_mode, .most_threads = most_threads};
-    bool include = false;
-    if (metal) mtl_translation_unit(&unit, definition, &kernel->mentions, &launch->types, &options);
-    else mtl_cuda_unit(&unit, definition, &kernel->mentions, &launch->types, &include);
-    status = build(call, definition->name, &unit, kernel->math_mode, metal, include, "mtl_kernel",
-                   kernel->shared_memory, function);
-    mtl_text_free(&unit);
+    status = make_function(call, kernel, launch, most_threads, line, function);
     if (status) goto done;
     mtl_variant *variant = malloc(sizeof *variant + length);
     if (!variant) {
@@ -287,10 +297,52 @@ static metalloid_status launch_metal(const mtl_cuda_call *call, const metalloid_
     return mtl_cuda_launch_function(call, function, blocks, launch->threadgroup, 0, parameters);
 }
 
-/* MLX's conventions: whole blocks, and of each input its pointer, then what of shape, strides and rank the source mentions. */
-static metalloid_status launch_cuda_source(const mtl_cuda_call *call, const metalloid_kernel *kernel,
-                                           const mtl_launch *launch, CUfunction function) {
-    enum { MOST_PARAMETERS = (MTL_POINTERS_OF_INPUT + 1) * MTL_MOST_BUFFERS };
+/* The scalars of a precompiled kernel, each as wide as the parameter that it is for; `parameters` are all of the call. Too few of them
+ * would be read beyond their end. */
+static metalloid_status place_scalars(const metalloid_kernel *kernel, const mtl_launch *launch, CUfunction function,
+                                      uint64_t *values, void **parameters, int count) {
+    int first = count - launch->scalar_count;
+    for (int i = 0; i < count; i++) {
+        int size = mtl_cuda_parameter_size(function, i);
+        MTL_REQUIRE(size != 0, op, "kernel %s has %d parameters, and the call gives it %d: inputs, outputs, scalars",
+                    kernel->definition.name, i, count);
+        if (i < first) {
+            MTL_REQUIRE(size == -1 || size == (int)sizeof(void *), op,
+                        "parameter %d of kernel %s has %d bytes, and an array's pointer has %d", i,
+                        kernel->definition.name, size, (int)sizeof(void *));
+            continue;
+        }
+        const metalloid_kernel_scalar *scalar = &launch->scalars[i - first];
+        uint64_t *value = &values[i - first];
+        bool real = scalar->kind == METALLOID_SCALAR_FLOAT;
+        if (size == -1) size = 4;
+        MTL_REQUIRE(size == 8 || size == 4 || (!real && size < 4), op,
+                    "parameter %d of kernel %s has %d bytes, and scalar %d is %s", i, kernel->definition.name, size,
+                    i - first, real ? "a float" : "an integer");
+        if (real) {
+            float narrow = (float)scalar->real;
+            *value = 0;
+            memcpy(value, size == 8 ? (const void *)&scalar->real : (const void *)&narrow, (size_t)size);
+        } else {
+            int64_t beyond = size == 8 ? 0 : scalar->integer >> (8 * size - 1); /* -1, 0 or, without a sign, 1 */
+            MTL_REQUIRE(beyond >= -1 && beyond <= 1, op,
+                        "scalar %d is %lld, and parameter %d of kernel %s has %d bytes", i - first,
+                        (long long)scalar->integer, i, kernel->definition.name, size);
+            *value = (uint64_t)scalar->integer;
+        }
+        parameters[i] = value;
+    }
+    MTL_REQUIRE(mtl_cuda_parameter_size(function, count) <= 0, op,
+                "kernel %s has more parameters than the %d that the call gives it: inputs, outputs, scalars",
+                kernel->definition.name, count);
+    return METALLOID_OK;
+}
+
+/* MLX's conventions: whole blocks, and of each input its pointer, then what of shape, strides and rank the source mentions. A
+ * precompiled kernel gets pointers and scalars. */
+static metalloid_status launch_whole_blocks(const mtl_cuda_call *call, const metalloid_kernel *kernel,
+                                            const mtl_launch *launch, CUfunction function) {
+    enum { MOST_PARAMETERS = (MTL_POINTERS_OF_INPUT + 1) * MTL_MOST_BUFFERS + MTL_MOST_SCALARS };
     struct {
         int32_t shape[MTL_CUDA_NDIM];
         int64_t strides[MTL_CUDA_NDIM];
@@ -336,6 +388,9 @@ static metalloid_status launch_cuda_source(const mtl_cuda_call *call, const meta
         pointers[buffers] = launch->outputs[i].data;
         parameters[count++] = &pointers[buffers++];
     }
+    uint64_t values[MTL_MOST_SCALARS];
+    if (!status && kernel->language == METALLOID_KERNEL_PRECOMPILED)
+        status = place_scalars(kernel, launch, function, values, parameters, count + launch->scalar_count);
     uint32_t blocks[3];
     for (int axis = 0; axis < 3; axis++) blocks[axis] = (launch->grid[axis] - 1) / launch->threadgroup[axis] + 1;
     if (!status) {
@@ -360,7 +415,7 @@ static metalloid_status run(const mtl_cuda_call *call, metalloid_kernel *kernel,
         status = fill(call, &launch->outputs[i], launch->init_value);
     if (!status) {
         status = kernel->language == METALLOID_KERNEL_METAL ? launch_metal(call, kernel, launch, function)
-                                                            : launch_cuda_source(call, kernel, launch, function);
+                                                            : launch_whole_blocks(call, kernel, launch, function);
     }
     for (int i = 0; i < kernel->definition.input_count; i++) {
         if (copies[i]) mtl_cuda_release(call, copies[i]);

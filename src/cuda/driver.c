@@ -22,6 +22,7 @@
     X(cuModuleGetFunction)               \
     X(cuFuncGetAttribute)                \
     X(cuFuncSetAttribute)                \
+    X(cuLaunchKernel)                    \
     X(cuLaunchKernelEx)                  \
     X(cuOccupancyMaxActiveClusters)      \
     X(cuMemAllocAsync)                   \
@@ -39,6 +40,7 @@
 
 #define DRIVER_FIELD(function) __typeof__(&function) function;
 static struct { DRIVER_FUNCTIONS(DRIVER_FIELD) } driver;
+static CUresult (*parameter_info)(CUfunction, size_t, size_t *, size_t *); /* cuFuncGetParamInfo, or NULL */
 
 static pthread_once_t opened = PTHREAD_ONCE_INIT;
 static char why_closed[256]; /* "" once the driver is open */
@@ -57,6 +59,7 @@ static void open_driver(void) {
         return;                                                                                                  \
     }
     DRIVER_FUNCTIONS(DRIVER_FIND)
+    *(void **)(void *)&parameter_info = dlsym(library, "cuFuncGetParamInfo");
     const char *words = "it has no device";
     CUresult result = driver.cuInit(0);
     if (result == CUDA_SUCCESS) result = driver.cuDeviceGetCount(&device_count);
@@ -321,6 +324,12 @@ metalloid_status mtl_cuda_launch_function(const mtl_cuda_call *call, CUfunction 
                driver.cuLaunchKernel(function, blocks[0], blocks[1], blocks[2], threads[0], threads[1], threads[2],
                                      (unsigned)shared_memory, call->stream, parameters, NULL));
     return METALLOID_OK;
+}
+
+int mtl_cuda_parameter_size(CUfunction function, int index) {
+    size_t offset, size;
+    if (!parameter_info) return -1;
+    return parameter_info(function, (size_t)index, &offset, &size) == CUDA_SUCCESS ? (int)size : 0;
 }
 
 metalloid_status mtl_cuda_fill(const mtl_cuda_call *call, CUdeviceptr memory, int64_t elements, int size,

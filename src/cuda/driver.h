@@ -94,6 +94,9 @@ metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, con
 metalloid_status mtl_cuda_launch_function(const mtl_cuda_call *call, CUfunction function, const uint32_t blocks[3],
                                           const uint32_t threads[3], int shared_memory, void **parameters);
 
+/* Bytes of a kernel's parameter; 0 beyond the last one, -1 where the driver does not tell (before CUDA 12.4). */
+int mtl_cuda_parameter_size(CUfunction function, int index);
+
 /* Elements of 1, 2, 4 or 8 bytes. */
 metalloid_status mtl_cuda_fill(const mtl_cuda_call *call, CUdeviceptr memory, int64_t elements, int size,
                                uint64_t bits);

@@ -326,7 +326,7 @@ static metalloid_status report(const metalloid_kernel *kernel, const job *j) {
     const mtl_group *group = j->failed_in->group;
     const char *name = kernel->definition.name;
     const unsigned *at = group->position;
-    switch (j->failed) {
+    switch (atomic_load(&j->failed)) {
     case mtl_failure_barrier:
         return mtl_fail(
             METALLOID_KERNEL_FAILED,

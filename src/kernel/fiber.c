@@ -55,13 +55,15 @@ static unsigned choose(mtl_group *group, unsigned simdgroup, unsigned index) {
     return leader;
 }
 
+/* Simdgroups take turns at every exchange: none gets far ahead of the others between two barriers, as on a GPU. Kernels rely on it
+ * that read threadgroup memory, reduce what they read and write there again with no barrier in between. */
 static int next_thread(mtl_group *group, unsigned index) {
     unsigned simdgroup = index / mtl_simd_lanes;
     for (unsigned looked = 0; looked < group->simdgroups; looked++) {
+        if (++simdgroup >= group->simdgroups) simdgroup = 0;
         const mtl_simdgroup *simd = &group->simdgroup[simdgroup];
         if (simd->ready) return (int)(simdgroup * mtl_simd_lanes + (unsigned)__builtin_ctz(simd->ready));
         if (simd->waiting) return (int)choose(group, simdgroup, index);
-        if (++simdgroup == group->simdgroups) simdgroup = 0;
     }
     /* Whoever is left stands at a barrier. */
     if (group->finished == group->threads) return -1;

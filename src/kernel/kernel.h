@@ -42,6 +42,9 @@ typedef struct mtl_launch {
     const int64_t *const *strides;
     const int *ranks;
 
+    const metalloid_kernel_scalar *scalars; /* of a precompiled kernel */
+    int scalar_count;
+
     const unsigned char *key; /* everything that the compiled kernel depends on beside the definition */
     size_t key_length;
 } mtl_launch;

@@ -481,14 +481,23 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
         add_cuda_call(out, definition, mentions, types);
         mtl_text_add_string(out, "            }\n        }\n        return;\n    }\n");
     }
-    mtl_text_add_string(out, "    if (!__mtl_place(dispatch, group, index, local)) return;\n"
-                             "    unsigned lx = local[0], ly = local[1], lz = local[2];\n"
+    if (options->line) mtl_text_format(out, "    __mtl_place_in_line<%d>(group, index, local);\n", options->line);
+    else mtl_text_add_string(out, "    if (!__mtl_place(dispatch, group, index, local)) return;\n");
+    mtl_text_add_string(out, "    unsigned lx = local[0], ly = local[1], lz = local[2];\n"
                              "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
                              "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
                              "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
                              "    (void)x, (void)y, (void)z;\n    ");
     add_cuda_call(out, definition, mentions, types);
     mtl_text_add_string(out, "}\n");
+}
+
+int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const uint32_t threadgroup[3]) {
+    enum { MOST_BLOCKS_YZ = 65535 };
+    uint32_t threads = threadgroup[0];
+    bool in_line = threadgroup[1] == 1 && threadgroup[2] == 1 && threads >= 32 && (threads & (threads - 1)) == 0;
+    bool whole = grid[0] % threads == 0 && grid[1] <= MOST_BLOCKS_YZ && grid[2] <= MOST_BLOCKS_YZ;
+    return in_line && whole && (mentions->lanes_meet || mentions->relative) ? (int)threads : 0;
 }
 
 /* One element a thread is too few loads under way for a GPU's memory. Where nothing depends on the threadgroup, and the body is

@@ -9,6 +9,7 @@
 enum {
     MTL_MOST_BUFFERS = 64,   /* inputs, and outputs, of a kernel; Metal has 31 in all */
     MTL_MOST_TEMPLATES = 64, /* template arguments */
+    MTL_MOST_SCALARS = 64,   /* of a precompiled kernel */
     MTL_LONGEST_NAME = 255,
     MTL_POINTERS_OF_INPUT =
         4, /* of mtl_dispatch.pointers: data, shape (int), strides (int64_t), rank (int); an output has one */
@@ -80,6 +81,7 @@ typedef struct mtl_unit_options {
     int stack_bits;           /* CPU: log2 of a thread's stack */
     bool count_iterations;    /* CPU */
     int most_threads;         /* CUDA: of a threadgroup */
+    int line;                 /* CUDA: mtl_cuda_line */
     bool halves;              /* 16-bit floats are in play */
     const mtl_names *meeting; /* where threads have stacks: the functions at which lanes meet; else NULL */
 } mtl_unit_options;
@@ -92,6 +94,10 @@ typedef struct mtl_cuda_layout {
     int scalars_at, ints_at, strides_at, shapes_at, size;
 } mtl_cuda_layout;
 mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions);
+
+/* The threads of a threadgroup where they are a power of two along x and all threadgroups are whole, so that the kernel is compiled
+ * for that number: its loops over a threadgroup's share then have a known length and are unrolled. 0: any number. */
+int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const uint32_t threadgroup[3]);
 
 /* Whether the kernel has a form in which a thread does MTL_CUDA_WIDTH positions along x. */
 bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions);

@@ -69,6 +69,45 @@ class CrossEntropyOptions(Structure):
     _fields_ = [("size", c_size_t), ("has_ignore_index", c_bool), ("ignore_index", c_int64)]
 
 
+class KernelOptions(Structure):
+    _fields_ = [
+        ("size", c_size_t),
+        ("language", c_int),
+        ("header", ctypes.c_char_p),
+        ("ensure_row_contiguous", c_bool),
+        ("atomic_outputs", c_bool),
+        ("math_mode", c_int),
+        ("fallback_compiler", ctypes.c_char_p),
+        ("debug", c_bool),
+        ("address_sanitizer", c_bool),
+        ("most_iterations", c_int64),
+        ("shared_memory", c_int),
+        ("source_length", c_size_t),
+    ]
+
+
+class TemplateArgument(Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("kind", c_int), ("value", c_int64), ("dtype", DType)]
+
+
+class KernelCall(Structure):
+    _fields_ = [
+        ("size", c_size_t),
+        ("input_count", c_int),
+        ("output_count", c_int),
+        ("inputs", POINTER(Tensor)),
+        ("outputs", POINTER(Tensor)),
+        ("grid", c_int64 * 3),
+        ("threadgroup", c_int64 * 3),
+        ("template_count", c_int),
+        ("template_arguments", POINTER(TemplateArgument)),
+        ("has_init_value", c_bool),
+        ("init_value", c_double),
+        ("scalars", c_void_p),
+        ("scalar_count", c_int64),
+    ]
+
+
 SIGNATURES = {
     "rms_norm": [Tensor, Tensor, c_double, Tensor],
     "layer_norm": [Tensor, Tensor, Tensor, c_double, Tensor],
@@ -92,6 +131,12 @@ def load():
     library.metalloid_context_set_stream.argtypes = [c_void_p, c_void_p]
     for name, arguments in SIGNATURES.items():
         getattr(library, f"metalloid_{name}").argtypes = [c_void_p, *arguments]
+    library.metalloid_kernel_launch.argtypes = [c_void_p, c_void_p, POINTER(KernelCall)]
+    strings = POINTER(ctypes.c_char_p)
+    library.metalloid_kernel_create.argtypes = [
+        *(ctypes.c_char_p, strings, c_int, strings, c_int, ctypes.c_char_p),
+        *(POINTER(KernelOptions), POINTER(c_void_p)),
+    ]
     return library
 
 
@@ -122,6 +167,40 @@ def call(op, context, *arguments):
     status = getattr(library, f"metalloid_{op}")(context, *pointers)
     if status:
         raise ERRORS[status](library.metalloid_last_error().decode())
+
+
+def check(status):
+    if status:
+        raise ERRORS.get(status, RuntimeError)(library.metalloid_last_error().decode())
+
+
+def kernel(source, inputs, outputs, *, header="", language=0):
+    """A custom kernel; language: 0 for Metal, 1 for CUDA."""
+    made, options = c_void_p(), KernelOptions(ctypes.sizeof(KernelOptions), language, header.encode(), True)
+    names = [(ctypes.c_char_p * len(n))(*(name.encode() for name in n)) for n in (inputs, outputs)]
+    check(
+        library.metalloid_kernel_create(
+            b"kernel", names[0], len(inputs), names[1], len(outputs), source.encode(), byref(options), byref(made)
+        )
+    )
+    return made
+
+
+def kernel_call(inputs, outputs, grid, threadgroup, template=()):
+    """Tensors are DLTensors; template: (name, value), value an int or a dtype (code, bits)."""
+    sides = [(Tensor * len(side))(*(ctypes.pointer(t) for t in side)) for side in (inputs, outputs)]
+    made = KernelCall(ctypes.sizeof(KernelCall), len(inputs), len(outputs), *sides)
+    made.grid[:], made.threadgroup[:] = grid, threadgroup
+    arguments = (TemplateArgument * max(len(template), 1))()
+    for argument, (name, value) in zip(arguments, template, strict=False):
+        argument.name = name.encode()
+        if isinstance(value, tuple):
+            argument.kind, argument.dtype = 2, DType(*value, 1)
+        else:
+            argument.kind, argument.value = 0, value
+    made.template_count, made.template_arguments = len(template), arguments
+    made.kept = (inputs, outputs)
+    return made
 
 
 def rope_options(

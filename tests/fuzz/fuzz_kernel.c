@@ -59,7 +59,7 @@ static char *take_text(source *from) {
     return text;
 }
 
-static void call(metalloid_kernel *kernel, source *from) {
+static void ask_for_source(metalloid_kernel *kernel, source *from) {
     int64_t shape[2] = {take(from) % 4, (int8_t)take(from)}, strides[2] = {(int8_t)take(from), 1};
     float memory[256] = {0};
     const uint8_t bits[] = {32, 16, 8, 64, 5};
@@ -113,7 +113,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t count) {
     metalloid_status status =
         metalloid_kernel_create(how & 16 ? name : "k", inputs, 1, outputs, 1, body, &options, &kernel);
     expect((status == METALLOID_OK) == (kernel != NULL), "a kernel that was not made");
-    if (kernel) call(kernel, &from);
+    if (kernel) ask_for_source(kernel, &from);
     metalloid_kernel_destroy(kernel);
     free(body);
     free(header);

@@ -318,7 +318,12 @@ case(
     [
         ((_i64 * _J) >> 32).astype(i32),
         ((_u64 * _K) >> np.uint64(32)).astype(u32),
-        u32([((u << (k & 31)) | (u >> (32 - (k & 31)))) & 0xFFFFFFFF for u, k in zip(U.tolist(), _K.tolist(), strict=True)]),
+        u32(
+            [
+                ((u << (k & 31)) | (u >> (32 - (k & 31)))) & 0xFFFFFFFF
+                for u, k in zip(U.tolist(), _K.tolist(), strict=True)
+            ]
+        ),
         (np.abs(U.astype(np.int64) - _K.astype(np.int64)) + ((U.astype(np.int64) + _K.astype(np.int64)) >> 1))
         .astype(np.uint64)
         .astype(u32),

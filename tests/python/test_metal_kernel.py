@@ -177,7 +177,8 @@ def test_dtypes_of_one_kernel():
         dtype = ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
         x = np.arange(5).astype(dtype)
         (out,) = kernel(inputs=[x], output_shapes=[(5,)], output_dtypes=[dtype], grid=(5, 1, 1), threadgroup=(5, 1, 1))
-        assert out.dtype == dtype and np.array_equal(out.astype(complex), 2 * np.arange(5)), name
+        assert out.dtype == dtype, name
+        assert np.array_equal(out.astype(complex), 2 * np.arange(5)), name
 
 
 GRID_SAMPLE = """
@@ -261,7 +262,7 @@ SCALARS = ["thread_index_in_threadgroup", "thread_index_in_simdgroup", "simdgrou
 )
 def test_attributes(grid, group, meet):
     """Each attribute for each thread, also where the threadgroup does not divide the grid."""
-    body = "uint3 p = thread_position_in_grid; uint at = (p.z * %d + p.y) * %d + p.x;" % (grid[1], grid[0])
+    body = f"uint3 p = thread_position_in_grid; uint at = (p.z * {grid[1]} + p.y) * {grid[0]} + p.x;"
     body += "".join(f"v[(at * {len(VECTORS)} + {i}) * 3 + 0] = {n}.x; v[(at * {len(VECTORS)} + {i}) * 3 + 1] = {n}.y;"
                     f"v[(at * {len(VECTORS)} + {i}) * 3 + 2] = {n}.z;" for i, n in enumerate(VECTORS))  # fmt: skip
     body += "".join(f"s[at * {len(SCALARS)} + {i}] = {n};" for i, n in enumerate(SCALARS))
@@ -429,6 +430,33 @@ def test_simdgroups_do_not_wait_for_each_other():
     """
     out = run(source, {}, out=((96,), np.uint32), grid=(96, 1, 1), threadgroup=(96, 1, 1))
     assert out.tolist() == [32] * 32 + [192] * 32 + [32] * 32
+
+
+def test_simdgroups_keep_pace():
+    """Threadgroup memory that is read, reduced and written again with no barrier in between."""
+    rows, width = 3, 3000
+    x = normal(rows, width)
+    source = """
+        threadgroup float shared[32];
+        uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
+        uint y = thread_position_in_grid.y;
+        float most = -1e30f, sum = 0;
+        for (uint i = thread_index_in_threadgroup; i < WIDTH; i += 1024) most = max(most, x[y * WIDTH + i]);
+        most = simd_max(most);
+        if (lane == 0) shared[simdgroup] = most;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        most = simd_max(shared[lane]);
+        for (uint i = thread_index_in_threadgroup; i < WIDTH; i += 1024) sum += exp(x[y * WIDTH + i] - most);
+        sum = simd_sum(sum);
+        if (lane == 0) shared[simdgroup] = sum;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        sum = simd_sum(shared[lane]);
+        out[y * 1024 + thread_position_in_grid.x] = most + log(sum);
+    """
+    b = run(source, {"x": x}, out=((rows, 1024), F32), grid=(1024, rows, 1), threadgroup=(1024, 1, 1),
+            template=[("WIDTH", width)])  # fmt: skip
+    expected = np.log(np.exp(x.astype(np.float64)).sum(-1, keepdims=True))
+    np.testing.assert_allclose(b, np.broadcast_to(expected, b.shape), rtol=1e-5)
 
 
 def test_threadgroup_variables_of_many_kinds():
@@ -607,7 +635,8 @@ def test_outputs_overlap_nothing():
 
 def test_source_and_verbose(capsys):
     kernel = metal_kernel(name="myexp", input_names=["inp"], output_names=["out"],
-                          source="uint elem = thread_position_in_grid.x; out[elem] = T(inp[elem]) + inp_shape[0];")  # fmt: skip
+                          source="uint elem = thread_position_in_grid.x; "
+                                 "out[elem] = T(inp[elem]) + inp_shape[0];")  # fmt: skip
     call = {"inputs": [np.ones((4, 16), np.float16)], "template": [("T", F32), ("N", -3), ("on", True)],
             "output_shapes": [(4, 16)], "output_dtypes": [np.float16]}  # fmt: skip
     text = kernel.source(**call)
@@ -860,6 +889,5 @@ def test_address_sanitizer(tmp_path, body):
         pytest.skip("clang's AddressSanitizer is not installed")
     done = program(tmp_path, sanitized, check=False, LD_PRELOAD=runtime, PYTHONMALLOC="malloc",
                    ASAN_OPTIONS="detect_leaks=0")  # fmt: skip
-    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr and re.search(r"\bsource:1", done.stderr), (
-        done.stderr
-    )
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr
+    assert re.search(r"\bsource:1", done.stderr), done.stderr

@@ -57,3 +57,30 @@ def test_a_cuda_kernel_wants_a_gpu():
         kernel(**call)
     with pytest.raises(ValueError, match="shared_memory"):
         metalloid.fast.cuda_kernel("k", [], ["out"], "", shared_memory=-1)
+
+
+def test_a_precompiled_kernel_wants_a_gpu():
+    x = np.ones(4, np.float32)
+    call = {
+        "name": "k",
+        "compiled_source": b"\x7fELF\0\0",
+        "inputs": [x],
+        "output_shapes": [x.shape],
+        "output_dtypes": [x.dtype],
+        "scalars": [4, 1.5, True],
+        "grid": (4, 1, 1),
+        "threadgroup": (4, 1, 1),
+    }
+    fast = metalloid.fast
+    with pytest.raises(RuntimeError, match="a precompiled one, for NVIDIA GPUs"):
+        fast.precompiled_cuda_kernel(**call)
+    for wrong, words in (
+        ({"scalars": ["4"]}, r"scalars\[0\]"),
+        ({"scalars": [0] * 65}, "64 scalars"),
+        ({"compiled_source": "text"}, "bytes"),
+        ({"name": "a\0b"}, "NUL"),
+        ({"name": ""}, "name"),
+        ({"grid": (0, 1, 1)}, "grid"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fast.precompiled_cuda_kernel(**(call | wrong))

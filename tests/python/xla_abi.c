@@ -4,8 +4,8 @@
 
 #include "xla.h"
 
-#define SAME(ours, our_field, theirs, their_field)                                                           \
-    static_assert(offsetof(ours, our_field) == offsetof(theirs, their_field), #theirs "." #their_field);     \
+#define SAME(ours, our_field, theirs, their_field)                                                       \
+    static_assert(offsetof(ours, our_field) == offsetof(theirs, their_field), #theirs "." #their_field); \
     static_assert(sizeof(((ours *)0)->our_field) == sizeof(((theirs *)0)->their_field), #theirs "." #their_field)
 
 #define EQUAL(ours, theirs) static_assert((int)(ours) == (int)(theirs), #theirs)

@@ -2,6 +2,7 @@
 #include "call.h"
 
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,9 +25,15 @@ bool call_load(ErlNifEnv *env, bool upgrade) {
     return memory_type != NULL;
 }
 
+struct block {
+    struct block *next;
+    max_align_t memory[];
+};
+
 void call_begin(call *c, ErlNifEnv *env, const char *operation) {
     c->env = env;
     c->operation = operation;
+    c->blocks = NULL;
     c->input_count = c->result_count = c->option_count = 0;
     c->failed = c->bad_argument = false;
 }
@@ -53,6 +60,18 @@ __attribute__((format(printf, 2, 3))) static void out_of_memory(call *c, const c
     va_end(arguments);
 }
 
+void *call_allocate(call *c, size_t bytes, const char *what) {
+    if (c->failed) return NULL;
+    struct block *b = bytes < SIZE_MAX - sizeof *b ? malloc(sizeof *b + bytes) : NULL;
+    if (!b) {
+        out_of_memory(c, "there is no memory for %s", what);
+        return NULL;
+    }
+    b->next = c->blocks;
+    c->blocks = b;
+    return b->memory;
+}
+
 static ERL_NIF_TERM text(ErlNifEnv *env, const char *of) {
     size_t length = strlen(of);
     ERL_NIF_TERM term;
@@ -75,23 +94,32 @@ static ERL_NIF_TERM term_of(call *c, result *r) {
                             enif_make_resource_binary(c->env, r->memory, r->memory->pointer, r->bytes));
 }
 
-ERL_NIF_TERM call_end(call *c, metalloid_status status) {
-    ERL_NIF_TERM term;
+ERL_NIF_TERM call_end_term(call *c, metalloid_status status, ERL_NIF_TERM term) {
     if (c->failed) {
         term = exception(c->env, c->bad_argument, c->message);
     } else if (status != METALLOID_OK) {
         term = exception(c->env, status == METALLOID_INVALID_ARGUMENT, metalloid_last_error());
-    } else if (c->result_count == 1) {
-        term = term_of(c, &c->result[0]);
-    } else {
-        ERL_NIF_TERM terms[MAX_RESULTS];
-        for (int i = 0; i < c->result_count; i++) terms[i] = term_of(c, &c->result[i]);
-        term = enif_make_tuple_from_array(c->env, terms, (unsigned)c->result_count);
     }
-    for (int i = 0; i < c->result_count; i++) enif_release_resource(c->result[i].memory);
-    for (int i = 0; i < c->input_count; i++) free(c->copy[i]);
+    for (int i = 0; i < c->result_count; i++) enif_release_resource(c->result[i]->memory);
+    for (struct block *at = c->blocks, *next; at; at = next) {
+        next = at->next;
+        free(at);
+    }
     return term;
 }
+
+static ERL_NIF_TERM end_with_results(call *c, metalloid_status status, bool tuple_of_one) {
+    ERL_NIF_TERM terms[MAX_RESULTS];
+    if (c->failed || status != METALLOID_OK || c->result_count == 0) return call_end_term(c, status, 0);
+    for (int i = 0; i < c->result_count; i++) terms[i] = term_of(c, c->result[i]);
+    bool alone = c->result_count == 1 && !tuple_of_one;
+    return call_end_term(c, status,
+                         alone ? terms[0] : enif_make_tuple_from_array(c->env, terms, (unsigned)c->result_count));
+}
+
+ERL_NIF_TERM call_end(call *c, metalloid_status status) { return end_with_results(c, status, false); }
+
+ERL_NIF_TERM call_end_tuple(call *c, metalloid_status status) { return end_with_results(c, status, true); }
 
 /* ---- types and shapes ------------------------------------------------------------------------ */
 
@@ -101,14 +129,12 @@ static const struct {
     uint8_t code;
     int bits[5];
 } kinds[] = {
-    {"f", kDLFloat, {16, 32, 64}},
-    {"bf", kDLBfloat, {16}},
-    {"s", kDLInt, {8, 16, 32, 64}},
-    {"u", kDLUInt, {8, 16, 32, 64}},
+    {"f", kDLFloat, {16, 32, 64}},   {"bf", kDLBfloat, {16}},           {"s", kDLInt, {8, 16, 32, 64}},
+    {"u", kDLUInt, {8, 16, 32, 64}}, {"c", METALLOID_DL_COMPLEX, {64}},
 };
 enum { KINDS = sizeof kinds / sizeof kinds[0] };
 
-static bool type_of(call *c, const char *name, ERL_NIF_TERM term, DLDataType *type) {
+bool read_type(call *c, const char *name, ERL_NIF_TERM term, DLDataType *type) {
     const ERL_NIF_TERM *pair;
     int arity, bits;
     char kind[8];
@@ -125,12 +151,16 @@ static bool type_of(call *c, const char *name, ERL_NIF_TERM term, DLDataType *ty
     }
     char shown[64];
     enif_snprintf(shown, sizeof shown, "%T", term);
-    call_refuse(c, "%s must have one of the types {:f, 16 | 32 | 64}, {:bf, 16}, {:s | :u, 8 | 16 | 32 | 64}, got %s",
+    call_refuse(c,
+                "%s must have one of the types {:f, 16 | 32 | 64}, {:bf, 16}, {:s | :u, 8 | 16 | 32 | 64}, {:c, 64}, "
+                "got %s",
                 name, shown);
     return false;
 }
 
+/* Nx has no boolean type: what compares gives u8. */
 static ERL_NIF_TERM type_term(ErlNifEnv *env, DLDataType type) {
+    if (type.code == METALLOID_DL_BOOL) type.code = kDLUInt;
     int i = 0;
     while (kinds[i].code != type.code) i++;
     return enif_make_tuple2(env, enif_make_atom(env, kinds[i].name), enif_make_int(env, type.bits));
@@ -158,23 +188,14 @@ static DLTensor *set_tensor(tensor *t, void *data, DLDataType type, int rank, co
 
 /* ---- arguments ------------------------------------------------------------------------------- */
 
-DLTensor *input(call *c, const char *name, ERL_NIF_TERM term) {
-    if (c->failed) return NULL;
-    const ERL_NIF_TERM *parts, *extents;
-    int arity, rank;
-    ErlNifBinary binary;
-    DLDataType type;
-    if (!enif_get_tuple(c->env, term, &arity, &parts) || arity != 3 ||
-        !enif_inspect_binary(c->env, parts[2], &binary)) {
-        call_refuse(c, "%s must be a {type, shape, binary} tuple", name);
-        return NULL;
-    }
-    if (!type_of(c, name, parts[0], &type)) return NULL;
-    if (!enif_get_tuple(c->env, parts[1], &rank, &extents) || rank > MAX_RANK) {
+int read_shape(call *c, const char *name, ERL_NIF_TERM term, int64_t shape[MAX_RANK]) {
+    const ERL_NIF_TERM *extents;
+    int rank;
+    if (c->failed) return -1;
+    if (!enif_get_tuple(c->env, term, &rank, &extents) || rank > MAX_RANK) {
         call_refuse(c, "%s must have as its shape a tuple of at most %d extents", name, MAX_RANK);
-        return NULL;
+        return -1;
     }
-    tensor *t = &c->input[c->input_count];
     for (int i = 0; i < rank; i++) {
         ErlNifSInt64 extent;
         if (!enif_get_int64(c->env, extents[i], &extent) || extent < 0) {
@@ -182,10 +203,35 @@ DLTensor *input(call *c, const char *name, ERL_NIF_TERM term) {
             enif_snprintf(shown, sizeof shown, "%T", extents[i]);
             call_refuse(c, "%s must have extents that are integers from 0 to 2^63 - 1, got %s for axis %d", name, shown,
                         i);
-            return NULL;
+            return -1;
         }
-        t->shape[i] = extent;
+        shape[i] = extent;
     }
+    return rank;
+}
+
+static tensor *next_input(call *c) {
+    tensor *next =
+        c->input_count < OWN_INPUTS ? &c->input[c->input_count] : call_allocate(c, sizeof *next, "the arguments");
+    c->input_count++;
+    return next;
+}
+
+DLTensor *input(call *c, const char *name, ERL_NIF_TERM term) {
+    if (c->failed) return NULL;
+    const ERL_NIF_TERM *parts;
+    int arity;
+    ErlNifBinary binary;
+    DLDataType type;
+    if (!enif_get_tuple(c->env, term, &arity, &parts) || arity != 3 ||
+        !enif_inspect_binary(c->env, parts[2], &binary)) {
+        call_refuse(c, "%s must be a {type, shape, binary} tuple", name);
+        return NULL;
+    }
+    if (!read_type(c, name, parts[0], &type)) return NULL;
+    tensor *t = next_input(c);
+    int rank = t ? read_shape(c, name, parts[1], t->shape) : -1;
+    if (rank < 0) return NULL;
     int64_t size = type.bits / 8, bytes = bytes_of_shape(rank, t->shape, size);
     if (bytes < 0 || (uint64_t)bytes != binary.size) {
         char shape[128], expected[32] = "more than 2^63";
@@ -194,17 +240,20 @@ DLTensor *input(call *c, const char *name, ERL_NIF_TERM term) {
         call_refuse(c, "%s of shape %s must have a binary of %s bytes, got %zu", name, shape, expected, binary.size);
         return NULL;
     }
-    void *copy = NULL, *data = binary.data;
+    void *data = binary.data;
     if ((uintptr_t)data % (uintptr_t)size != 0) { /* a part of another binary */
-        data = copy = malloc(binary.size ? binary.size : 1);
-        if (!copy) {
-            out_of_memory(c, "there is no memory for an aligned copy of %s", name);
-            return NULL;
-        }
-        if (binary.size) memcpy(copy, binary.data, binary.size);
+        data = call_allocate(c, binary.size, name);
+        if (!data) return NULL;
+        if (binary.size) memcpy(data, binary.data, binary.size);
     }
-    c->copy[c->input_count++] = copy;
     return set_tensor(t, data, type, rank, t->shape);
+}
+
+DLTensor *scalar_input(call *c, DLDataType type, const void *value) {
+    size_t bytes = type.bits / 8;
+    tensor *t = next_input(c);
+    void *data = t ? call_allocate(c, bytes, "a number") : NULL;
+    return data ? set_tensor(t, memcpy(data, value, bytes), type, 0, t->shape) : NULL;
 }
 
 DLTensor *optional_input(call *c, const char *name, ERL_NIF_TERM term) {
@@ -219,16 +268,12 @@ DLTensor *optional_mask(call *c, const char *name, ERL_NIF_TERM term) {
     if (!t || (t->dtype.code != kDLInt && t->dtype.code != kDLUInt)) return t;
     if (t->dtype.bits > 8) { /* any byte but 0 is true */
         int64_t elements = elements_of(t);
-        uint8_t *flags = malloc(elements ? (size_t)elements : 1);
-        if (!flags) {
-            out_of_memory(c, "there is no memory for %s as bytes", name);
-            return NULL;
-        }
+        uint8_t *flags = call_allocate(c, (size_t)elements, name);
+        if (!flags) return NULL;
         if (t->dtype.bits == 16) NONZERO(uint16_t);
         if (t->dtype.bits == 32) NONZERO(uint32_t);
         if (t->dtype.bits == 64) NONZERO(uint64_t);
-        free(c->copy[c->input_count - 1]);
-        t->data = c->copy[c->input_count - 1] = flags;
+        t->data = flags;
     }
     t->dtype = (DLDataType){METALLOID_DL_BOOL, 8, 1};
     return t;
@@ -253,6 +298,20 @@ int64_t integer(call *c, const char *name, ERL_NIF_TERM term) {
     enif_snprintf(shown, sizeof shown, "%T", term);
     call_refuse(c, "%s must be an integer of 64 bits, got %s", name, shown);
     return 0;
+}
+
+const char *string(call *c, const char *name, ERL_NIF_TERM term) {
+    ErlNifBinary binary;
+    if (c->failed) return NULL;
+    if (!enif_inspect_binary(c->env, term, &binary) || (binary.size && memchr(binary.data, 0, binary.size))) {
+        call_refuse(c, "%s must be a string without NUL", name);
+        return NULL;
+    }
+    char *copy = call_allocate(c, binary.size + 1, name);
+    if (!copy) return NULL;
+    if (binary.size) memcpy(copy, binary.data, binary.size);
+    copy[binary.size] = 0;
+    return copy;
 }
 
 double bytes_of(ErlNifEnv *env, int argc, const ERL_NIF_TERM *argv) {
@@ -334,7 +393,7 @@ bool option_boolean(call *c, int which) {
 
 DLDataType option_type(call *c, int which, const DLTensor *first) {
     DLDataType type = first ? first->dtype : (DLDataType){kDLFloat, 32, 1};
-    if (option_given(c, which)) type_of(c, c->option[which].name, c->option[which].value, &type);
+    if (option_given(c, which)) read_type(c, c->option[which].name, c->option[which].value, &type);
     return type;
 }
 
@@ -346,7 +405,13 @@ DLTensor *option_mask(call *c, int which) { return optional_mask(c, c->option[wh
 
 DLTensor *new_result(call *c, const char *name, DLDataType type, int rank, const int64_t *shape) {
     if (c->failed) return NULL;
-    result *r = &c->result[c->result_count];
+    if (c->result_count == MAX_RESULTS) {
+        call_refuse(c, "there may be %d results", MAX_RESULTS);
+        return NULL;
+    }
+    result *r =
+        c->result_count < OWN_RESULTS ? &c->own_result[c->result_count] : call_allocate(c, sizeof *r, "the results");
+    if (!r) return NULL;
     int64_t bytes = bytes_of_shape(rank, shape, type.bits / 8);
     void *pointer = NULL;
     if (bytes < 0 || posix_memalign(&pointer, 64, bytes ? (size_t)bytes : 1) != 0) {
@@ -360,15 +425,15 @@ DLTensor *new_result(call *c, const char *name, DLDataType type, int rank, const
     ERL_NIF_TERM extents[MAX_RANK];
     for (int i = 0; i < rank; i++) extents[i] = enif_make_int64(c->env, shape[i]);
     r->shape = enif_make_tuple_from_array(c->env, extents, (unsigned)rank);
-    c->result_count++;
+    c->result[c->result_count++] = r;
     return set_tensor(&r->tensor, pointer, type, rank, shape);
 }
 
 DLTensor *new_copy(call *c, const char *name, const DLTensor *source) {
     if (c->failed) return NULL;
     DLTensor *copy = new_result(c, name, source->dtype, source->ndim, source->shape);
-    if (copy && c->result[c->result_count - 1].bytes)
-        memcpy(copy->data, source->data, c->result[c->result_count - 1].bytes);
+    size_t bytes = copy ? c->result[c->result_count - 1]->bytes : 0;
+    if (bytes) memcpy(copy->data, source->data, bytes);
     return copy;
 }
 

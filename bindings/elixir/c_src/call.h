@@ -15,8 +15,8 @@
 #include <metalloid/metalloid.h>
 #include <stdbool.h>
 
-/* MAX_RANK is the library's. */
-enum { MAX_INPUTS = 10, MAX_RESULTS = 3, MAX_OPTIONS = 12, MAX_RANK = 64 };
+/* MAX_RANK and MAX_RESULTS (of a custom kernel) are the library's; OWN: as many as need no allocation. */
+enum { OWN_INPUTS = 10, OWN_RESULTS = 3, MAX_RESULTS = 64, MAX_OPTIONS = 12, MAX_RANK = 64 };
 
 typedef struct tensor {
     DLTensor dl;
@@ -39,9 +39,9 @@ typedef struct call {
     ErlNifEnv *env;
     const char *operation;
     int input_count, result_count, option_count;
-    tensor input[MAX_INPUTS];
-    void *copy[MAX_INPUTS]; /* NULL where the binary itself is read */
-    result result[MAX_RESULTS];
+    tensor input[OWN_INPUTS];
+    result own_result[OWN_RESULTS], *result[MAX_RESULTS];
+    struct block *blocks; /* what call_allocate gave */
     option option[MAX_OPTIONS];
     bool failed, bad_argument; /* bad_argument: ArgumentError, else RuntimeError */
     char message[512];
@@ -52,6 +52,13 @@ bool call_load(ErlNifEnv *env, bool upgrade);
 void call_begin(call *c, ErlNifEnv *env, const char *operation);
 /* The result, a tuple of the results where there are several, or the exception; frees what the call holds. */
 ERL_NIF_TERM call_end(call *c, metalloid_status status);
+/* The same, a tuple even of one result. */
+ERL_NIF_TERM call_end_tuple(call *c, metalloid_status status);
+/* The same with a term that needs nothing of what the call holds. */
+ERL_NIF_TERM call_end_term(call *c, metalloid_status status, ERL_NIF_TERM term);
+
+/* Memory until the end of the call, aligned for anything; NULL, and the call has failed, where there is none. */
+void *call_allocate(call *c, size_t bytes, const char *what);
 
 __attribute__((format(printf, 2, 3))) void call_refuse(call *c, const char *format, ...);
 
@@ -68,6 +75,13 @@ int64_t elements_of(const DLTensor *input);
 
 double number(call *c, const char *name, ERL_NIF_TERM term); /* an integer or a float */
 int64_t integer(call *c, const char *name, ERL_NIF_TERM term);
+/* A binary without NUL, with a NUL behind it, until the end of the call; NULL once the call has failed. */
+const char *string(call *c, const char *name, ERL_NIF_TERM term);
+bool read_type(call *c, const char *name, ERL_NIF_TERM term, DLDataType *type);
+/* The extents of a tuple; -1 once the call has failed, else the rank. */
+int read_shape(call *c, const char *name, ERL_NIF_TERM term, int64_t shape[MAX_RANK]);
+/* A tensor of rank 0 with the bytes of `value`. */
+DLTensor *scalar_input(call *c, DLDataType type, const void *value);
 
 /* Bytes of the tensors among these terms, from which follows whether a call is short. */
 double bytes_of(ErlNifEnv *env, int argc, const ERL_NIF_TERM *argv);

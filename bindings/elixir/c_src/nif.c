@@ -4,6 +4,7 @@
  * more than a few microseconds runs on a dirty scheduler: attention, the gated delta rule and cross entropy always, the
  * others where they are not short. */
 #include "call.h"
+#include "kernel.h"
 
 #define COUNT(array) (int)(sizeof(array) / sizeof *(array))
 #define NIF(name)    static ERL_NIF_TERM name(ErlNifEnv *env, int argc, const ERL_NIF_TERM *argv)
@@ -343,6 +344,9 @@ static ErlNifFunc nifs[] = {
     {"kv_cache_sdpa_update", 9, kv_cache_sdpa_update, ERL_NIF_DIRTY_JOB_CPU_BOUND},
     {"cross_entropy", 3, cross_entropy, ERL_NIF_DIRTY_JOB_CPU_BOUND},
     {"gated_delta_update", 8, gated_delta_update, ERL_NIF_DIRTY_JOB_CPU_BOUND},
+    {"kernel_create", 5, kernel_create, ERL_NIF_DIRTY_JOB_CPU_BOUND},
+    {"kernel_launch", 7, kernel_launch, ERL_NIF_DIRTY_JOB_CPU_BOUND},
+    {"kernel_source", 7, kernel_source, ERL_NIF_DIRTY_JOB_CPU_BOUND},
     {"version", 0, version, 0},
     {"cpu_isa", 0, cpu_isa, ERL_NIF_DIRTY_JOB_CPU_BOUND},
     {"num_threads", 0, num_threads, 0},
@@ -351,12 +355,12 @@ static ErlNifFunc nifs[] = {
 
 static int load(ErlNifEnv *env, void **private_data, ERL_NIF_TERM argument) {
     (void)private_data, (void)argument;
-    return call_load(env, false) ? 0 : 1;
+    return call_load(env, false) && kernel_load(env, false) ? 0 : 1;
 }
 
 static int upgrade(ErlNifEnv *env, void **private_data, void **old_private_data, ERL_NIF_TERM argument) {
     (void)private_data, (void)old_private_data, (void)argument;
-    return call_load(env, true) ? 0 : 1;
+    return call_load(env, true) && kernel_load(env, true) ? 0 : 1;
 }
 
 ERL_NIF_INIT(Elixir.Metalloid.NIF, nifs, load, NULL, upgrade, NULL)

@@ -4,6 +4,7 @@ defmodule Metalloid do
 
     * `Metalloid.Fast`: the functions of `EMLX.Fast` on Nx tensors, inside `defn` and out of it (where Nx is)
     * `Metalloid.Bumblebee`: puts them into the graph of a Bumblebee model (where Axon is)
+    * `Metalloid.Kernel`: kernels of your own, in the Metal Shading Language
     * `Metalloid.NIF`: every operation of the C library on binaries, which needs nothing beside Elixir
 
   The C library chooses its kernels by the processor's instruction set and runs them on as many threads as the process

@@ -1,32 +1,4 @@
 if Code.ensure_loaded?(Nx) do
-  # A backend that is not Nx.BinaryBackend: enough of one for tensors to come from it and go back.
-  defmodule Metalloid.OtherBackend do
-    @behaviour Nx.Backend
-    defstruct [:binary, :options]
-
-    @impl true
-    def init(options), do: options
-    @impl true
-    def from_binary(out, binary, options), do: %{out | data: %__MODULE__{binary: binary, options: options}}
-    @impl true
-    def to_binary(%{data: %{binary: binary}, type: {_, bits}}, limit), do: binary_part(binary, 0, div(limit * bits, 8))
-    @impl true
-    def backend_copy(tensor, Nx.BinaryBackend, options) do
-      Nx.BinaryBackend.from_binary(tensor, tensor.data.binary, options)
-    end
-
-    def backend_copy(tensor, backend, options), do: backend.from_binary(tensor, tensor.data.binary, options)
-
-    for {name, arity} <- Nx.Backend.behaviour_info(:callbacks) -- Nx.Backend.behaviour_info(:optional_callbacks),
-        {name, arity} not in [init: 1, from_binary: 3, to_binary: 2, backend_copy: 3] do
-      @impl true
-      def unquote(name)(unquote_splicing(Macro.generate_arguments(arity, __MODULE__))) do
-        _ = binding()
-        raise "#{unquote(name)} is not here"
-      end
-    end
-  end
-
   defmodule Metalloid.FastTest do
     use ExUnit.Case, async: true
 
@@ -286,6 +258,55 @@ if Code.ensure_loaded?(Nx) do
       assert Nx.to_flat_list(call.(q)[[0, 0, 0]]) == [0.0, 0.0, 0.0, 0.0]
       grad = Nx.Defn.grad(q, fn x -> Nx.sum(Nx.multiply(call.(x), x)) end)
       assert grad |> Nx.is_nan() |> Nx.any() |> Nx.to_number() == 0
+    end
+
+    test "NaN in what is hidden leaves every gradient as it is" do
+      q = normal({1, 2, 3, 4}, {:f, 32}, 51)
+      [k, v] = for seed <- [52, 53], do: normal({1, 1, 5, 4}, {:f, 32}, seed)
+      spoil = fn t, at, value -> Nx.put_slice(t, [0, 0, at, 1], Nx.tensor([[[[value, value]]]])) end
+
+      masked = [mask: Nx.tensor([[1, 1, 1, 0, 1]])]
+      key_masked = [key_mask: Nx.tensor([[1, 1, 1, 0, 1]]), causal: true]
+      added = [mask: Nx.tensor([[0.5, 0.0, 0.0, :neg_infinity, 0.25]]), softcap: 5.0]
+
+      for options <- [masked, key_masked, added], value <- [:nan, :infinity, :neg_infinity] do
+        gradients = fn k, v ->
+          Nx.Defn.grad({q, k, v}, fn {q, k, v} ->
+            out = Fast.scaled_dot_product_attention(q, k, v, 0.5, options)
+            Nx.sum(Nx.multiply(out, out))
+          end)
+        end
+
+        assert gradients.(spoil.(k, 3, value), spoil.(v, 3, value)) == gradients.(k, v)
+      end
+
+      # Hidden from some queries alone: the first two do not see the last key, and the last gets what it sees.
+      spoilt = spoil.(k, 4, :nan)
+
+      causal = &Nx.sum(Fast.scaled_dot_product_attention_causal(&1, &2, v, 0.5))
+      dq = Nx.Defn.grad(q, &causal.(&1, spoilt))
+      assert dq[[.., .., 0..1]] == Nx.Defn.grad(q, &causal.(&1, k))[[.., .., 0..1]]
+      assert dq[[.., .., 2]] |> Nx.is_nan() |> Nx.all() |> Nx.to_number() == 1
+
+      # A cache beyond what was written, and a padded query that sees nothing.
+      cache =
+        spoil.(Nx.transpose(k, axes: [0, 2, 1, 3]) |> Nx.reshape({1, 1, 5, 4}), 4, :nan) |> Nx.reshape({1, 5, 1, 4})
+
+      one = normal({1, 1, 1, 4}, {:f, 32}, 54)
+
+      decode = fn q, cache ->
+        mask = Nx.tensor([[1, 1, 1, 0, 0]])
+        {out, _, _} = Fast.kv_cache_sdpa_update(q, one, one, cache, cache, 2, mask, 0.5)
+        Nx.sum(Nx.multiply(out, out))
+      end
+
+      for grad <- Tuple.to_list(Nx.Defn.grad({one, cache}, fn {q, cache} -> decode.(q, cache) end)),
+          do: assert(Nx.to_number(Nx.any(Nx.is_nan(grad))) == 0)
+
+      [padded, zeroed] = for value <- [:nan, 0.0], do: spoil.(q, 0, value)
+      mask = Nx.tensor([[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+      loss = fn q, k -> Nx.sum(Nx.pow(Fast.scaled_dot_product_attention(q, k, v, 0.5, mask), 2)) end
+      assert Nx.Defn.grad(k, &loss.(padded, &1)) == Nx.Defn.grad(k, &loss.(zeroed, &1))
     end
 
     # ---- what EMLX's page says and what differs --------------------------------------------------

@@ -1,4 +1,4 @@
-"""``metal_kernel``: a caller's own kernel in the Metal Shading Language, on arrays of any library."""
+"""A caller's own kernels, in the Metal Shading Language, in CUDA C++ or compiled, on arrays of any library."""
 
 import functools
 import importlib.util
@@ -12,7 +12,12 @@ import numpy as np
 
 from metalloid import _native
 
+_ON_CUDA = (2, 13)  # DLPack's device types of it, managed memory too
 _MATH_MODES = {"safe": 0, "relaxed": 1, "fast": 2}
+
+# Inputs, outputs, grid, threadgroup, template arguments, initial value: what the extension's Kernel takes.
+_Three = tuple[int, int, int]
+_Arguments = tuple[tuple[Any, ...], tuple[Any, ...], _Three, _Three, tuple[tuple[str, int | str], ...], float | None]
 
 
 class CompileOptions(TypedDict, total=False):
@@ -84,7 +89,13 @@ def _allocate(library: str, like: Any, shape: tuple[int, ...], dtype: Any, name:
         mx.eval(memory)
         return memory
     if library == "cupy":
-        return sys.modules["cupy"].empty(shape, name)
+        with like.device:
+            return sys.modules["cupy"].empty(shape, _numpy_dtype(name))
+    if like is not None and library != "numpy" and like.__dlpack_device__()[0] in _ON_CUDA:
+        raise RuntimeError(
+            "metal_kernel: outputs on a CUDA device are allocated as PyTorch's and CuPy's arrays, not as those of "
+            f"{library}"
+        )
     return np.empty(shape, _numpy_dtype(name))
 
 
@@ -94,6 +105,11 @@ def _deliver(library: str, like: Any, memory: Any) -> Any:
         return memory
     namespace = like.__array_namespace__()
     return namespace.asarray(memory)
+
+
+def _leads(array: Any) -> bool:
+    """Whether the outputs go where this array is: scalars of the host's may stand beside it."""
+    return bool(getattr(array, "is_cuda", False)) or _library(array) == "cupy"
 
 
 def _three(value: Sequence[int], what: str) -> tuple[int, int, int]:
@@ -135,7 +151,7 @@ class MetalKernel:
         threadgroup: Sequence[int],
         template: Sequence[tuple[str, Any]] | None,
         init_value: float | None,
-    ) -> tuple[tuple[Any, ...], str, Any]:
+    ) -> tuple[_Arguments, str, Any]:
         for what, given, wanted in (
             ("inputs", inputs, self._inputs),
             ("output_shapes", output_shapes, self._outputs),
@@ -146,7 +162,7 @@ class MetalKernel:
         arrays, library, like = [], "numpy", None
         for value in inputs:
             array = _scalar(value)
-            if like is None and array is value:
+            if array is value and (like is None or (_leads(array) and not _leads(like))):
                 like, library = array, _library(array)
             arrays.append(array)
         if like is None and output_dtypes and _library(output_dtypes[0]) in ("torch", "mlx"):
@@ -154,7 +170,7 @@ class MetalKernel:
         if library == "mlx":
             sys.modules["mlx.core"].eval([array for array in arrays if _library(array) == "mlx"])
 
-        values = []
+        values: list[tuple[str, int | str]] = []
         for name, value in template or ():
             if isinstance(value, (bool, np.bool_)):
                 values.append((name, bool(value)))
@@ -183,6 +199,10 @@ class MetalKernel:
             for shape, dtype, name in zip(shapes, output_dtypes, names, strict=True)
         )
         return (tuple(arrays), outputs, *sizes, tuple(values), init_value), library, like
+
+    def _run(self, arguments: _Arguments, library: str, like: Any, scalars: tuple[Any, ...] = ()) -> list[Any]:
+        self._native.launch(*arguments, scalars)
+        return [_deliver(library, like, output) for output in arguments[1]]
 
     def __call__(
         self,
@@ -220,8 +240,7 @@ class MetalKernel:
         )
         if verbose:
             print(f"Generated source code for `{self._name}`:\n```\n{self._native.source(*arguments)}\n```")
-        self._native.launch(*arguments)
-        return [_deliver(library, like, output) for output in arguments[1]]
+        return self._run(arguments, library, like)
 
     def source(
         self,
@@ -282,10 +301,10 @@ def metal_kernel(
     [array([2., 4., 6.], dtype=float32)]
     """
     options, debug = dict(compile_options or {}), dict(debug_options or {})
-    mode = options.pop("math_mode", "safe")
+    mode: Any = options.pop("math_mode", "safe")
     if mode not in _MATH_MODES:
         raise ValueError(f"metal_kernel: math_mode must be 'safe', 'relaxed' or 'fast', got {mode!r}")
-    settings = {
+    settings: dict[str, Any] = {
         "debug": bool(debug.pop("debug", False)),
         "address_sanitizer": bool(debug.pop("address_sanitizer", False)),
         "most_iterations": debug.pop("max_iterations", 0),
@@ -322,7 +341,8 @@ def cuda_kernel(
     ensure_row_contiguous: bool = True,
     shared_memory: int = 0,
 ) -> Callable[..., list[Any]]:
-    """A kernel from the body of a function in CUDA C++, as ``mlx.core.fast.cuda_kernel`` makes it, for arrays on NVIDIA GPUs.
+    """A kernel from the body of a function in CUDA C++, as ``mlx.core.fast.cuda_kernel`` makes it, for arrays on NVIDIA
+    GPUs.
 
     Args:
         name: of the kernel, an identifier.
@@ -354,3 +374,66 @@ def cuda_kernel(
         shared_memory=shared_memory,
     )
     return MetalKernel(native, name, len(input_names), len(output_names))
+
+
+@functools.cache  # for good, as is the code that the driver has loaded of it
+def _precompiled(name: str, image: bytes, inputs: int, outputs: int, contiguous: bool, shared: int) -> MetalKernel:
+    native = _native.Kernel(
+        name,
+        tuple(f"inputs_{i}" for i in range(inputs)),
+        tuple(f"outputs_{i}" for i in range(outputs)),
+        image,
+        ensure_row_contiguous=contiguous,
+        language=2,
+        shared_memory=shared,
+    )
+    return MetalKernel(native, name, inputs, outputs)
+
+
+def precompiled_cuda_kernel(
+    *,
+    name: str,
+    compiled_source: bytes,
+    inputs: Sequence[Any],
+    output_shapes: Sequence[Sequence[int]],
+    output_dtypes: Sequence[Any],
+    scalars: Sequence[bool | int | float],
+    grid: Sequence[int],
+    threadgroup: Sequence[int],
+    shared_memory: int = 0,
+    init_value: float | None = None,
+    ensure_row_contiguous: bool = False,
+    stream: object = None,
+) -> list[Any]:
+    """Runs a kernel that is compiled already, as ``mlx.core.fast.precompiled_cuda_kernel`` does, on an NVIDIA GPU, and
+    returns its outputs as a list.
+
+    Args:
+        name: the kernel's symbol.
+        compiled_source: PTX or a cubin. It is loaded once a process and device.
+        inputs, output_shapes, output_dtypes, grid, threadgroup, init_value, stream: as for a ``metal_kernel``; whole
+            blocks run.
+        scalars: the kernel's parameters behind the pointers of inputs and outputs: bools, ints, floats, each as wide as
+            the parameter.
+        shared_memory: bytes of dynamic shared memory of a block.
+        ensure_row_contiguous: copies inputs that are not.
+
+    Raises:
+        ValueError: arguments that do not fit the kernel's parameters.
+        RuntimeError: the driver does not take the image, or it has no such kernel; the arrays are in CPU memory.
+    """
+    if isinstance(compiled_source, str) or "\0" in name:
+        what = "compiled_source must be bytes, got a string" if "\0" not in name else "name must not contain NUL"
+        raise ValueError(f"precompiled_cuda_kernel: {what}")
+    for place, value in enumerate(scalars):
+        if not isinstance(value, (bool, int, float)):
+            raise ValueError(
+                f"precompiled_cuda_kernel: scalars[{place}] must be a bool, an int or a float, "
+                f"got {type(value).__name__}"
+            )
+    outputs = len(output_shapes)
+    kernel = _precompiled(name, bytes(compiled_source), len(inputs), outputs, ensure_row_contiguous, shared_memory)
+    arguments, library, like = kernel._prepare(
+        inputs, output_shapes, output_dtypes, grid, threadgroup, None, init_value
+    )
+    return kernel._run(arguments, library, like, tuple(scalars))

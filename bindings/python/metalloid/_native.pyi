@@ -27,7 +27,7 @@ class Kernel:
         name: str,
         input_names: tuple[str, ...],
         output_names: tuple[str, ...],
-        source: str,
+        source: str | bytes,
         header: str = "",
         ensure_row_contiguous: bool = True,
         atomic_outputs: bool = False,
@@ -47,6 +47,7 @@ class Kernel:
         threadgroup: tuple[int, int, int],
         template: tuple[tuple[str, int | bool | str], ...],
         init_value: float | None,
+        scalars: tuple[int | float, ...] = (),
         /,
     ) -> None: ...
     def source(

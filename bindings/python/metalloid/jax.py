@@ -81,6 +81,7 @@ _ns = formulas.Namespace(
 )
 
 
+@jax.default_matmul_precision("highest")  # on a GPU float32 products are rounded to 10 bits otherwise
 def _formula(call: _Call, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The results by plain jax.numpy."""
     inputs = call.placed(arrays)

@@ -5,7 +5,7 @@
 
 #include "array.h"
 
-enum { MOST_BUFFERS = 64, MOST_TEMPLATES = 64 };
+enum { MOST_BUFFERS = 64, MOST_TEMPLATES = 64, MOST_SCALARS = 64 };
 
 static const char op[] = "metal_kernel";
 
@@ -63,12 +63,13 @@ static PyObject *kernel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
                                NULL};
     metalloid_kernel_options options = METALLOID_KERNEL_OPTIONS_INIT;
     const char *name, *source;
+    Py_ssize_t length; /* an image has NUL bytes */
     PyObject *inputs, *outputs;
     int contiguous = 1, atomic = 0, mode = 0, debug = 0, sanitizer = 0, language = METALLOID_KERNEL_METAL;
     long long iterations = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!O!s|sppizppLii", keywords, &name, &PyTuple_Type, &inputs,
-                                     &PyTuple_Type, &outputs, &source, &options.header, &contiguous, &atomic, &mode,
-                                     &options.fallback_compiler, &debug, &sanitizer, &iterations, &language,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!O!s#|sppizppLii", keywords, &name, &PyTuple_Type, &inputs,
+                                     &PyTuple_Type, &outputs, &source, &length, &options.header, &contiguous, &atomic,
+                                     &mode, &options.fallback_compiler, &debug, &sanitizer, &iterations, &language,
                                      &options.shared_memory))
         return NULL;
     const char *input_names[MOST_BUFFERS], *output_names[MOST_BUFFERS];
@@ -77,6 +78,7 @@ static PyObject *kernel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     options.ensure_row_contiguous = contiguous;
     options.atomic_outputs = atomic;
     options.language = (metalloid_kernel_language)language;
+    options.source_length = (size_t)length;
     options.math_mode = (metalloid_math_mode)mode;
     options.debug = debug;
     options.address_sanitizer = sanitizer;
@@ -114,6 +116,7 @@ typedef struct opened {
     const DLTensor *inputs[MOST_BUFFERS];
     DLTensor *outputs[MOST_BUFFERS];
     metalloid_template_argument templates[MOST_TEMPLATES];
+    metalloid_kernel_scalar scalars[MOST_SCALARS];
     metalloid_context *context; /* with the stream of the first CUDA array; NULL on the CPU */
 } opened;
 
@@ -212,6 +215,28 @@ static bool read_templates(opened *o, PyObject *templates, int *count) {
     return true;
 }
 
+/* Numbers; NULL for none. */
+static bool read_scalars(opened *o, PyObject *scalars, int64_t *count) {
+    Py_ssize_t given = scalars ? PyTuple_GET_SIZE(scalars) : 0;
+    if (given > MOST_SCALARS) {
+        PyErr_Format(PyExc_ValueError, "%s: there may be %d scalars, got %zd", op, (int)MOST_SCALARS, given);
+        return false;
+    }
+    for (Py_ssize_t i = 0; i < given; i++) {
+        PyObject *value = PyTuple_GET_ITEM(scalars, i);
+        o->scalars[i] = (metalloid_kernel_scalar){0};
+        if (PyFloat_Check(value)) {
+            o->scalars[i].kind = METALLOID_SCALAR_FLOAT;
+            o->scalars[i].real = PyFloat_AS_DOUBLE(value);
+        } else {
+            o->scalars[i].integer = PyLong_AsLongLong(value);
+            if (o->scalars[i].integer == -1 && PyErr_Occurred()) return false;
+        }
+    }
+    *count = given;
+    return true;
+}
+
 static void close_call(opened *o) {
     for (int i = 0; i < o->count; i++) array_close(&o->arrays[i]);
     PyMem_Free(o->arrays);
@@ -234,12 +259,13 @@ static PyObject *source_of(metalloid_kernel *made, const metalloid_kernel_call *
 static PyObject *run_call(PyObject *self, PyObject *args, bool run) {
     kernel *made = (kernel *)self;
     metalloid_kernel_call call = METALLOID_KERNEL_CALL_INIT;
-    PyObject *inputs, *outputs, *templates, *init_value;
+    PyObject *inputs, *outputs, *templates, *init_value, *scalars = NULL;
     long long grid[3], threadgroup[3];
     int translated = 0;
-    if (!PyArg_ParseTuple(args, "O!O!(LLL)(LLL)O!O|p", &PyTuple_Type, &inputs, &PyTuple_Type, &outputs, &grid[0],
-                          &grid[1], &grid[2], &threadgroup[0], &threadgroup[1], &threadgroup[2], &PyTuple_Type,
-                          &templates, &init_value, &translated))
+    if (!PyArg_ParseTuple(args, run ? "O!O!(LLL)(LLL)O!O|O!" : "O!O!(LLL)(LLL)O!O|p", &PyTuple_Type, &inputs,
+                          &PyTuple_Type, &outputs, &grid[0], &grid[1], &grid[2], &threadgroup[0], &threadgroup[1],
+                          &threadgroup[2], &PyTuple_Type, &templates, &init_value,
+                          run ? (void *)&PyTuple_Type : (void *)&translated, &scalars))
         return NULL;
     if (init_value != Py_None) {
         call.has_init_value = true;
@@ -252,12 +278,14 @@ static PyObject *run_call(PyObject *self, PyObject *args, bool run) {
     o.count = 0;
     o.context = NULL;
     PyObject *result = NULL;
-    if (open_arrays(&o, made, state, inputs, outputs) && read_templates(&o, templates, &call.template_count)) {
+    if (open_arrays(&o, made, state, inputs, outputs) && read_templates(&o, templates, &call.template_count) &&
+        read_scalars(&o, scalars, &call.scalar_count)) {
         call.input_count = (int)PyTuple_GET_SIZE(inputs);
         call.output_count = (int)PyTuple_GET_SIZE(outputs);
         call.inputs = o.inputs;
         call.outputs = o.outputs;
         call.template_arguments = o.templates;
+        call.scalars = o.scalars;
         for (int axis = 0; axis < 3; axis++) {
             call.grid[axis] = grid[axis];
             call.threadgroup[axis] = threadgroup[axis];
@@ -279,8 +307,9 @@ static PyObject *kernel_source(PyObject *self, PyObject *args) { return run_call
 
 static PyMethodDef methods[] = {
     {"launch", kernel_launch, METH_VARARGS,
-     "launch($self, inputs, outputs, grid, threadgroup, template, init_value, /)\n--\n\n"
-     "Runs the kernel: tuples of arrays, of three integers, of (name, value) pairs with dtypes by their names."},
+     "launch($self, inputs, outputs, grid, threadgroup, template, init_value, scalars=(), /)\n--\n\n"
+     "Runs the kernel: tuples of arrays, of three integers, of (name, value) pairs with dtypes by their names, of a "
+     "precompiled kernel's numbers."},
     {"source", kernel_source, METH_VARARGS,
      "source($self, inputs, outputs, grid, threadgroup, template, init_value, translated=False, /)\n--\n\n"
      "The generated source of such a call."},

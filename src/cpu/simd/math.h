@@ -56,9 +56,7 @@ INLINE vec exp_remainder(vec x, vec n) {
 
 #define LOG2_E ((real)0x1.71547652b82fep0)
 
-#ifndef VEC_HAS_SCALE
 INLINE vec exp_power(vec_bits n) { return (vec)((n + EXP_BIAS) << EXP_SHIFT); }
-#endif
 
 /* The whole range: subnormals below, infinity above, NaN for NaN. */
 INLINE vec vec_exp(vec x) {
@@ -117,23 +115,41 @@ INLINE vec vec_exp2_narrow(vec x) {
 #endif
 }
 
-/* exp(x) for sums over logits of 16 bits, x up to 80: 2^(n/16) = 2^(n div 16) 2^((n mod 16)/16), the latter from a table, times 2^r for
- * |r| <= 1/32, a polynomial (4.3e-7). Relative error 6e-7 + |x| 2^-24; 0 below -87; NaN for one that came
- * from 16 bits: bits 12 and lower of another would reach the exponent. */
-INLINE vec vec_exp_of_logits(vec x) {
-#ifdef VEC_HAS_TABLE
-    const real table[16] = {0x1.00000000p+0f, 0x1.0b558600p+0f, 0x1.172b8400p+0f, 0x1.2387a600p+0f,
-                            0x1.306fe000p+0f, 0x1.3dea6400p+0f, 0x1.4bfdae00p+0f, 0x1.5ab07e00p+0f,
-                            0x1.6a09e600p+0f, 0x1.7a114800p+0f, 0x1.8ace5400p+0f, 0x1.9c491800p+0f,
-                            0x1.ae89fa00p+0f, 0x1.c199be00p+0f, 0x1.d5818e00p+0f, 0x1.ea4afa00p+0f};
-    vec shifted = vec_fma(x, vec_set(16 * LOG2_E), vec_set(EXP_MAGIC)), n = shifted - vec_set(EXP_MAGIC);
-    vec r = vec_fma(x, vec_set(16 * LOG2_E), -n); /* in sixteenths */
-    vec y = vec_fma(vec_fma(vec_set(0x1.ebf82ep-11f), r, vec_set(0x1.62e984p-5f)), r, vec_set(1));
-    y *= vec_look_up(vec_load(table), (vec_int)shifted);
-    vec_bits power = ((vec_bits)shifted & ~((vec_bits){0} + 15)) << (EXP_SHIFT - 4);
-    return vec_select(x < vec_set(EXP_LEAST_NORMAL), vec_zero(), (vec)((vec_bits)y + power));
+/* 2^x for sums over logits: any x, NaN for NaN. Relative error 2e-7, and 3e-6 where `narrow`, for logits of 16 bits;
+ * what would be below 2^-126 may be 0. Above 2^120 any number above 2^100, or infinity. */
+INLINE vec vec_exp2_of_logits(vec x, bool narrow) {
+#ifdef MTL_IN_DOUBLE
+    (void)narrow;
+    vec at = vec_max(vec_set(-1000), vec_min(vec_set(1000), x));
+    vec n = (at + vec_set(EXP_MAGIC)) - vec_set(EXP_MAGIC), y = exp_reduced((at - n) * vec_set(0x1.62e42fefa39efp-1));
+    y *= exp_power((vec_bits)(at + vec_set(EXP_MAGIC)) - (vec_bits)vec_set(EXP_MAGIC));
+    return (vec)((vec_int)y & ~(vec_int)(x < vec_set(-1000)));
 #else
-    return vec_exp_of_softmax(x);
+#ifdef VEC_HAS_SCALE /* by the power of floor(x), which makes 0 <= r < 1; of infinity it is 0 */
+    vec r = vec_above_floor(x);
+#else
+    vec at = vec_max(vec_set(-126), vec_min(vec_set(126), x)), floor = (at - vec_set(0.5f)) + vec_set(EXP_MAGIC);
+    vec r = at - (floor - vec_set(EXP_MAGIC));
+#endif
+    vec y;
+    if (narrow) {
+        y = vec_fma(vec_set(0x1.bb7cd4p-7f), r, vec_set(0x1.aa13fp-5f));
+        y = vec_fma(y, r, vec_set(0x1.ee798ap-3f));
+        y = vec_fma(y, r, vec_set(0x1.62d166p-1f));
+        y = vec_fma(y, r, vec_set(0x1.00002cp+0f));
+    } else {
+        y = vec_fma(vec_set(0x1.ec320ap-10f), r, vec_set(0x1.26900cp-7f));
+        y = vec_fma(y, r, vec_set(0x1.c95446p-5f));
+        y = vec_fma(y, r, vec_set(0x1.ebd5a8p-3f));
+        y = vec_fma(y, r, vec_set(0x1.62e4f6p-1f));
+        y = vec_fma(y, r, vec_set(0x1.fffffep-1f));
+    }
+#ifdef VEC_HAS_SCALE
+    return vec_scale(y, x);
+#else
+    y *= exp_power((vec_bits)floor - (vec_bits)vec_set(EXP_MAGIC));
+    return (vec)((vec_int)y & ~(vec_int)(x < vec_set(-126)));
+#endif
 #endif
 }
 

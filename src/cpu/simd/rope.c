@@ -75,38 +75,58 @@ static void make_turn(real *cosine, real *sine, const mtl_rope_angles *angles, c
 #endif
 }
 
+#ifndef MTL_IN_DOUBLE
+/* Pairs [i, i + width * ANGLES) of the tables: a turn waits for the last step's, so that several are under way. */
+INLINE void make_columns(real *tables, int64_t entry, int64_t to_sines, const mtl_rope_angles *angles,
+                         const angle_real *inv_freqs, const int64_t *positions, int64_t first, int64_t steps, int64_t i,
+                         int width) {
+    typedef float angle_floats __attribute__((vector_size(VECTOR_BYTES / 2)));
+    angle_vec frequency[4], c[4] = {{0}}, s[4] = {{0}}, step_c[4] = {{0}}, step_s[4] = {{0}};
+    bool steady = steps > 1, known = false;
+    memcpy(frequency, inv_freqs + i, (size_t)width * sizeof *frequency);
+    for (int j = 0; j < width; j++)
+        steady = steady && sine_and_cosine(frequency[j] * angles->scale, &step_s[j], &step_c[j]);
+    for (int64_t step = 0; step < steps; step++) {
+        real *row = tables + step * entry + i;
+        int64_t position = positions[step];
+        if (known && steady && (first + step) % STEPS_A_RUN && position == positions[step - 1] + 1 && position) {
+            for (int j = 0; j < width; j++) {
+                angle_vec turned = angle_fma(c[j], step_c[j], -(s[j] * step_s[j]));
+                s[j] = angle_fma(s[j], step_c[j], c[j] * step_s[j]);
+                c[j] = turned;
+            }
+        } else {
+            known = true;
+            for (int j = 0; j < width; j++) {
+                angle_vec angle = frequency[j] * ((double)position * angles->scale);
+                known = sine_and_cosine(angle, &s[j], &c[j]) && known;
+            }
+        }
+        if (!known) {
+            for (int j = 0; j < width * ANGLES; j++)
+                make_turn(row + j, row + to_sines + j, angles, inv_freqs, i + j, position);
+            continue;
+        }
+        for (int j = 0; j < width; j++) {
+            angle_floats cosines = __builtin_convertvector(c[j], angle_floats),
+                         sines = __builtin_convertvector(s[j], angle_floats);
+            memcpy(row + j * ANGLES, &cosines, sizeof cosines);
+            memcpy(row + j * ANGLES + to_sines, &sines, sizeof sines);
+        }
+    }
+}
+#endif
+
 /* Row after row of cosines and, `to_sines` further on, sines: one for each position. */
 static void make_tables(real *tables, int64_t entry, int64_t to_sines, const mtl_rope_angles *angles,
                         const angle_real *inv_freqs, const int64_t *positions, int64_t first, int64_t steps) {
     int64_t i = 0, pairs = angles->dims / 2;
     (void)first;
 #ifndef MTL_IN_DOUBLE
-    typedef float angle_floats __attribute__((vector_size(VECTOR_BYTES / 2)));
-    for (; i + ANGLES <= pairs; i += ANGLES) {
-        angle_vec frequency, c = {0}, s = {0}, step_c = {0}, step_s = {0};
-        memcpy(&frequency, inv_freqs + i, sizeof frequency);
-        bool steady = steps > 1 && sine_and_cosine(frequency * angles->scale, &step_s, &step_c), known = false;
-        for (int64_t step = 0; step < steps; step++) {
-            real *row = tables + step * entry + i;
-            int64_t position = positions[step];
-            if (known && steady && (first + step) % STEPS_A_RUN && position == positions[step - 1] + 1 && position) {
-                angle_vec turned = angle_fma(c, step_c, -(s * step_s));
-                s = angle_fma(s, step_c, c * step_s);
-                c = turned;
-            } else {
-                known = sine_and_cosine(frequency * ((double)position * angles->scale), &s, &c);
-            }
-            if (known) {
-                angle_floats cosines = __builtin_convertvector(c, angle_floats),
-                             sines = __builtin_convertvector(s, angle_floats);
-                memcpy(row, &cosines, sizeof cosines);
-                memcpy(row + to_sines, &sines, sizeof sines);
-            } else {
-                for (int j = 0; j < ANGLES; j++)
-                    make_turn(row + j, row + to_sines + j, angles, inv_freqs, i + j, position);
-            }
-        }
-    }
+    for (; i + 4 * ANGLES <= pairs; i += 4 * ANGLES)
+        make_columns(tables, entry, to_sines, angles, inv_freqs, positions, first, steps, i, 4);
+    for (; i + ANGLES <= pairs; i += ANGLES)
+        make_columns(tables, entry, to_sines, angles, inv_freqs, positions, first, steps, i, 1);
 #endif
     for (int64_t step = 0; step < steps; step++) {
         real *row = tables + step * entry;
@@ -279,6 +299,9 @@ static void do_row(const side_work *work, const row_run *run, const char *x, cha
     write_row(out, side->out, work->head, length);
 }
 
+/* Rows whose sums are taken together: one after the other, each would wait for its own square root and division. */
+enum { ROWS_A_GROUP = 8 };
+
 INLINE void do_rows_in_place(const side_work *work, const row_run *run, mtl_dtype dtype, bool traditional,
                              bool normed) {
     const mtl_rope_args *args = work->args;
@@ -286,15 +309,17 @@ INLINE void do_rows_in_place(const side_work *work, const row_run *run, mtl_dtyp
     const char *x = run->x;
     char *out = run->out;
     const real *table = run->table;
+    double mean_squares[ROWS_A_GROUP] = {0}, inverses[ROWS_A_GROUP];
     for (int64_t row = 0; row < run->count; row++) {
         vec inverse = vec_zero();
-        bool tiny = false;
-        if (normed) {
-            double mean_square = sum_row(x, dtype, length, 0).squares / (double)length + args->eps;
-            inverse = vec_set((real)(1 / sqrt(mean_square)));
-            tiny = mean_square < 1e-28;
+        int64_t place = row % ROWS_A_GROUP;
+        if (normed && place == 0) {
+            for (int64_t i = 0; i < ROWS_A_GROUP && row + i < run->count; i++)
+                mean_squares[i] = sum_row(x + i * run->x_step, dtype, length, 0).squares / (double)length + args->eps;
+            for (int i = 0; i < ROWS_A_GROUP; i++) inverses[i] = 1 / sqrt(mean_squares[i]);
         }
-        if (tiny) {
+        if (normed) inverse = vec_set((real)inverses[place]);
+        if (normed && mean_squares[place] < 1e-28) {
             do_row(work, run, x, out, table);
         } else {
             turn_row(run, x, out, table, dtype, traditional, dims, normed, inverse, work->weight);

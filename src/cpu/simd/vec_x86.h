@@ -129,18 +129,15 @@ INLINE void vec_stream_end(void) { _mm_sfence(); }
 #define VEC_HAS_SCALE
 #define VEC_HAS_NONZERO_BYTES
 #ifdef MTL_IN_DOUBLE
-INLINE vec vec_scale(vec v, vec n) { return (vec)_mm512_scalef_pd(v, n); } /* v 2^n for an integer n */
+INLINE vec vec_scale(vec v, vec n) { return (vec)_mm512_scalef_pd(v, n); } /* v 2^floor(n) */
 INLINE vec vec_reciprocal(vec v) { return vec_set(1) / v; }
 INLINE vec_int vec_nonzero_bytes(const char *from) {
     __m128i bytes = _mm_loadl_epi64((const __m128i *)from);
     return (vec_int)_mm512_movm_epi64((__mmask8)_mm_test_epi8_mask(bytes, bytes));
 }
 #else
-INLINE vec vec_scale(vec v, vec n) { return (vec)_mm512_scalef_ps(v, n); } /* v 2^n for an integer n */
-#define VEC_HAS_TABLE
-INLINE vec vec_look_up(vec table, vec_int place) {
-    return (vec)_mm512_permutexvar_ps((__m512i)place, table);
-} /* mod 16 */
+INLINE vec vec_scale(vec v, vec n) { return (vec)_mm512_scalef_ps(v, n); } /* v 2^floor(n) */
+INLINE vec vec_above_floor(vec v) { return (vec)_mm512_reduce_ps(v, 1); }  /* v - floor(v); 0 for infinity */
 /* Of normal numbers with a normal reciprocal: 14 bits, and a Newton step to within a unit in the last place. */
 INLINE vec vec_reciprocal(vec v) {
     vec guess = (vec)_mm512_rcp14_ps(v);

@@ -14,6 +14,18 @@ struct mtl_group {
 
 __mtl_inline unsigned __mtl_count(const unsigned (&extent)[3]) { return extent[0] * extent[1] * extent[2]; }
 
+// A thread's place where the threadgroups are `threads` in a line, a power of two, and all of them whole.
+template <unsigned threads>
+__mtl_inline void __mtl_place_in_line(mtl_group &group, unsigned &index, unsigned (&local)[3]) {
+    group.position[0] = blockIdx.x;
+    group.position[1] = blockIdx.y;
+    group.position[2] = blockIdx.z;
+    group.extent[0] = threads;
+    group.extent[1] = group.extent[2] = 1;
+    index = local[0] = threadIdx.x & (threads - 1); // which the compiler then knows to be small
+    local[1] = local[2] = 0;
+}
+
 // A thread's index in its threadgroup and its place there. A threadgroup at the grid's edge is smaller than the others, and its
 // threads are numbered by its own extents; those of the block that are too many leave. Where a grid of blocks cannot have so many
 // threadgroups along y or z, all are along x.

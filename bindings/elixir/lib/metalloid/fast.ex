@@ -41,6 +41,7 @@ if Code.ensure_loaded?(Nx) do
 
     alias Metalloid.Fast.Formulas
     alias Metalloid.NIF
+    alias Metalloid.Tensor
 
     @type tensor :: Nx.Tensor.t()
     @type scalar :: number() | Nx.Tensor.t()
@@ -455,11 +456,11 @@ if Code.ensure_loaded?(Nx) do
 
       case {options[:template], execute(options[:operation], all)} do
         {%Nx.Tensor{} = template, result} ->
-          tensor(result, template, first)
+          Tensor.from_term(result, template, first)
 
         {templates, results} ->
           [Tuple.to_list(results), Tuple.to_list(templates)]
-          |> Enum.zip_with(fn [result, template] -> tensor(result, template, first) end)
+          |> Enum.zip_with(fn [result, template] -> Tensor.from_term(result, template, first) end)
           |> List.to_tuple()
       end
     end
@@ -514,22 +515,11 @@ if Code.ensure_loaded?(Nx) do
     end
 
     defp binary(nil), do: nil
-    defp binary(%Nx.Tensor{} = tensor), do: {tensor.type, tensor.shape, Nx.to_binary(tensor)}
+    defp binary(tensor), do: Tensor.to_term(tensor)
 
     # {1} is as good as {}, where EMLX takes it.
     defp number(%Nx.Tensor{shape: {1}} = tensor), do: tensor |> Nx.squeeze() |> Nx.to_number()
     defp number(%Nx.Tensor{} = tensor), do: Nx.to_number(tensor)
     defp number(other), do: other
-
-    # A result goes where the first tensor is, with the options that the default backend has if it is the same one.
-    defp tensor({type, shape, binary}, %Nx.Tensor{type: type, shape: shape} = template, %Nx.Tensor{data: %backend{}}) do
-      options =
-        case Nx.default_backend() do
-          {^backend, options} -> options
-          _ -> []
-        end
-
-      backend.from_binary(template, binary, options)
-    end
   end
 end

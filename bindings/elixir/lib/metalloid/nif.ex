@@ -32,13 +32,13 @@ defmodule Metalloid.NIF do
       iex> Metalloid.NIF.rope(x, 1)
       ** (ArgumentError) rope: dims must be even and 2 or more, got 1
 
-  `RuntimeError` where there is no memory for a result.
+  `RuntimeError` where there is no memory for a result, and where a custom kernel does not compile.
   """
 
   @on_load :load
 
   @typedoc "A type as Nx writes it."
-  @type type :: {:f, 16 | 32 | 64} | {:bf, 16} | {:s | :u, 8 | 16 | 32 | 64}
+  @type type :: {:f, 16 | 32 | 64} | {:bf, 16} | {:s | :u, 8 | 16 | 32 | 64} | {:c, 64}
 
   @typedoc "Type, extents, and elements in row-major order."
   @type tensor :: {type(), shape :: tuple(), binary()}
@@ -238,6 +238,65 @@ defmodule Metalloid.NIF do
         ) :: {tensor(), tensor()}
   def gated_delta_update(q, k, v, gamma, beta, initial_state, mask, options \\ [])
   def gated_delta_update(_q, _k, _v, _gamma, _beta, _initial_state, _mask, _options), do: not_loaded()
+
+  # ---- custom kernels ----------------------------------------------------------------------------
+
+  @typedoc "What custom kernels have beside: an output of `:bool` comes as `{:u, 8}`."
+  @type kernel_type :: type() | :bool
+
+  @doc """
+  A kernel from the body of a function in the Metal Shading Language; `Metalloid.Kernel.metal/2` has it described. It is
+  freed after the last reference to it.
+  """
+  @spec kernel_create(String.t(), [String.t()], [String.t()], String.t(), [
+          {:header, String.t() | nil}
+          | {:ensure_row_contiguous | :atomic_outputs | :debug | :address_sanitizer, boolean() | nil}
+          | {:math_mode, :safe | :relaxed | :fast | nil}
+          | {:max_iterations, non_neg_integer() | nil}
+        ]) :: reference()
+  def kernel_create(name, input_names, output_names, source, options \\ [])
+  def kernel_create(_name, _input_names, _output_names, _source, _options), do: not_loaded()
+
+  @doc """
+  Runs a kernel: the tuple of its outputs. Numbers and booleans among the inputs are of rank 0, `{:s, 32}` (`{:s, 64}`
+  where it has to be), `{:f, 32}` and bool.
+  """
+  @spec kernel_launch(
+          reference(),
+          [tensor() | number() | boolean() | :infinity | :neg_infinity | :nan],
+          [kernel_type()],
+          [shape :: tuple()],
+          {pos_integer(), pos_integer(), pos_integer()},
+          {pos_integer(), pos_integer(), pos_integer()},
+          [
+            {:template, [{String.t(), integer() | boolean() | kernel_type()}] | nil}
+            | {:init_value, number() | :infinity | :neg_infinity | :nan | nil}
+          ]
+        ) :: tuple()
+  def kernel_launch(kernel, inputs, output_types, output_shapes, grid, threadgroup, options \\ [])
+
+  def kernel_launch(_kernel, _inputs, _output_types, _output_shapes, _grid, _threadgroup, _options),
+    do: not_loaded()
+
+  @doc """
+  The Metal source that `kernel_launch/7` compiles for such arguments, or, with `translated: true`, the C++.
+  """
+  @spec kernel_source(
+          reference(),
+          [tensor() | number() | boolean() | :infinity | :neg_infinity | :nan],
+          [kernel_type()],
+          [shape :: tuple()],
+          {pos_integer(), pos_integer(), pos_integer()},
+          {pos_integer(), pos_integer(), pos_integer()},
+          [
+            {:template, [{String.t(), integer() | boolean() | kernel_type()}] | nil}
+            | {:translated, boolean() | nil}
+          ]
+        ) :: String.t()
+  def kernel_source(kernel, inputs, output_types, output_shapes, grid, threadgroup, options \\ [])
+
+  def kernel_source(_kernel, _inputs, _output_types, _output_shapes, _grid, _threadgroup, _options),
+    do: not_loaded()
 
   # ---- the library -------------------------------------------------------------------------------
 

@@ -59,7 +59,9 @@ if Code.ensure_loaded?(Nx) do
     end
 
     # Hidden scores are 0 before the exponential and their weights 0 after it, so that no -inf meets another; the
-    # largest score is a constant of the derivative, since it cancels.
+    # largest score is a constant of the derivative, since it cancels. The derivative multiplies hidden scores' zeros by
+    # q, k and v, where NaN or an infinity would survive: products are those of what is finite, and NaN comes back as the
+    # score of a pair that is seen.
     def scaled_dot_product_attention(%{q: q, k: k, v: v} = all) do
       wide = wide([q, k, v])
       heads_first = fn t -> if all[:time_axis] == 1, do: Nx.transpose(t, axes: [0, 2, 1, 3]), else: t end
@@ -68,11 +70,16 @@ if Code.ensure_loaded?(Nx) do
       {_, kv_heads, kv_len, _} = Nx.shape(kw)
       [kw, vw] = Enum.map([kw, vw], &repeat_heads(&1, div(q_heads, kv_heads)))
       full = {batch, q_heads, q_len, kv_len}
+      finite = fn t -> Nx.equal(Nx.subtract(t, t), 0) end
+      [sound_q, sound_k, sound_v] = Enum.map([qw, kw, vw], &Nx.all(finite.(&1), axes: [3]))
+      [qw, kw, vw] = Enum.map([qw, kw, vw], &Nx.select(finite.(&1), &1, 0))
+      sound = sound_k |> Nx.logical_and(sound_v) |> Nx.new_axis(2) |> Nx.logical_and(Nx.new_axis(sound_q, 3))
 
       scores = qw |> Nx.dot([3], [0, 1], kw, [3], [0, 1]) |> Nx.multiply(constant(all.scale, wide))
       cap = all[:softcap] && constant(all.softcap, wide)
       scores = if cap, do: scores |> Nx.divide(cap) |> Nx.tanh() |> Nx.multiply(cap), else: scores
       {scores, seen_by_mask} = add_mask(scores, all[:mask], wide, full)
+      scores = Nx.select(sound, scores, Nx.Constants.nan(wide, backend: Nx.BinaryBackend))
 
       seen =
         [seen_by_mask, key_mask(all[:key_mask]), seen_in_time(all, q_len, kv_len)]
