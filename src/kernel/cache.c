@@ -144,6 +144,7 @@ static bool prepare_directory(const char *path) {
     if (directory < 0) return false;
     struct stat status;
     bool ours = fstat(directory, &status) == 0 && status.st_uid == geteuid();
+    if (ours && status.st_mode & S_ISVTX) ours = false; /* root's /tmp and its like stay everybody's */
     if (ours && status.st_mode & 077) ours = fchmod(directory, 0700) == 0;
     close(directory);
     return ours;
@@ -185,7 +186,8 @@ static void remove_old_builds(const char *path) {
 
 /* Whether the file is an entry that was written whole, for this key, by this user. */
 static bool is_sound(const char *path, const mtl_digest *key) {
-    int file = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    /* Opening a FIFO would else wait for a writer. */
+    int file = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (file < 0) return false;
     struct stat status;
     bool sound = fstat(file, &status) == 0 && S_ISREG(status.st_mode) && status.st_uid == geteuid() &&

@@ -768,6 +768,35 @@ def test_directory_that_others_may_write_becomes_private(tmp_path):
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
 
 
+def test_directory_that_is_everybodys_stays_so(tmp_path):
+    tmp_path.chmod(0o1777)
+    program(tmp_path)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777
+    assert not list(tmp_path.iterdir())
+
+
+def test_entry_that_is_a_fifo(tmp_path):
+    program(tmp_path)
+    (entry,) = entries(tmp_path)
+    entry.unlink()
+    os.mkfifo(entry)
+    program(tmp_path)  # opened to be read it would wait for a writer
+    assert stat.S_ISREG(entry.stat().st_mode)
+
+
+@pytest.mark.parametrize("grid", [(4.5, 1, 1), ("4", 1, 1), (float("inf"), 1, 1), (2**63, 1, 1), (4, 1, 2**64)])
+def test_grid_that_is_no_three_sizes(grid):
+    kernel = metalloid.metal_kernel("sizes", [], ["y"], "y[0] = 1;")
+    with pytest.raises(ValueError, match="grid"):
+        kernel(inputs=[], output_shapes=[(1,)], output_dtypes=[np.float32], grid=grid, threadgroup=(1, 1, 1))
+
+
+def test_none_is_no_dtype():
+    kernel = metalloid.metal_kernel("dtypes", [], ["y"], "y[0] = 1;")
+    with pytest.raises(ValueError, match="None is no dtype"):
+        kernel(inputs=[], output_shapes=[(1,)], output_dtypes=[None], grid=(1, 1, 1), threadgroup=(1, 1, 1))
+
+
 def test_directory_of_another_user_is_not_used(tmp_path):
     if os.geteuid() != 0:
         pytest.skip("only root gives directories away")

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import operator
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ class DebugOptions(TypedDict, total=False):
 @functools.cache
 def _dtype_name(dtype: Any) -> str:
     """``float32`` for that dtype of any library."""
+    if dtype is None:  # float64 to NumPy
+        raise ValueError("metal_kernel: None is no dtype")
     if isinstance(dtype, type) and dtype in (bool, int, float, complex):
         raise ValueError(f"metal_kernel: {dtype.__name__} is no dtype of an array library")
     if type(dtype).__module__.partition(".")[0] in ("torch", "mlx"):
@@ -111,7 +114,7 @@ def _leads(array: Any) -> bool:
 
 def _three(value: Sequence[int], what: str) -> tuple[int, int, int]:
     try:
-        x, y, z = (int(n) for n in value)
+        x, y, z = (operator.index(n) for n in value)
     except (TypeError, ValueError):
         raise ValueError(f"metal_kernel: {what} must be three integers, got {value!r}") from None
     return x, y, z
@@ -187,6 +190,8 @@ class MetalKernel:
             if name not in _native.KERNEL_DTYPES:
                 raise ValueError(f"metal_kernel: kernels have no dtype {name}")
         sizes = _three(grid, "grid"), _three(threadgroup, "threadgroup")
+        if max(*sizes[0], *sizes[1]) >= 2**63:
+            raise ValueError(f"metal_kernel: grid and threadgroup are too large: {grid!r} and {threadgroup!r}")
         if min(sizes[0]) < 1 or min(sizes[1]) < 1:
             raise ValueError(f"metal_kernel: grid and threadgroup must be at least 1, got {grid!r} and {threadgroup!r}")
         outputs = tuple(

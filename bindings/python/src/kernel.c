@@ -18,7 +18,10 @@ static PyObject *raise_status(metalloid_status status) {
     PyObject *exception = status == METALLOID_OUT_OF_MEMORY      ? PyExc_MemoryError
                           : status == METALLOID_INVALID_ARGUMENT ? PyExc_ValueError
                                                                  : PyExc_RuntimeError;
-    PyErr_SetString(exception, metalloid_last_error());
+    const char *message = metalloid_last_error(); /* a compiler's words among it, in any encoding */
+    PyObject *text = PyUnicode_DecodeUTF8(message, (Py_ssize_t)strlen(message), "replace");
+    if (text) PyErr_SetObject(exception, text);
+    Py_XDECREF(text);
     return NULL;
 }
 
