@@ -63,7 +63,7 @@ typedef enum metalloid_status {
 /* The status in words; never NULL. */
 METALLOID_API const char *metalloid_status_string(metalloid_status status);
 
-/* One line about the last failed call of this thread ("rope: dims must be even and 2 or more, got 7"); "" before the first failure. Behind
+/* One line about the last failed call of this thread ("rope: dims must be even, got 7"); "" before the first failure. Behind
  * METALLOID_COMPILE_FAILED's first line stands what the compiler said. Valid until the next failing call of the same thread. */
 METALLOID_API const char *metalloid_last_error(void);
 
