@@ -5,7 +5,7 @@ array. All operations stand here; ``metalloid.fast`` holds those that ``mlx.core
 """
 
 from metalloid import fast
-from metalloid._kernel import metal_kernel
+from metalloid._kernel import cuda_kernel, metal_kernel, precompiled_cuda_kernel
 from metalloid._native import (
     __version__,
     add_layer_norm,
@@ -31,6 +31,7 @@ __all__ = [
     "add_rms_norm",
     "cpu_isa",
     "cross_entropy",
+    "cuda_kernel",
     "fast",
     "gated_delta_update",
     "geglu",
@@ -38,6 +39,7 @@ __all__ = [
     "kv_cache_sdpa_update",
     "layer_norm",
     "metal_kernel",
+    "precompiled_cuda_kernel",
     "qk_norm_rope",
     "rms_norm",
     "rope",
