@@ -495,3 +495,16 @@ def test_examples_of_the_documentation_run(name):
     (test,) = [t for t in doctest.DocTestFinder().find(getattr(mt, name), name, globs=examples) if t.name == name]
     assert test.examples
     assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
+
+
+@pytest.mark.parametrize("call", [mt.swiglu, torch.ops.metalloid.swiglu])
+def test_forward_mode_is_refused(call):
+    """Rather than given tangents of zero."""
+    x = torch.randn(2, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones(2, 4))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            call(dual, dual)
+    if call is mt.swiglu:
+        with pytest.raises(NotImplementedError):
+            torch.func.jvp(lambda a: call(a, a), (x,), (torch.ones(2, 4),))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 
 library = torch.library.Library("metalloid", "DEF")
 
@@ -93,6 +94,7 @@ def define(
     is an error, and where it writes tensors so is a call that records a gradient."""
     library.define(schema, tags=_TAGS)
     name = schema.partition("(")[0]
+    compute = _without_tangents(name, compute)
     operator = Operator(name, compute)
     for backend in backends:
         library.impl(name, compute, backend)
@@ -107,6 +109,19 @@ def define(
     operator.recorded = _recorded(name, compute, setup_context, backward)
     operator.transformed = _transformed(operator, setup_context, backward)
     return operator
+
+
+def _without_tangents(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward-mode differentiation is refused: PyTorch would go on with tangents of zero, in silence."""
+
+    def computed(*arguments: Any, **keywords: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            for a in (*arguments, *keywords.values()):
+                if isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+                    raise NotImplementedError(f"torch.ops.metalloid.{name} has no forward-mode derivative")
+        return compute(*arguments, **keywords)
+
+    return computed
 
 
 def _refusal(operator: Operator) -> Callable[..., Any]:
