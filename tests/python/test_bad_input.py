@@ -54,7 +54,7 @@ BAD = {  # name: (what is called with the bad value, the bad value, what the mes
     },
     "complex weight": (lambda w: norm(weight=w), torch.ones(4, dtype=torch.complex64), r"rms_norm: weight must be "),
     "float8 mask": (attend, torch.ones(2, 2).to(torch.float8_e5m2), r"scaled\w+: mask must be "),
-    "NumPy complex": (norm, np.ones((2, 4), np.complex64), r"rms_norm: x has the dtype complex64"),
+    "NumPy complex": (norm, np.ones((2, 4), np.complex64), r"rms_norm: x must be "),
     "NumPy objects": (norm, np.ones((2, 4), object), r"rms_norm: x has the dtype object"),
     "NumPy other byte order": (norm, np.ones((2, 4), ">f4"), r"rms_norm: x has the dtype >f4"),
     "another device": (lambda w: norm(weight=w), torch.ones(4, device="meta"), r"rms_norm: .*weight.*meta"),

@@ -6,6 +6,7 @@ defmodule Metalloid.MemoryTest do
 
   defp tensor(shape), do: {{:f, 32}, shape, :binary.copy(<<0.5::float-native-32>>, Tuple.product(shape))}
 
+  @tag timeout: 600_000
   test "memory stays flat over 160,000 calls, refused ones among them" do
     x = tensor({1, 256})
     wide = tensor({4, 1024})
