@@ -871,6 +871,7 @@ def asan_runtime():
     return None
 
 
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="gcc's AddressSanitizer is in this process")
 @pytest.mark.parametrize(
     "body",
     [
