@@ -260,6 +260,25 @@ class MetalKernel:
         return self._native.source(*arguments, translated)
 
 
+def _made(
+    maker: str,
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str,
+    **settings: Any,
+) -> MetalKernel:
+    for what, text in (("name", name), ("source", source), ("header", header)):
+        if "\0" in text:
+            raise ValueError(f"{maker}: {what} must not contain NUL")
+    for what, names in (("input_names", input_names), ("output_names", output_names)):
+        if isinstance(names, str):
+            raise ValueError(f"{maker}: {what} must be a list of strings, got one string")
+    native = _native.Kernel(name, tuple(input_names), tuple(output_names), source, header, **settings)
+    return MetalKernel(native, name, len(input_names), len(output_names))
+
+
 def metal_kernel(
     name: str,
     input_names: Sequence[str],
@@ -311,16 +330,11 @@ def metal_kernel(
     }
     for unknown in (*options, *debug):
         raise ValueError(f"metal_kernel: there is no option {unknown!r}")
-    for what, text in (("name", name), ("source", source), ("header", header)):
-        if "\0" in text:
-            raise ValueError(f"metal_kernel: {what} must not contain NUL")
-    for what, names in (("input_names", input_names), ("output_names", output_names)):
-        if isinstance(names, str):
-            raise ValueError(f"metal_kernel: {what} must be a list of strings, got one string")
-    native = _native.Kernel(
+    return _made(
+        "metal_kernel",
         name,
-        tuple(input_names),
-        tuple(output_names),
+        input_names,
+        output_names,
         source,
         header,
         ensure_row_contiguous=ensure_row_contiguous,
@@ -329,7 +343,6 @@ def metal_kernel(
         fallback_compiler=_fallback_compiler(),
         **settings,
     )
-    return MetalKernel(native, name, len(input_names), len(output_names))
 
 
 def cuda_kernel(
@@ -357,23 +370,17 @@ def cuda_kernel(
     Raises:
         ValueError: a name that is no identifier, no output, a negative size. Nothing is compiled yet.
     """
-    for what, text in (("name", name), ("source", source), ("header", header)):
-        if "\0" in text:
-            raise ValueError(f"cuda_kernel: {what} must not contain NUL")
-    for what, names in (("input_names", input_names), ("output_names", output_names)):
-        if isinstance(names, str):
-            raise ValueError(f"cuda_kernel: {what} must be a list of strings, got one string")
-    native = _native.Kernel(
+    return _made(
+        "cuda_kernel",
         name,
-        tuple(input_names),
-        tuple(output_names),
+        input_names,
+        output_names,
         source,
         header,
         ensure_row_contiguous=ensure_row_contiguous,
         language=1,
         shared_memory=shared_memory,
     )
-    return MetalKernel(native, name, len(input_names), len(output_names))
 
 
 @functools.cache  # for good, as is the code that the driver has loaded of it
