@@ -54,13 +54,3 @@ html_show_sourcelink = False
 html_copy_source = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
-
-
-def setup(app):
-    def drop_what_is_not_written(app, name, source):
-        """Pages that have their place in the navigation before they are there."""
-        for page in ("custom-kernels", "elixir"):
-            if name == "index" and not (ROOT / "docs" / f"{page}.md").exists():
-                source[0] = source[0].replace(f"\n{page}\n", "\n")
-
-    app.connect("source-read", drop_what_is_not_written)
