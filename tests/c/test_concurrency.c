@@ -214,10 +214,17 @@ static void *call_until_stopped(void *argument) {
     return NULL;
 }
 
+#ifdef __SANITIZE_ADDRESS__
+#define ALLOCATOR_SURVIVES_FORK \
+    0 /* with gcc 12's AddressSanitizer, a lock of malloc that another thread held stays so */
+#else
+#define ALLOCATOR_SURVIVES_FORK 1
+#endif
+
 /* The pool is busy with another thread's call at the moment of the fork. */
 static void a_child_forked_in_the_middle_of_a_call_works_too(void **state) {
     (void)state;
-    if (!CHILD_MAY_START_THREADS) skip();
+    if (!CHILD_MAY_START_THREADS || !ALLOCATOR_SURVIVES_FORK) skip();
     static prepared busy[OPERATIONS], calls[OPERATIONS];
     operation all[OPERATIONS];
     expect_ok(metalloid_set_num_threads(3));

@@ -179,22 +179,20 @@ def suite() -> Iterator[Case]:
 
     half_again = (Target("vs_peer", 1.5),)
     for model in MODELS:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16", "float16"):
             how = {"dtype": dtype, "targets": half_again}
             quick = model is QWEN and dtype == "float32"
             yield row_wise(IN_CACHE, model.name, "rms_norm", 128, model.hidden, quick=quick, **how)
             yield row_wise(IN_CACHE, model.name, "add_rms_norm", 128, model.hidden, **how)
             yield row_wise(IN_CACHE, model.name, model.gate, 128, model.ffn, quick=quick, **how)
             yield rope(IN_CACHE, model, 128, quick=quick, **how)
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "float16"):
         yield row_wise(IN_CACHE, "", "layer_norm", 128, 1024, dtype, targets=half_again)
         yield row_wise(IN_CACHE, "", "add_layer_norm", 128, 1024, dtype, targets=half_again)
         yield rope(IN_CACHE, QWEN, 128, dtype, "qk_norm_rope", targets=half_again)
 
     for model in MODELS:
         for dtype in ("float32", "bfloat16", "float16"):
-            if dtype == "float16" and model is not LLAMA:
-                continue
             how = {"dtype": dtype, "targets": (Target("of_ceiling", 0.9),), "cached": False}
             quick = model is LLAMA and dtype == "float32"
             yield row_wise(OUT_OF_CACHE, model.name, "rms_norm", 8192, model.hidden, quick=quick, **how)
@@ -221,7 +219,7 @@ def suite() -> Iterator[Case]:
     for model in MODELS:
         yield loss(model, 64, "float32", quick=model is LLAMA)
         yield loss(model, 64, "bfloat16")
-    yield loss(LLAMA, 64, "float16")
+        yield loss(model, 64, "float16")
     yield loss(LLAMA, 1, "float32")
 
     for batch in (1, 8):
@@ -255,8 +253,8 @@ def prefill() -> Iterator[Case]:
         yield attention(PREFILL, LLAMA, 4096, 4096, dtype, causal=1, targets=over_torch[dtype])
     yield attention(PREFILL, LLAMA, 8192, 8192, "float32", causal=1, targets=(of_fma,))
     for model in (QWEN, GEMMA, SMOLLM):
-        for length in (128, 1024, 8192):
-            for dtype in ("float32", "bfloat16"):
+        for length in (128, 512, 1024, 2048, 4096, 8192):
+            for dtype in ("float32", "bfloat16", "float16") if length == 2048 else ("float32", "bfloat16"):
                 targets = over_torch[dtype]
                 yield attention(PREFILL, model, length, length, dtype, causal=1, targets=targets)
     yield attention(PREFILL, GEMMA, 8192, 8192, "float32", causal=1, window=GEMMA.window, targets=(of_fma,))
