@@ -255,7 +255,12 @@ static metalloid_status call_gated_delta_update(bench_case *c) {
 
 /* Ceilings: as many threads as a call of the library may use, one part for each. */
 
-static int thread_count(void) { return metalloid_get_num_threads(); }
+/* Asked once: in a part it would be a worker that asks, which is kept off the caller's CPU. */
+static int thread_count(void) {
+    static int count;
+    if (count == 0) count = metalloid_get_num_threads();
+    return count;
+}
 
 static char *part_of(const bench_case *c, const DLTensor *t, int part, size_t *bytes) {
     int64_t each = c->bytes / thread_count() / 256 * 256, begin = each * part;

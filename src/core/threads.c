@@ -39,6 +39,8 @@ enum {
     CACHE_LINE = 64,
 };
 
+enum { STARTING = -1, MOVED = -2 }; /* instead of a worker's CPU */
+
 enum state { NO_THREAD, IDLE, ASLEEP, OFFERED, RUNNING, WATCHED, QUIT };
 
 struct job {
@@ -51,6 +53,7 @@ struct job {
 struct worker {
     _Alignas(CACHE_LINE) atomic_int state;
     int index;
+    atomic_int cpu;        /* where it last looked for a job, STARTING, or MOVED since then */
     unsigned mask_version; /* of the affinity mask that the thread has */
     pthread_t thread;
     pthread_mutex_t mutex;
@@ -72,6 +75,7 @@ static struct {
     unsigned mask_version;
 #ifdef __linux__
     cpu_mask mask; /* the last owner's */
+    int cpus;      /* in it */
 #endif
 
     /* Held while the list or its threads are made, and by fork(), whose child must find the list whole. */
@@ -161,6 +165,9 @@ static void *worker_main(void *argument) {
         if (state == QUIT) {
             return NULL;
         }
+#ifdef __linux__
+        atomic_store_explicit(&worker->cpu, sched_getcpu(), memory_order_relaxed);
+#endif
         if (state == OFFERED && atomic_compare_exchange_strong(&worker->state, &state, RUNNING)) {
             run_parts(pool.job, worker->index);
             set_state(worker, IDLE, WATCHED);
@@ -185,6 +192,7 @@ static bool start_thread(struct worker *worker) {
         sigdelset(&blocked, faults[i]);
     }
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    atomic_store_explicit(&worker->cpu, STARTING, memory_order_relaxed);
     atomic_store(&worker->state, IDLE);
     bool started = pthread_create(&worker->thread, &attributes, worker_main, worker) == 0;
     if (!started) {
@@ -222,18 +230,27 @@ static void read_mask(void) {
     cpu_mask mask;
     if (sched_getaffinity(0, sizeof mask, mask) == 0 && memcmp(mask, pool.mask, sizeof mask) != 0) {
         memcpy(pool.mask, mask, sizeof mask);
+        pool.cpus = CPU_COUNT_S(sizeof mask, mask);
         ++pool.mask_version;
     }
 #endif
 }
 
-/* Keeps the worker on the CPUs that the owner may use. */
-static bool follow_mask(struct worker *worker) {
+/* Keeps the worker on the CPUs that the owner may use, but off the owner's own. A scheduler that wakes the two on one CPU
+ * (as a new thread, or after other programs ran) may leave them there for tens of milliseconds: the owner finds no part
+ * left for the worker whenever it comes to run, and the worker is too little load to be moved. */
+static bool place(struct worker *worker) {
 #ifdef __linux__
-    if (worker->mask_version != pool.mask_version) {
-        if (pthread_setaffinity_np(worker->thread, sizeof pool.mask, pool.mask) != 0) {
+    int own = sched_getcpu(), its = atomic_load_explicit(&worker->cpu, memory_order_relaxed);
+    bool meets = (its == own || its == STARTING) && own >= 0 && worker->index < pool.cpus;
+    if (worker->mask_version != pool.mask_version || meets) {
+        cpu_mask mask;
+        memcpy(mask, pool.mask, sizeof mask);
+        if (meets) CPU_CLR_S((size_t)own, sizeof mask, mask);
+        if (pthread_setaffinity_np(worker->thread, sizeof mask, mask) != 0) {
             return false;
         }
+        atomic_store_explicit(&worker->cpu, MOVED, memory_order_relaxed);
         worker->mask_version = pool.mask_version;
     }
 #else
@@ -254,7 +271,7 @@ static int offer(struct job *job, int wanted) {
             break;
         }
         struct worker *worker = *link;
-        if (!follow_mask(worker)) {
+        if (!place(worker)) {
             break;
         }
         set_state(worker, OFFERED, ASLEEP);

@@ -543,9 +543,13 @@ struct placement {
 static void look_at_placement(void *job, int part, int worker) {
     struct placement *placement = job;
     meet(&placement->meeting, part, worker);
-    cpu_set_t mask;
-    int cpu = sched_getcpu();
-    if (sched_getaffinity(0, sizeof mask, &mask) != 0 || !CPU_EQUAL(&mask, &placement->allowed) || cpu < 0 ||
+    cpu_set_t mask, both;
+    int cpu = sched_getcpu(), lacks = CPU_COUNT(&placement->allowed);
+    bool known = sched_getaffinity(0, sizeof mask, &mask) == 0;
+    CPU_AND(&both, &mask, &placement->allowed);
+    lacks -= CPU_COUNT(&mask);
+    /* A worker is kept off the caller's CPU, no further. */
+    if (!known || !CPU_EQUAL(&mask, &both) || lacks < 0 || lacks > (worker > 0) || cpu < 0 ||
         !CPU_ISSET((size_t)cpu, &placement->allowed)) {
         atomic_fetch_add(&placement->errors, 1);
     }
@@ -587,6 +591,52 @@ static void workers_follow_each_callers_affinity_mask(void **state) {
     }
     sched_setaffinity(0, sizeof all, &all);
     assert_int_equal(errors, 0);
+}
+
+struct encounter {
+    struct meeting meeting;
+    atomic_int callers_cpu, workers_cpu;
+};
+
+static void go_to_the_callers_cpu(void *job, int part, int worker) {
+    struct encounter *encounter = job;
+    cpu_set_t one;
+    if (worker == 0) {
+        atomic_store(&encounter->callers_cpu, sched_getcpu());
+    }
+    meet(&encounter->meeting, part, worker);
+    if (worker == 1) {
+        CPU_ZERO(&one);
+        CPU_SET((size_t)atomic_load(&encounter->callers_cpu), &one);
+        sched_setaffinity(0, sizeof one, &one);
+    }
+}
+
+static void look_where_the_threads_are(void *job, int part, int worker) {
+    struct encounter *encounter = job;
+    atomic_store(worker == 0 ? &encounter->callers_cpu : &encounter->workers_cpu, sched_getcpu());
+    meet(&encounter->meeting, part, worker);
+}
+
+/* As a scheduler may do to them; one that is tied to the caller's CPU would not leave it by itself. */
+static void a_worker_on_the_callers_cpu_leaves_it(void **state) {
+    (void)state;
+    cpu_set_t all, first, last;
+    assert_int_equal(sched_getaffinity(0, sizeof all, &all), 0);
+    if (first_and_last_cpu(&all, &first, &last) < 2) {
+        skip();
+    }
+    int apart = 0;
+    for (int i = 0; i < 20; ++i) {
+        struct encounter tied = {.meeting = {.parts = 2}};
+        mtl_parallel_run(2, 2, go_to_the_callers_cpu, &tied);
+        for (int job = 0; job < 3; ++job) { /* the first finds out where the worker is, the others may see it gone */
+            struct encounter after = {.meeting = {.parts = 2}};
+            mtl_parallel_run(2, 2, look_where_the_threads_are, &after);
+            apart += job > 0 && atomic_load(&after.callers_cpu) != atomic_load(&after.workers_cpu);
+        }
+    }
+    assert_in_range(apart, 30, 40); /* the caller may be moved now and then */
 }
 
 static int one_cpu_gives_one_thread(void) {
@@ -747,6 +797,7 @@ int main(void) {
         cmocka_unit_test(a_signal_waits_for_the_programs_own_thread),
 #ifdef __linux__
         cmocka_unit_test(workers_follow_each_callers_affinity_mask),
+        cmocka_unit_test(a_worker_on_the_callers_cpu_leaves_it),
         cmocka_unit_test(default_threads_are_the_cpus_of_the_mask),
         cmocka_unit_test(a_small_job_wakes_only_the_workers_it_asks_for),
         cmocka_unit_test(a_call_succeeds_when_no_thread_can_be_created),
