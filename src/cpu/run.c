@@ -2,7 +2,7 @@
 #include "core/threads.h"
 #include "cpu/kernels.h"
 
-#include <unistd.h>
+#include <stdio.h>
 
 enum {
     PART_COST = 32 << 10,     /* below this a part is done before another thread has woken up */
@@ -12,16 +12,24 @@ enum {
     UNKNOWN_CACHE = 32 << 20, /* where the system does not say how large its last level is */
 };
 
-bool mtl_cpu_streams(double bytes) {
-    static _Atomic long last_level;
-    long size = last_level;
-    if (!size) {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-        size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-        if (size <= 0) size = UNKNOWN_CACHE;
-        last_level = size;
+/* Of the last level that the first CPU has a share in. sysconf gives what all of a socket's have: on an EPYC a dozen times as much. */
+static long last_level_size(void) {
+    long size = 0;
+    for (int index = 3; index >= 2 && size <= 0; index--) { /* 0 and 1 are the first level's two */
+        char path[64], unit = 0;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
+        FILE *file = fopen(path, "re");
+        if (!file) continue;
+        if (fscanf(file, "%ld%c", &size, &unit) == 2) size *= unit == 'K' ? 1 << 10 : unit == 'M' ? 1 << 20 : 1;
+        fclose(file);
     }
+    return size > 0 ? size : UNKNOWN_CACHE;
+}
+
+bool mtl_cpu_streams(double bytes) {
+    static _Atomic long known;
+    long size = known;
+    if (!size) known = size = last_level_size();
     return bytes > (double)size / 2;
 }
 
