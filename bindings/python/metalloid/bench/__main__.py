@@ -23,7 +23,8 @@ from metalloid.bench.cases import Case
 from metalloid.bench.peers import PEERS
 
 ROUND = 0.02  # seconds that one implementation gets in a round, at least one call
-PAUSE = 0.005  # between two implementations, so that the threads of the one before have stopped spinning
+PAUSE = 0.005  # between two implementations
+SETTLING = 0.5  # seconds that one's threads may go on spinning after its calls, before the next gets its turn
 SLOW = 20  # times Metalloid's time: such a peer is measured once
 LONG_CALL = 0.05  # seconds: above it a call from Python takes what one from C takes, and is not measured again
 OWN = ("ceiling", "bare", "plain", "C", "metalloid", "metalloid.new")
@@ -85,6 +86,24 @@ class Process:
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["seconds"], answer["bytes"]
+
+    def settle(self) -> None:
+        """Waits until its threads sleep: onnxruntime's spin for a while in case another call comes."""
+        end, before = monotonic() + SETTLING, None
+        while monotonic() < end:
+            used = self.processor_time()
+            if used is None or used == before:
+                break
+            before = used
+            sleep(PAUSE)
+
+    def processor_time(self) -> int | None:
+        """Of all its threads, in ns; None where the system does not tell."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        try:
+            return sum(int(task.read_text().split()[0]) for task in tasks)
+        except (OSError, ValueError, IndexError):
+            return None
 
     def stop(self) -> None:
         self.process.kill()
@@ -267,11 +286,14 @@ class Bench:
                 if name in once or len(times[name]) > turn:
                     continue
                 sleep(PAUSE)
+                own_tensors = name == "ceiling" and traffic
+                process = self.processes["C" if own_tensors else name]
                 try:
-                    if name == "ceiling" and traffic:
-                        times[name].append(self.processes["C"].traffic(calls[name], traffic)[0])
+                    if own_tensors:
+                        times[name].append(process.traffic(calls[name], traffic)[0])
                     else:
-                        times[name].append(self.processes[name].time(calls[name]))
+                        times[name].append(process.time(calls[name]))
+                    process.settle()
                 except ValueError as error:  # a library that breaks is noted; Metalloid's own calls must not
                     if name in OWN:
                         raise Failure(f"{case.name}: {error}") from None
