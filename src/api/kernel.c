@@ -94,7 +94,7 @@ static metalloid_status check_name(const char *name, const char *what) {
     return METALLOID_OK;
 }
 
-static metalloid_status check_names(const char *const *names, int count, const char *what) {
+static metalloid_status check_names(const char *const *names, int count, const char *what, bool metal) {
     char element[64];
     MTL_REQUIRE(count >= 0 && count <= MTL_MOST_BUFFERS, op, "%s must be 0 to %d, got %d", what, (int)MTL_MOST_BUFFERS,
                 count);
@@ -103,6 +103,8 @@ static metalloid_status check_names(const char *const *names, int count, const c
         snprintf(element, sizeof element, "%s[%d]", what, i);
         MTL_TRY(check_name(names[i], element));
         MTL_REQUIRE(!is_keyword(names[i]), op, "%s must not be a word of the language, got %s", element, names[i]);
+        MTL_REQUIRE(!metal || !mtl_is_attribute(names[i]), op, "%s must not be the name of a Metal attribute, got %s",
+                    element, names[i]);
     }
     return METALLOID_OK;
 }
@@ -135,11 +137,11 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
     MTL_REQUIRE(kernel, op, "%s must not be NULL", "kernel");
     metalloid_kernel_options read;
     MTL_TRY(mtl_options_read(&read, &defaults, sizeof read, options, op));
-    bool precompiled = read.language == METALLOID_KERNEL_PRECOMPILED;
+    bool precompiled = read.language == METALLOID_KERNEL_PRECOMPILED, metal = read.language == METALLOID_KERNEL_METAL;
     if (precompiled) MTL_REQUIRE(name && *name, op, "%s must be the kernel's symbol in the image", "name");
     else MTL_TRY(check_name(name, "name"));
-    MTL_TRY(check_names(input_names, input_count, "input_names"));
-    MTL_TRY(check_names(output_names, output_count, "output_names"));
+    MTL_TRY(check_names(input_names, input_count, "input_names", metal));
+    MTL_TRY(check_names(output_names, output_count, "output_names", metal));
     MTL_REQUIRE(output_count > 0, op, "%s must have at least one name", "output_names");
     for (int i = 0; i < input_count + output_count; i++) {
         const char *first = i < input_count ? input_names[i] : output_names[i - input_count];

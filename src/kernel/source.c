@@ -54,6 +54,12 @@ const char *mtl_metal_type(mtl_dtype dtype) {
     return name[dtype];
 }
 
+bool mtl_is_attribute(const char *name) {
+    for (int i = 0; i < ATTRIBUTES; i++)
+        if (strcmp(attributes[i].name, name) == 0) return true;
+    return false;
+}
+
 /* ---- what the source mentions --------------------------------------------------------------------------------------- */
 
 /* Names of Metal's in simd_ and quad_ begin with one of these; others are users' variables. */

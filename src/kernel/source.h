@@ -56,6 +56,9 @@ typedef struct mtl_types {
     const mtl_template_value *template_values;
 } mtl_types;
 
+/* Whether Metal hands it to a kernel that mentions it. */
+bool mtl_is_attribute(const char *name);
+
 /* False: no memory. */
 bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition);
 

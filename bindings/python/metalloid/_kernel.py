@@ -120,6 +120,23 @@ def _three(value: Sequence[int], what: str) -> tuple[int, int, int]:
     return x, y, z
 
 
+def _shape(value: Sequence[int] | int) -> tuple[int, ...]:
+    try:
+        shape = tuple(operator.index(n) for n in (value if isinstance(value, (Sequence, np.ndarray)) else (value,)))
+    except TypeError:
+        raise ValueError(f"metal_kernel: output_shapes must consist of integers, got {value!r}") from None
+    if any(not 0 <= extent < 2**63 for extent in shape):
+        raise ValueError(f"metal_kernel: output_shapes must lie in 0..2^63 - 1, got {value!r}")
+    return shape
+
+
+def _initial(value: Any) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"metal_kernel: init_value must be a number, got {value!r:.60}") from None
+
+
 def _fallback_compiler() -> str | None:
     """The compiler of the PyPI package ziglang, which the extra ``metalloid[kernels]`` brings."""
     spec = importlib.util.find_spec("ziglang")
@@ -181,11 +198,7 @@ class MetalKernel:
 
         # What the library refuses without looking at arrays is refused before there is memory for results.
         names = [_name_of(dtype) for dtype in output_dtypes]
-        shapes = [
-            (shape,) if isinstance(shape, int) else tuple(int(extent) for extent in shape) for shape in output_shapes
-        ]
-        if any(extent < 0 for shape in shapes for extent in shape):
-            raise ValueError(f"metal_kernel: output_shapes must not be negative, got {output_shapes!r}")
+        shapes = [_shape(shape) for shape in output_shapes]
         for name in names:
             if name not in _native.KERNEL_DTYPES:
                 raise ValueError(f"metal_kernel: kernels have no dtype {name}")
@@ -198,7 +211,7 @@ class MetalKernel:
             _allocate(library, like, shape, dtype, name)
             for shape, dtype, name in zip(shapes, output_dtypes, names, strict=True)
         )
-        return (tuple(arrays), outputs, *sizes, tuple(values), init_value), library, like
+        return (tuple(arrays), outputs, *sizes, tuple(values), _initial(init_value)), library, like
 
     def _run(self, arguments: _Arguments, library: str, like: Any, scalars: tuple[Any, ...] = ()) -> list[Any]:
         self._native.launch(*arguments, scalars)

@@ -35,8 +35,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
-import mlx.core as mx
 import numpy as np
+
+try:
+    import mlx.core as mx
+except ImportError as error:
+    raise ImportError(f"metalloid.mlx needs MLX with a back-end, pip install 'mlx[cpu]': {error}") from error
 
 from metalloid import _formulas as formulas
 from metalloid import _native, _operations
@@ -86,7 +90,7 @@ _DTYPE_OF = {name: dtype for dtype, name in _DTYPES.items()}
 def _cache_folder() -> Path:
     """A folder of the user's own: code is loaded from it."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(base) / "metalloid"
+    folder = Path(os.environ.get("METALLOID_CACHE") or os.path.join(base, "metalloid"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -124,7 +128,7 @@ def build() -> Path:
     """Compiles the primitive for the MLX that is installed, unless it is there, and uses it from now on.
 
     Returns:
-        The compiled file, in a folder ``metalloid`` of ``XDG_CACHE_HOME`` or ``~/.cache``.
+        The compiled file, in ``METALLOID_CACHE``, else in a folder ``metalloid`` of ``XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
         RuntimeError: no C++ compiler (``CXX``, c++, g++ or clang++), no Python headers, no ``nanobind``, or one that
