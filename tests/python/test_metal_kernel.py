@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import metalloid
@@ -258,7 +259,7 @@ SCALARS = ["thread_index_in_threadgroup", "thread_index_in_simdgroup", "simdgrou
 @pytest.mark.parametrize("meet", [False, True], ids=["loop", "threads"])
 @pytest.mark.parametrize(
     ("grid", "group"),
-    [((8, 4, 2), (4, 2, 1)), ((7, 5, 3), (4, 2, 2)), ((70, 1, 1), (64, 1, 1)), ((3, 3, 3), (9, 9, 9))],
+    [((8, 4, 2), (4, 2, 1)), ((7, 5, 3), (4, 2, 2)), ((70, 1, 1), (64, 1, 1)), ((1, 70, 2), (1, 8, 1)), ((3, 3, 3), (9, 9, 9))],
 )
 def test_attributes(grid, group, meet):
     """Each attribute for each thread, also where the threadgroup does not divide the grid."""
@@ -497,6 +498,60 @@ def test_large_private_arrays():
     assert (out == 20032).all()
 
 
+# What becomes loops over the lanes of a simdgroup, and what has to have a stack for each thread.
+LOCKSTEP = {
+    "loops": "for (int k = 0; k < 5; k++) { if (k == i % 4) continue; if (k > int(i % 7)) break; s += simd_sum(k); }",
+    "do": "int k = 0; do { s += simd_max(int(i) * k); k++; if (k == 3 && i % 2) break; } while (k < int(i % 5));",
+    "while": "while (simd_any(s < int(i % 6))) { s += 1; int t = simd_min(s); s += t / 8; }",
+    "endless": "for (;;) { s++; if (s > int(i % 9)) break; s += simd_sum(1) / 16; }",
+    "else": "if (i % 3 == 0) s = simd_sum(1); else if (simd_all(i > 4)) s = 2; else { s = simd_sum(2); s *= 3; } s += simd_sum(s);",
+    "return": "if (i % 5 == 1) { y[i] = -1; return; } s = simd_sum(1); if (i % 7 == 2) return; y[i] = s; s = simd_sum(1);",
+    "return in a loop": "for (int k = 0; k < 9; k++) { if (x[i] + k > 40) { y[i] = k; return; } } s = simd_sum(1);",
+    "barriers": "threadgroup int t[64]; t[i % 64] = x[i]; for (uint k = 1; k < 64; k *= 2) {"
+    "threadgroup_barrier(mem_flags::mem_threadgroup); int o = t[(i + k) % 64];"
+    "simdgroup_barrier(mem_flags::mem_none); threadgroup_barrier(mem_flags::mem_threadgroup); t[i % 64] += o; } s = t[i % 64];",
+    "pointers": "const device int* p = x + i; device int* q = y; q += i; p += 1 - int(i % 2); s = simd_sum(*p); *q = s; y += i; y[0] = s + 1; y -= i; s += *q;",
+    "arrays": "int a[3] = {1, int(i), 3}, b = a[1]; thread int* p = a; s = simd_sum(a[2]); p[1] += s; s = a[1] + b; thread int& r = a[0]; r += simd_max(a[1]); s += a[0];",
+    "scopes": "int k = 1; { int k = simd_sum(2); s += k; { int k = 5; s += simd_sum(k) + k; } s += k; } s += k;",
+    "the same for all": "const uint n = threads_per_threadgroup.x; uint m = n / 2, g = threadgroup_position_in_grid.x; m += simd_sum(1); s = int(n + m + g * 100);",
+    "guarded": "if (n0 == 0) { y[i] = 7; return; } uint q = 100 / n0; s = simd_sum(int(q));",
+    "types": "using V = vec<int, 2>; struct P { int a; V b; }; constexpr int K = 2; P p = {int(i), V(K, 3)}; p.b.x = simd_sum(p.b.x); s = p.a + p.b.x + p.b.y;",
+    "two": "int a = simd_sum(1), b = simd_max(int(i)); s = a + b; float f = simd_sum(0.5f) * simd_max(float(i)); s += int(f);",
+    "of one another": "s = simd_shuffle_up(simd_sum(int(i)) + int(i), 1) + quad_sum(simd_prefix_inclusive_sum(1)); s = simd_sum(s) > 3 ? s : -s;",
+    "pragma": "\n#pragma unroll\nfor (int k = 0; k < 4; k++) { s += k; }\n#pragma clang loop unroll(full)\nfor (int k = 0; k < 4; k++) { s += simd_sum(k); }",
+    "if constexpr": "if constexpr (N > 3) { s = simd_sum(N); } else { s = simd_sum(1); }",
+}
+NOT_IN_LOCKSTEP = {
+    "lambda": "auto f = [&](int v) { return simd_sum(v); }; s = f(1);",
+    "closure": "int k = 1; auto f = [&](int v) { return v + k; }; s = simd_sum(1); k = 5; s += f(s);",
+    "short circuit": "if (i % 2 && simd_any(i == 4)) s = 1; s += simd_sum(1);",
+    "conditional": "s = i % 2 ? simd_sum(1) : 4;",
+    "barrier in a branch": "if (i < 64) { threadgroup_barrier(mem_flags::mem_none); s = 1; } else { s = 2; threadgroup_barrier(mem_flags::mem_none); }",
+    "switch": "switch (i % 3) { case 0: s = simd_sum(1); break; default: s = simd_sum(2); }",
+    "macro": "s = TOTAL(1);",
+    "reference": "const auto& r = i + 1; s = simd_sum(1); s += r;",
+}
+
+
+@pytest.mark.parametrize("body", [*LOCKSTEP, *NOT_IN_LOCKSTEP])
+def test_lockstep(tmp_path, monkeypatch, body):
+    """Bodies give the same in lockstep as with a stack for each thread, which counted iterations ask for."""
+    monkeypatch.setenv("METALLOID_CACHE", str(tmp_path))
+    source = f"uint i = thread_position_in_grid.x; int s = 0;\n{(LOCKSTEP | NOT_IN_LOCKSTEP)[body]}\ny[i] = s;"
+    x = np.random.default_rng(3).integers(0, 50, 129, dtype=np.int32)
+    results = [
+        run(source, {"x": x, "n0": 0 if body == "guarded" else 3}, out=((128,), np.int32), outputs=("y",),
+            grid=(128, 1, 1), threadgroup=(group, 1, 1), template=[("N", 5)], init_value=0,
+            header="#define TOTAL(x) simd_sum(x)", debug_options=options)
+        for group in (64, 40)
+        for options in ({}, {"max_iterations": 1 << 40})
+    ]  # fmt: skip
+    objects = [b"mtl_kernel_lockstep" in entry.read_bytes() for entry in entries(tmp_path)]
+    assert any(objects) == (body in LOCKSTEP)
+    assert results[0].tolist() == results[1].tolist()
+    assert results[2].tolist() == results[3].tolist()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_threads_of_the_pool(threads, count):
     threads(count)
@@ -733,6 +788,31 @@ def test_cache_is_private_and_used(tmp_path):
     before = entry.stat().st_mtime_ns
     program(directory)
     assert entry.stat().st_mtime_ns == before, "the second process compiled again"
+
+
+def test_cache_does_not_grow_without_end(tmp_path):
+    """Beyond a size, what was not used for longest goes, with what a debugger was to see of it."""
+    debug = PROGRAM.replace('input_names=["x"]', 'input_names=["x"], debug_options={"debug": True}')
+    program(tmp_path, debug)
+    (first,) = entries(tmp_path)
+    program(tmp_path)
+    (second,) = set(entries(tmp_path)) - {first}
+    for age, entry in ((2, first), (3, second)):  # hours; the older one is used again
+        before = time.time() - 3600 * age
+        os.utime(entry, (before, before))
+    program(tmp_path)
+    assert second.stat().st_atime > time.time() - 600
+    stranger = tmp_path / "notes.so"
+    stranger.write_bytes(bytes(1 << 20))
+    room = (2 * second.stat().st_size + 4096) / 2**20  # for two of the size
+    program(tmp_path, PROGRAM.replace("x[i] + 1", "1 + x[i]"), METALLOID_CACHE_MIB=str(room))
+    assert second.exists()
+    assert not first.exists()
+    assert len(entries(tmp_path)) == 3  # the second, the new one, the stranger's
+    assert not list(tmp_path.glob("*.debug"))
+    program(tmp_path, PROGRAM.replace("x[i] + 1", "x[i] - -1"), METALLOID_CACHE_MIB="0")
+    assert len(entries(tmp_path)) == 2, "what was just made stays"
+    assert stranger.exists()
 
 
 @pytest.mark.parametrize(
