@@ -583,6 +583,7 @@ static bool is_common(lockstep *l, size_t i, size_t behind) {
     static const char *const words[] = {"using", "typedef", "constexpr", "static_assert", NULL};
     static const char *const kinds[] = {"struct", "class", "union", "enum", NULL};
     const translation *t = l->t;
+    if (mtl_is(t, i, "if")) return false; /* constexpr or not */
     if (mtl_is_one_of(t, i, kinds)) {
         size_t at = mtl_after(t, i);
         while (mtl_is_identifier(t, at)) at = mtl_after(t, at);
