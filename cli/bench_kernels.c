@@ -210,7 +210,8 @@ static bool time_elementwise(void) {
     metalloid_context *one_thread = new_context(1);
     metalloid_kernel *kernel = new_kernel("soft_sign", soft_sign, 1);
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        tensor *x = new_tensor(1, cases[i].size), *out = new_tensor(1, cases[i].size), *own = new_tensor(1, cases[i].size);
+        tensor *x = new_tensor(1, cases[i].size), *out = new_tensor(1, cases[i].size),
+               *own = new_tensor(1, cases[i].size);
         kernel_call ours = {one_thread, kernel, x, NULL, out, cases[i].size, 256, 0}, theirs = ours;
         theirs.out = own;
         double took[2];

@@ -23,7 +23,7 @@
 #endif
 
 enum {
-    STACK_BITS = 13, /* of a thread: 8 KiB, so that those of a threadgroup stay in the caches */
+    STACK_BITS = 13,          /* of a thread: 8 KiB, so that those of a threadgroup stay in the caches */
     LOCKSTEP_STACK_BITS = 17, /* of a simdgroup whose lanes are in lockstep, of which there are few */
     SANITIZER_STACK_BITS = 18,
     LARGEST_STACK_BITS = 20,

@@ -22,12 +22,18 @@
 
 enum { MOST_VARIABLES = 256, MOST_DECLARED = 16, MOST_LOOPS = 32 };
 
-/* What every lane has one of: a variable of the body, or a parameter that it changes. */
+/* What every lane has one of: a variable of the body, or a parameter that it changes. `remade`: its declaration, where every region
+ * can compute it anew; else lanes keep theirs in an array. */
 typedef struct variable {
     const char *name;
     size_t length;
     int number, index; /* index: among those that its statement declares */
+    const char *remade;
 } variable;
+
+/* What differs from lane to lane in an expression that is never evaluated differently again: nothing, what follows from a lane's number,
+ * or anything. */
+typedef enum kind { UNIFORM, REMADE, KEPT } kind;
 
 typedef struct call {
     size_t behind; /* where the text goes on; 0: none begins here */
@@ -48,6 +54,8 @@ typedef struct lockstep {
     int number; /* the last one used in a name */
     call *calls;
     bool refused;
+    bool moves, moved_by_lane; /* buffers that are moved are moved for all lanes at once; that was wrong */
+    size_t pragma, pragma_end; /* before the next statement */
 } lockstep;
 
 static void refuse(lockstep *l) { l->refused = true; }
@@ -86,9 +94,9 @@ static bool is_assignment(const translation *t, size_t i) {
     return is_pair(t, i, "+", "+") || is_pair(t, i, "-", "-");
 }
 
-/* Whether the body may change what has this name, from `from` on: assigns to it or a part of it, or takes its address. */
-static bool is_changed(const translation *t, size_t from, const char *name, size_t length) {
-    for (size_t i = from; i < t->count; i++) {
+/* Whether tokens [begin, end) may change what has this name: assign to it or a part of it, or take its address. */
+static bool is_changed(const translation *t, size_t begin, size_t end, const char *name, size_t length) {
+    for (size_t i = begin; i < end; i++) {
         if (t->token[i].kind != MTL_TOKEN_IDENTIFIER || !name_is(&t->token[i], name, length)) continue;
         size_t before = mtl_before(t, i), behind = mtl_after(t, i);
         if (before != SIZE_MAX && (mtl_is(t, before, ".") || mtl_is(t, before, "->"))) continue;
@@ -105,11 +113,11 @@ static bool is_changed(const translation *t, size_t from, const char *name, size
     return false;
 }
 
-static bool is_variable(const lockstep *l, const mtl_token *token) {
-    for (int i = 0; i < l->variable_count; i++) {
-        if (name_is(token, l->variables[i].name, l->variables[i].length)) return true;
+static const variable *find_variable(const lockstep *l, const mtl_token *token) {
+    for (int i = l->variable_count - 1; i >= 0; i--) {
+        if (name_is(token, l->variables[i].name, l->variables[i].length)) return &l->variables[i];
     }
-    return false;
+    return NULL;
 }
 
 /* ---- writing -------------------------------------------------------------------------------------------------------------- */
@@ -149,7 +157,7 @@ static void open_region(lockstep *l) {
 static void close_region(lockstep *l) {
     mtl_text_add_string(l->out, mtl_text_string(&l->storage));
     l->out->failed |= l->storage.failed | l->region.failed;
-    if (l->is_open) {
+    if (l->region.length) {
         mtl_text_add_string(l->out, " for (unsigned __mtl_lane = 0; __mtl_lane < 32; __mtl_lane++) {"
                                     " if (!(__mtl_on >> __mtl_lane & 1)) continue; ");
         mtl_lane_attributes(l->out, l->mentions, "__mtl_here.first + __mtl_lane");
@@ -159,9 +167,10 @@ static void close_region(lockstep *l) {
             for (int later = i + 1; later < l->opened_at; later++)
                 hidden |= v->length == l->variables[later].length &&
                           memcmp(v->name, l->variables[later].name, v->length) == 0;
-            if (!hidden)
-                mtl_text_format(l->out, "auto &%.*s = __mtl_of_%d_%d[__mtl_lane]; ", (int)v->length, v->name,
-                                v->number, v->index);
+            if (!hidden && v->remade) mtl_text_add_string(l->out, v->remade);
+            else if (!hidden)
+                mtl_text_format(l->out, "auto &%.*s = __mtl_of_%d_%d[__mtl_lane]; ", (int)v->length, v->name, v->number,
+                                v->index);
         }
         mtl_text_format(l->out, "{ %s }", mtl_text_string(&l->region));
         if (l->jumps) mtl_text_format(l->out, " __mtl_next_%d:;", l->label);
@@ -229,16 +238,15 @@ static bool is_specifier(const translation *t, size_t i) {
 }
 
 static bool is_builtin_type(const translation *t, size_t i) {
-    static const char *const words[] = {"bool",     "char",   "short", "int", "long",
-                                        "unsigned", "signed", "float", NULL};
+    static const char *const words[] = {"bool", "char", "short", "int", "long", "unsigned", "signed", "float", NULL};
     return mtl_is_one_of(t, i, words);
 }
 
 /* The names that the statement [begin, end) declares, and where each one's declarator begins; 0: it is no declaration. */
 static int find_declared(const lockstep *l, size_t begin, size_t end, size_t names[MOST_DECLARED]) {
-    static const char *const no_types[] = {"return", "goto", "delete", "throw", "case", "default", "break", "continue",
-                                           "else",   "if",   "for",    "while", "do",   "switch",  "new",   "sizeof",
-                                           NULL};
+    static const char *const no_types[] = {"return", "goto",     "delete", "throw",  "case", "default",
+                                           "break",  "continue", "else",   "if",     "for",  "while",
+                                           "do",     "switch",   "new",    "sizeof", NULL};
     static const char *const ends[] = {"=", ";", ",", "[", "(", "{", NULL};
     static const char *const arguments_end[] = {"(", "::", "{", NULL};
     const translation *t = l->t;
@@ -299,86 +307,135 @@ static bool is_in_threadgroup(const translation *t, const mtl_token *token) {
     return false;
 }
 
-/* Whether the declaration gives every lane the same for good: its initializers name nothing that lanes have of their own, read no
- * memory that could change, and nobody assigns to what they initialize. */
-static bool is_uniform(const lockstep *l, size_t begin, size_t end, const size_t *names, int count) {
-    static const char *const pure[] = {"sizeof", "uint", "size_t", "min", "max", "ceildiv", NULL};
+/* Whether the token names a buffer that the body changes by statements x += ...; outside of all braces alone. */
+static bool is_moved(const lockstep *l, const mtl_token *name) {
     const translation *t = l->t;
-    for (int i = 0; i < count; i++) {
-        const mtl_token *name = &t->token[names[i]];
-        size_t behind = mtl_after(t, names[i]);
-        if (!mtl_is(t, behind, "=") || is_changed(t, behind + 1, name->text, name->length)) return false;
+    const mtl_definition *definition = l->definition;
+    bool is_buffer = false, found = false;
+    for (int i = 0; i < definition->input_count; i++) is_buffer |= mtl_token_is(name, definition->input_names[i]);
+    for (int i = 0; i < definition->output_count; i++) is_buffer |= mtl_token_is(name, definition->output_names[i]);
+    if (!is_buffer || !l->moves) return false;
+    long depth = 0;
+    for (size_t i = 0; i < t->count; i++) {
+        depth += mtl_is(t, i, "{") || mtl_is(t, i, "(");
+        depth -= mtl_is(t, i, "}") || mtl_is(t, i, ")");
+        if (!name_is(&t->token[i], name->text, name->length)) continue;
+        size_t before = mtl_before(t, i), plus = mtl_after(t, i);
+        if (depth == 0 && is_pair(t, plus, "+", "=") &&
+            (before == SIZE_MAX || mtl_is(t, before, ";") || mtl_is(t, before, "}")))
+            found = true;
+        else if (is_changed(t, i, i + 1, name->text, name->length)) return false;
     }
-    for (size_t at = begin; at < end; at++) {
-        const mtl_token *token = &t->token[at];
-        if (l->calls[at].behind || token->in_directive) return false;
-        if (mtl_is(t, at, "[") || mtl_is(t, at, "->") || mtl_is(t, at, "&") || mtl_is(t, at, "static")) return false;
-        if (mtl_is(t, at, "+") && mtl_is(t, at + 1, "+")) return false;
-        if (mtl_is(t, at, "-") && mtl_is(t, at + 1, "-")) return false;
-        if (mtl_is(t, at, "*") && at > names[0]) { /* what a pointer points to, unless it is a product */
-            size_t before = mtl_before(t, at);
-            if (!mtl_is_identifier(t, before) && t->token[before].kind != MTL_TOKEN_NUMBER && !mtl_is(t, before, ")"))
-                return false;
-        }
-        /* A quotient may have been guarded by a branch. */
-        if ((mtl_is(t, at, "/") || mtl_is(t, at, "%")) && t->token[mtl_after(t, at)].kind != MTL_TOKEN_NUMBER) return false;
-        if (token->kind != MTL_TOKEN_IDENTIFIER) continue;
-        size_t before = mtl_before(t, at);
-        bool is_member = before != SIZE_MAX && mtl_is(t, before, ".");
-        if (!is_member && (is_variable(l, token) || mtl_is_lane_attribute(token) || is_in_threadgroup(t, token)))
-            return false;
-        if (at > names[0] && mtl_is(t, mtl_after(t, at), "(") && !is_builtin_type(t, at) &&
-            !mtl_is_one_of(t, at, pure))
-            return false; /* a function may do anything */
-    }
-    return true;
+    return found;
 }
 
-static void declare(lockstep *l, size_t begin, size_t end, const size_t *names, int count) {
-    translation *t = l->t;
+/* What the tokens [begin, end) of an initializer say: no memory is read that could change, nothing is called that could do anything.
+ * `own`: a name that does not count. */
+static kind kind_of(const lockstep *l, size_t begin, size_t end, const mtl_token *own) {
+    static const char *const pure[] = {"sizeof", "uint", "size_t", "min", "max", "ceildiv", NULL};
+    static const char *const comparisons[] = {"=", "<", ">", "!", NULL};
+    const translation *t = l->t;
+    kind found = UNIFORM;
+    bool moves = false;
+    for (size_t at = begin; at < end; at++) {
+        const mtl_token *token = &t->token[at];
+        size_t before = mtl_before(t, at), behind = mtl_after(t, at);
+        if (l->calls[at].behind || token->in_directive) return KEPT;
+        bool compares = mtl_is(t, at, "=") && at > begin && mtl_is_one_of(t, at - 1, comparisons);
+        if (mtl_is(t, at, "[") || mtl_is(t, at, "->") || mtl_is(t, at, "&") || (!compares && is_assignment(t, at)))
+            return KEPT;
+        /* What a pointer points to, unless it is a product. */
+        if (mtl_is(t, at, "*") && (at == begin || !(mtl_is_identifier(t, before) || mtl_is(t, before, ")") ||
+                                                    t->token[before].kind == MTL_TOKEN_NUMBER)))
+            return KEPT;
+        /* A quotient may have been guarded by a branch. */
+        if ((mtl_is(t, at, "/") || mtl_is(t, at, "%")) && t->token[behind].kind != MTL_TOKEN_NUMBER) return KEPT;
+        if (token->kind != MTL_TOKEN_IDENTIFIER || (before != SIZE_MAX && mtl_is(t, before, "."))) continue;
+        if (mtl_is(t, behind, "(") && !is_builtin_type(t, at) && !mtl_is_one_of(t, at, pure)) return KEPT;
+        if (own && name_is(token, own->text, own->length)) continue;
+        const variable *v = find_variable(l, token);
+        if (is_in_threadgroup(t, token) || (v && !v->remade)) return KEPT;
+        if (v || mtl_is_lane_attribute(token)) found = REMADE;
+        moves |= is_moved(l, token);
+    }
+    return found == REMADE && moves ? KEPT : found; /* the buffer may move on */
+}
+
+/* Declares the names with the type [type, type_end) and the declarators [begin, end). */
+static void declare(lockstep *l, size_t type, size_t type_end, size_t begin, size_t end, const size_t *names,
+                    int count) {
     static const char *const spaces[] = {"device", "constant", "threadgroup", "thread", NULL};
+    translation *t = l->t;
     variable declared[MOST_DECLARED];
     int number = ++l->number;
-    for (int i = 0; i < count; i++)
-        declared[i] = (variable){t->token[names[i]].text, t->token[names[i]].length, number, i};
     bool has_space = false, is_reference = false;
-    for (size_t i = begin; i < end; i++) {
+    for (size_t i = type; i < end; i++) {
         if (t->token[i].in_directive) refuse(l);
         has_space |= mtl_is_one_of(t, i, spaces);
     }
-    for (int i = 0; i < count; i++) is_reference |= mtl_is(t, mtl_before(t, names[i]), "&");
+    for (int i = 0; i < count; i++) {
+        declared[i] = (variable){t->token[names[i]].text, t->token[names[i]].length, number, i, NULL};
+        is_reference |= mtl_is(t, mtl_before(t, names[i]), "&");
+    }
     if (is_reference && !has_space) refuse(l); /* it may be to a value that ends with its region */
     mtl_text text = {0};
+    write(l, &text, type, type_end, NULL, 0);
+    mtl_text_add_string(&text, " ");
     write(l, &text, begin, end, declared, count);
-    const char *written = mtl_text_string(&text);
+    mtl_text_add_string(&text, ";");
     open_region(l);
-    if (is_uniform(l, begin, end, names, count)) {
-        mtl_text_format(&l->storage, " %s", written);
-        for (int i = 0; i < count; i++) {
-            const variable *v = &declared[i];
-            mtl_text_format(&l->storage, " const auto &%.*s = __mtl_new_%.*s;", (int)v->length, v->name,
-                            (int)v->length, v->name);
+
+    const variable *first = &declared[0];
+    size_t equals = mtl_after(t, names[0]);
+    kind found = count > 1 || is_reference || !mtl_is(t, equals, "=") || find_variable(l, &t->token[names[0]]) ||
+                         mtl_is(t, type, "static") || is_changed(t, equals, t->count, first->name, first->length)
+                     ? KEPT
+                     : kind_of(l, equals + 1, end, NULL);
+    if (found != KEPT) {
+        mtl_text_format(&text, " const auto &%.*s = __mtl_new_%.*s; ", (int)first->length, first->name,
+                        (int)first->length, first->name);
+        mtl_text_format(&l->storage, " %s", mtl_text_string(&text));
+        declared[0].remade = mtl_keep(t, &text);
+        if (found == REMADE) {
+            mtl_text_format(&l->region, " %s", mtl_text_string(&text));
+            add_variable(l, declared[0]);
         }
-    } else {
-        mtl_text_format(&l->storage, " auto __mtl_types_%d = [&] { %s return __mtl_types<", number, written);
-        for (int i = 0; i < count; i++)
-            mtl_text_format(&l->storage, "%sdecltype(__mtl_new_%.*s)", i ? ", " : "", (int)declared[i].length,
-                            declared[i].name);
-        mtl_text_add_string(&l->storage, ">(); };");
-        mtl_text_format(&l->region, " %s", written);
-        for (int i = 0; i < count; i++) {
-            const variable *v = &declared[i];
-            mtl_text_format(&l->storage,
-                            " __mtl_lanes<__mtl_type_at<%d, decltype(__mtl_types_%d())>> __mtl_of_%d_%d;"
-                            " auto &%.*s = __mtl_of_%d_%d[0];",
-                            i, number, number, i, (int)v->length, v->name, number, i);
-            mtl_text_format(&l->region, " auto &%.*s = __mtl_of_%d_%d.keep(__mtl_lane, __mtl_new_%.*s);",
-                            (int)v->length, v->name, number, i, (int)v->length, v->name);
-            add_variable(l, *v);
-        }
+        mtl_text_free(&text);
+        return;
+    }
+    const char *written = mtl_text_string(&text);
+    mtl_text_format(&l->storage, " auto __mtl_types_%d = [&] { %s return __mtl_types<", number, written);
+    for (int i = 0; i < count; i++)
+        mtl_text_format(&l->storage, "%sdecltype(__mtl_new_%.*s)", i ? ", " : "", (int)declared[i].length,
+                        declared[i].name);
+    mtl_text_add_string(&l->storage, ">(); };");
+    mtl_text_format(&l->region, " %s", written);
+    for (int i = 0; i < count; i++) {
+        const variable *v = &declared[i];
+        mtl_text_format(&l->storage,
+                        " __mtl_lanes<__mtl_type_at<%d, decltype(__mtl_types_%d())>> __mtl_of_%d_%d;"
+                        " auto &%.*s = __mtl_of_%d_%d[0];",
+                        i, number, number, i, (int)v->length, v->name, number, i);
+        mtl_text_format(&l->region, " auto &%.*s = __mtl_of_%d_%d.keep(__mtl_lane, __mtl_new_%.*s);", (int)v->length,
+                        v->name, number, i, (int)v->length, v->name);
+        add_variable(l, *v);
     }
     l->region.failed |= text.failed;
     mtl_text_free(&text);
+}
+
+/* T a = 1, b = a + c; as T a = 1; T b = a + c; which are told apart then. */
+static void declare_all(lockstep *l, size_t begin, size_t behind, const size_t *names, int count) {
+    const translation *t = l->t;
+    size_t end = mtl_before(t, behind), before = mtl_before(t, names[0]);
+    bool plain = !mtl_is(t, before, "*") && !mtl_is(t, before, "&");
+    for (int i = 1; i < count; i++) plain &= mtl_is(t, mtl_before(t, names[i]), ",");
+    if (!plain) {
+        declare(l, begin, names[0], names[0], end, names, count);
+        return;
+    }
+    for (int i = 0; i < count; i++)
+        declare(l, begin, names[0], names[i], i + 1 < count ? mtl_before(t, names[i + 1]) : end, &names[i], 1);
 }
 
 /* ---- statements ------------------------------------------------------------------------------------------------------------ */
@@ -389,19 +446,95 @@ static bool is_within(const translation *t, size_t begin, size_t i, bool loops, 
     size_t name;
     for (size_t at = begin; at < i; at++) {
         if (mtl_is_body(t, at, &name) && mtl_behind_bracket(t, at) > i) return true;
-        if (loops && (mtl_is(t, at, "for") || mtl_is(t, at, "while") || mtl_is(t, at, "do") ||
-                      (or_switch && mtl_is(t, at, "switch"))) &&
+        if (loops &&
+            (mtl_is(t, at, "for") || mtl_is(t, at, "while") || mtl_is(t, at, "do") ||
+             (or_switch && mtl_is(t, at, "switch"))) &&
             mtl_behind_statement(t, at) > i)
             return true;
     }
     return false;
 }
 
+/* x += row * N; which moves a buffer for every lane alike. */
+static bool add_move(lockstep *l, size_t begin, size_t end) {
+    const translation *t = l->t;
+    size_t plus = mtl_after(t, begin), semicolon = mtl_before(t, end);
+    if (!is_moved(l, &t->token[begin]) || !is_pair(t, plus, "+", "=")) return false;
+    if (kind_of(l, plus + 2, semicolon, NULL) != UNIFORM) {
+        l->moved_by_lane = true;
+        refuse(l);
+        return true;
+    }
+    close_region(l);
+    mtl_text_format(l->out, " __mtl_moved_%.*s ", (int)t->token[begin].length, t->token[begin].text);
+    write(l, l->out, plus, end, NULL, 0);
+    return true;
+}
+
+/* for (T i = a; i < b; i += c) statement   with the same b and c for all lanes, and a that follows from a lane's number: all lanes do
+ * an iteration, then the next one, so that neighbours read and write neighbouring elements, in vectors. */
+static bool add_strided_loop(lockstep *l, size_t begin, size_t behind) {
+    static const char *const others[] = {"for",    "while",    "do",   "switch", "break",
+                                         "return", "continue", "goto", "asm",    NULL};
+    static const char *const integers[] = {"int",    "uint",    "unsigned", "long",      "ulong",
+                                           "size_t", "int32_t", "uint32_t", "ptrdiff_t", NULL};
+    translation *t = l->t;
+    size_t open = mtl_after(t, begin), body = mtl_behind_bracket(t, open), close = mtl_before(t, body);
+    size_t names[MOST_DECLARED], ends[2], found = 0;
+    if (!mtl_is(t, begin, "for")) return false;
+    for (size_t at = open; at < close; at++) {
+        if (mtl_is(t, at, ";") && found++ < 2) ends[found - 1] = at;
+    }
+    if (found != 2 || find_declared(l, mtl_after(t, open), ends[0] + 1, names) != 1) return false;
+    const mtl_token *name = &t->token[names[0]];
+    size_t equals = mtl_after(t, names[0]), step = mtl_after(t, ends[1]);
+    /* Floats would be rounded otherwise. */
+    if (!mtl_is(t, equals, "=") || mtl_after(t, mtl_after(t, open)) != names[0] ||
+        !mtl_is_one_of(t, mtl_after(t, open), integers))
+        return false;
+    if (kind_of(l, equals + 1, ends[0], NULL) != REMADE || kind_of(l, ends[0] + 1, ends[1], name) != UNIFORM)
+        return false;
+    if (!name_is(&t->token[step], name->text, name->length) || !is_pair(t, mtl_after(t, step), "+", "=") ||
+        kind_of(l, mtl_after(t, step) + 2, close, NULL) != UNIFORM)
+        return false;
+    if (is_changed(t, body, behind, name->text, name->length)) return false;
+    size_t nothing;
+    for (size_t at = body; at < behind; at++) {
+        if (mtl_is_one_of(t, at, others) || t->token[at].in_directive || mtl_is_body(t, at, &nothing)) return false;
+    }
+    close_region(l);
+    int number = ++l->number;
+    mtl_text_format(l->out,
+                    " { unsigned char __mtl_live_%d[32]; for (auto &__mtl_one : __mtl_live_%d) __mtl_one = 1;"
+                    " for (unsigned __mtl_k_%d = 0;; __mtl_k_%d++) { unsigned __mtl_more_%d = 0;",
+                    number, number, number, number, number);
+    open_region(l);
+    write(l, &l->region, open + 1, ends[0], NULL, 0);
+    mtl_text_format(&l->region, "; %.*s += __mtl_k_%d * (", (int)name->length, name->text, number);
+    write(l, &l->region, mtl_after(t, step) + 2, close, NULL, 0);
+    mtl_text_format(&l->region, "); const unsigned char __mtl_live = __mtl_live_%d[__mtl_lane] & (unsigned char)bool(",
+                    number);
+    write(l, &l->region, ends[0] + 1, ends[1], NULL, 0);
+    mtl_text_format(&l->region,
+                    "); __mtl_live_%d[__mtl_lane] = __mtl_live; __mtl_more_%d |= __mtl_live; if (__mtl_live) ", number,
+                    number);
+    write(l, &l->region, body, behind, NULL, 0);
+    close_region(l);
+    mtl_text_format(l->out, " if (!__mtl_more_%d) break; } }", number);
+    return true;
+}
+
 /* A statement of single lanes, at which none meet. Where it leaves what stands around it, the lane's bits say so. */
 static void add_leaf(lockstep *l, size_t begin, size_t end) {
     static const char leave[] = "__mtl_on &= ~(1u << __mtl_lane);";
     translation *t = l->t;
+    if (add_move(l, begin, end) || add_strided_loop(l, begin, end)) return;
     open_region(l);
+    if (l->pragma_end == begin) {
+        mtl_text_add_string(&l->region, "\n");
+        write(l, &l->region, l->pragma, begin, NULL, 0);
+        mtl_text_add_string(&l->region, "\n");
+    }
     for (size_t i = begin; i < end; i++) {
         bool is_return = mtl_is(t, i, "return"), is_break = mtl_is(t, i, "break"), is_next = mtl_is(t, i, "continue");
         if (mtl_is(t, i, "goto") || mtl_is(t, i, "case") || mtl_is(t, i, "default")) {
@@ -599,10 +732,12 @@ static bool is_common(lockstep *l, size_t i, size_t behind) {
         const char *replacement = t->token[at].replacement;
         found |= mtl_is(t, at, "threadgroup") && replacement && strcmp(replacement, "typedef") == 0;
         if (mtl_is(t, at, "=") || mtl_is(t, at, "(") || mtl_is(t, at, "{")) break;
-        hides |= mtl_is_identifier(t, at) && is_variable(l, &t->token[at]);
+        hides |= mtl_is_identifier(t, at) && find_variable(l, &t->token[at]);
     }
-    if (hides && (found || is_constant)) refuse(l); /* what lanes have of that name would come back in the next region */
-    for (size_t at = i; found && at < behind; at++) { /* a pointer beside an array is each lane's; so is what is assigned */
+    if (hides && (found || is_constant))
+        refuse(l); /* what lanes have of that name would come back in the next region */
+    for (size_t at = i; found && at < behind;
+         at++) { /* a pointer beside an array is each lane's; so is what is assigned */
         if (mtl_is(t, at, "*") || mtl_is(t, at, "&") || mtl_is(t, at, "=")) refuse(l);
     }
     return found || is_constant;
@@ -629,18 +764,14 @@ static size_t add_statement(lockstep *l, size_t i) {
     translation *t = l->t;
     size_t names[MOST_DECLARED];
     if (l->refused) return t->count;
-    if (t->token[i].in_directive) { /* a pragma before a loop of single lanes stays; others have no loop to speak of */
+    if (t->token[i].in_directive) { /* a pragma stays before a loop of single lanes */
         if (!mtl_is(t, mtl_after(t, i), "pragma")) refuse(l);
         size_t next = i;
         while (next < t->count && t->token[next].in_directive) next++;
         if (next < t->count && t->token[next].kind == MTL_TOKEN_SPACE) next = mtl_after(t, next);
         if (next >= t->count || t->token[next].in_directive) refuse(l);
-        else if (!any_meeting(t, next, mtl_behind_statement(t, next))) {
-            open_region(l);
-            mtl_text_add_string(&l->region, "\n");
-            write(l, &l->region, i, next, NULL, 0);
-            mtl_text_add_string(&l->region, "\n");
-        }
+        l->pragma = i;
+        l->pragma_end = next;
         return next;
     }
     if (mtl_is(t, i, ";")) return mtl_after(t, i);
@@ -673,7 +804,7 @@ static size_t add_statement(lockstep *l, size_t i) {
     }
     if (l->refused) return t->count;
     if (declared) {
-        declare(l, i, behind, names, declared);
+        declare_all(l, i, behind, names, declared);
     } else {
         if (mtl_is(t, i, "auto") || is_specifier(t, i) || is_builtin_type(t, i)) refuse(l); /* declares something odd */
         add_leaf(l, i, behind);
@@ -694,15 +825,18 @@ static void add_buffer(lockstep *l, int pointer, const char *name, const char *s
     const char *kept = mtl_keep(l->t, &joined);
     size_t length = joined.length;
     mtl_text_free(&joined);
-    if (is_changed(l->t, 0, kept, length)) {
-        variable v = {kept, length, ++l->number, 0};
+    if (!is_changed(l->t, 0, l->t->count, kept, length)) {
+        mtl_text_format(l->out, " const auto &%s = __mtl_%d;", kept, pointer);
+    } else if (is_moved(l, &(mtl_token){.kind = MTL_TOKEN_IDENTIFIER, .text = kept, .length = length})) {
+        mtl_text_format(l->out, " auto __mtl_moved_%s = __mtl_%d; const auto &%s = __mtl_moved_%s;", kept, pointer,
+                        kept, kept);
+    } else {
+        variable v = {kept, length, ++l->number, 0, NULL};
         open_region(l);
         mtl_text_format(&l->storage, " __mtl_lanes<decltype(__mtl_%d)> __mtl_of_%d_0; auto &%s = __mtl_of_%d_0[0];",
                         pointer, v.number, kept, v.number);
         mtl_text_format(&l->region, " auto &%s = __mtl_of_%d_0.keep(__mtl_lane, __mtl_%d);", kept, v.number, pointer);
         add_variable(l, v);
-    } else {
-        mtl_text_format(l->out, " const auto &%s = __mtl_%d;", kept, pointer);
     }
 }
 
@@ -719,32 +853,36 @@ static void add_buffers(lockstep *l) {
     for (int i = 0; i < definition->output_count; i++) add_buffer(l, pointer++, definition->output_names[i], "");
 }
 
-bool mtl_write_lockstep(translation *t, mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions) {
-    lockstep *l = calloc(1, sizeof *l);
-    if (l) l->calls = calloc(t->count + 1, sizeof *l->calls);
-    if (!l || !l->calls) {
-        free(l);
-        out->failed = true;
-        return false;
-    }
-    l->t = t;
-    l->out = out;
-    l->definition = definition;
-    l->mentions = mentions;
-    size_t name;
-    for (size_t i = 0; i < t->count; i++) { /* in a lambda */
-        if (mtl_is_body(t, i, &name) && any_meeting(t, i, mtl_behind_bracket(t, i))) refuse(l);
-        if (t->token[i].in_directive && is_meeting(t, i)) refuse(l);
+static bool write_body(lockstep *l) {
+    translation *t = l->t;
+    size_t name, i = 0;
+    for (size_t at = 0; at < t->count; at++) { /* in a lambda, a macro */
+        if (mtl_is_body(t, at, &name) && any_meeting(t, at, mtl_behind_bracket(t, at))) refuse(l);
+        if (t->token[at].in_directive && is_meeting(t, at)) refuse(l);
     }
     add_buffers(l);
-    size_t i = 0;
     if (t->count && t->token[0].kind == MTL_TOKEN_SPACE) i = mtl_after(t, 0);
     while (i < t->count && !l->refused) i = add_statement(l, i);
     close_region(l);
-    bool done = !l->refused && !t->failed;
-    mtl_text_free(&l->storage);
-    mtl_text_free(&l->region);
-    free(l->calls);
+    return !l->refused && !t->failed;
+}
+
+bool mtl_write_lockstep(translation *t, mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions) {
+    bool done = false, again = false;
+    lockstep *l = malloc(sizeof *l);
+    call *calls = malloc((t->count + 1) * sizeof *calls);
+    for (int moves = 1; moves >= 0 && (moves || again) && l && calls; moves--) {
+        memset(calls, 0, (t->count + 1) * sizeof *calls);
+        *l = (lockstep){
+            .t = t, .out = out, .definition = definition, .mentions = mentions, .calls = calls, .moves = moves};
+        mtl_text_free(out);
+        done = write_body(l);
+        again = l->moved_by_lane;
+        mtl_text_free(&l->storage);
+        mtl_text_free(&l->region);
+    }
+    out->failed |= !l || !calls;
+    free(calls);
     free(l);
     return done;
 }

@@ -349,15 +349,16 @@ static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl
         out, "static __attribute__((noinline)) void __mtl_row(mtl_group &group, unsigned begin, unsigned end, "
              "unsigned across, unsigned z, unsigned first, unsigned l_across, unsigned lz");
     for_parameters(out, definition, mentions, types, declare_buffer);
-    mtl_text_format(out,
-                    ") {\n"
-                    "    const mtl_dispatch &dispatch = *group.dispatch;\n"
-                    "    unsigned before = (lz * group.extent[1] + l_across) * group.extent[0];\n"
-                    "    for (unsigned at = begin; at < end; at++) {\n"
-                    "        unsigned %c = at, %c = across, l%c = at - first, l%c = l_across, index = before + at - first;\n"
-                    "        (void)dispatch, (void)index;\n"
-                    "        ",
-                    along, other, along, other);
+    mtl_text_format(
+        out,
+        ") {\n"
+        "    const mtl_dispatch &dispatch = *group.dispatch;\n"
+        "    unsigned before = (lz * group.extent[1] + l_across) * group.extent[0];\n"
+        "    for (unsigned at = begin; at < end; at++) {\n"
+        "        unsigned %c = at, %c = across, l%c = at - first, l%c = l_across, index = before + at - first;\n"
+        "        (void)dispatch, (void)index;\n"
+        "        ",
+        along, other, along, other);
     add_call(out, definition, mentions, types, pass_in_loop);
     mtl_text_format(
         out,
