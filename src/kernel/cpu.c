@@ -131,7 +131,7 @@ static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, ch
     if (kernel->debug || kernel->address_sanitizer) {
         arguments[count++] = "-g";
         arguments[count++] = "-fno-omit-frame-pointer";
-        arguments[count++] = kernel->address_sanitizer ? "-O1" : "-Og";
+        arguments[count++] = kernel->address_sanitizer ? "-O1" : "-O0"; /* -Og leaves out variables */
     } else {
         arguments[count++] = "-O3";
     }
