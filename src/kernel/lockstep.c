@@ -349,7 +349,8 @@ static kind kind_of(const lockstep *l, size_t begin, size_t end, const mtl_token
                                                     t->token[before].kind == MTL_TOKEN_NUMBER)))
             return KEPT;
         /* A quotient may have been guarded by a branch. */
-        if ((mtl_is(t, at, "/") || mtl_is(t, at, "%")) && t->token[behind].kind != MTL_TOKEN_NUMBER) return KEPT;
+        if ((mtl_is(t, at, "/") || mtl_is(t, at, "%")) && (behind >= end || t->token[behind].kind != MTL_TOKEN_NUMBER))
+            return KEPT;
         if (token->kind != MTL_TOKEN_IDENTIFIER || (before != SIZE_MAX && mtl_is(t, before, "."))) continue;
         if (mtl_is(t, behind, "(") && !is_builtin_type(t, at) && !mtl_is_one_of(t, at, pure)) return KEPT;
         if (own && name_is(token, own->text, own->length)) continue;
@@ -763,6 +764,7 @@ static bool is_unordered(const translation *t, size_t begin, size_t end, const s
 static size_t add_statement(lockstep *l, size_t i) {
     translation *t = l->t;
     size_t names[MOST_DECLARED];
+    if (i >= t->count) refuse(l); /* the text ends in the middle of something */
     if (l->refused) return t->count;
     if (t->token[i].in_directive) { /* a pragma stays before a loop of single lanes */
         if (!mtl_is(t, mtl_after(t, i), "pragma")) refuse(l);

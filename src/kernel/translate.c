@@ -285,6 +285,7 @@ static bool in_angles(const translation *t, size_t i) {
 static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) {
     static const char *const ends[] = {",", ";", ")", "]", "}", NULL};
     long nested = 0;
+    if (i >= t->count) return t->count;
     bool directive = t->token[i].in_directive;
     for (size_t at = i; at < t->count;) {
         if (t->token[at].in_directive != directive) return middle ? t->count : at;
