@@ -1,8 +1,8 @@
 /* Memory for the results of calls without `out`. SPDX-License-Identifier: MIT
  *
- * malloc gives large blocks back to the system once they are freed, and the next result is a page fault every 4 KiB: several times what its
- * kernel costs. The last few blocks are therefore kept, for results of the same size, as in a model's step every result has those of the
- * step before. The system may take their pages (MADV_FREE) when it needs them.
+ * malloc gives large blocks back to the system once they are freed, and the next result is a page fault every 4 KiB: several times
+ * what its kernel costs. The last few blocks are therefore kept, for results of the same size: in a model's step they have those
+ * of the step before. Pages of the large ones the system may take when it needs them (MADV_FREE).
  *
  * A block begins with a page that holds its size, since NumPy tells realloc none. */
 #include "results.h"
@@ -12,7 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { BLOCKS = 8, MOST_BYTES = 256 << 20, PAGE = 4096, GRAIN = 64 << 10, HUGE_PAGE = 2 << 20 };
+enum { BLOCKS = 4, MOST_BYTES = 256 << 20, LARGE = 32 << 20, PAGE = 4096, GRAIN = 64 << 10, HUGE_PAGE = 2 << 20 };
 
 static struct {
     char *block;
@@ -63,7 +63,7 @@ static void give(char *block, size_t size) {
     kept[0].block = block;
     kept[0].size = size;
 #ifdef MADV_FREE
-    madvise(block, size, MADV_FREE);
+    if (size >= LARGE) madvise(block, size, MADV_FREE); /* of smaller ones it would cost as much as their kernel */
 #endif
 }
 
