@@ -238,7 +238,7 @@ static void remove_unused(const char *path, const char *newest) {
         entries[count] = (kept_entry){.used = last_use(&status), .size = status.st_size};
         strcpy(entries[count++].name, at->d_name); // NOLINT: is_entry says how long it is
     }
-    if (total > most) qsort(entries, count, sizeof *entries, compare_use);
+    if (total > most && count > 0) qsort(entries, count, sizeof *entries, compare_use);
     for (size_t i = 0; i < count && total > most; i++) {
         unlinkat(dirfd(directory), entries[i].name, 0);
         total -= (double)entries[i].size;

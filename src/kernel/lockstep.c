@@ -370,6 +370,7 @@ static void declare(lockstep *l, size_t type, size_t type_end, size_t begin, siz
     variable declared[MOST_DECLARED];
     int number = ++l->number;
     bool has_space = false, is_reference = false;
+    if (count < 1) return;
     for (size_t i = type; i < end; i++) {
         if (t->token[i].in_directive) refuse(l);
         has_space |= mtl_is_one_of(t, i, spaces);
@@ -481,7 +482,7 @@ static bool add_strided_loop(lockstep *l, size_t begin, size_t behind) {
                                            "size_t", "int32_t", "uint32_t", "ptrdiff_t", NULL};
     translation *t = l->t;
     size_t open = mtl_after(t, begin), body = mtl_behind_bracket(t, open), close = mtl_before(t, body);
-    size_t names[MOST_DECLARED], ends[2], found = 0;
+    size_t names[MOST_DECLARED] = {0}, ends[2] = {0}, found = 0;
     if (!mtl_is(t, begin, "for")) return false;
     for (size_t at = open; at < close; at++) {
         if (mtl_is(t, at, ";") && found++ < 2) ends[found - 1] = at;
@@ -763,7 +764,7 @@ static bool is_unordered(const translation *t, size_t begin, size_t end, const s
 
 static size_t add_statement(lockstep *l, size_t i) {
     translation *t = l->t;
-    size_t names[MOST_DECLARED];
+    size_t names[MOST_DECLARED] = {0};
     if (i >= t->count) refuse(l); /* the text ends in the middle of something */
     if (l->refused) return t->count;
     if (t->token[i].in_directive) { /* a pragma stays before a loop of single lanes */
