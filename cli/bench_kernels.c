@@ -1,4 +1,5 @@
-/* metalloid bench --kernels: what custom kernels cost on the CPU, as ratios inside one run. SPDX-License-Identifier: MIT
+/* metalloid bench --kernels: what custom kernels cost on the CPU, as ratios inside one run. SPDX-License-Identifier:
+ * MIT
  *
  *     an elementwise body beside the same loop in C, one thread each, in the cache and out of it
  *     rms_norm in the Metal Shading Language beside the library's, all threads, for threadgroups of several sizes
@@ -62,7 +63,7 @@ static const char rms_norm_by_blocks[] =
     "for (uint r = lid * READS; r < N; r += step)\n"
     "    for (int i = 0; i < READS; i++) to[r + i] = from[r + i] * inverse[0] * w[r + i];\n";
 
-/* ---- tensors, calls ------------------------------------------------------------------------------------------------------- */
+/* ---- tensors, calls ---------------------------------------------------------------------------------------------- */
 
 typedef struct {
     DLTensor dl;
@@ -147,7 +148,8 @@ static metalloid_context *new_context(int threads) {
     return context;
 }
 
-/* ---- time ------------------------------------------------------------------------------------------------------------------- */
+/* ---- time --------------------------------------------------------------------------------------------------------
+ * ----------- */
 
 static double now(void) {
     struct timespec time;
@@ -198,7 +200,7 @@ static void compare_results(const char *what, const tensor *a, const tensor *b, 
     }
 }
 
-/* ---- what is measured ------------------------------------------------------------------------------------------------------- */
+/* ---- what is measured -------------------------------------------------------------------------------------------- */
 
 static bool time_elementwise(void) {
     static const struct {

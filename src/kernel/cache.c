@@ -3,8 +3,8 @@
  * A directory of the user's alone (0700) holds one file for each key, the shared object with a trailer: magic, key, digest of
  * all before it. A file is run where it is the user's, nobody else could have written it, and the trailer fits; else it is
  * made anew. It comes there by a rename from a directory of its own, so that nobody sees half of one, and processes that
- * compile the same kernel at once all succeed. Whoever adds an entry removes those that were not used for longest, as many as
- * are beyond a size. A process that has one open keeps it; one that is about to open it makes it anew. */
+ * compile the same kernel at once all succeed. Whoever adds an entry removes those that were not used for longest,
+ * as many as are beyond a size. A process that has one open keeps it; one that is about to open it makes it anew. */
 #include "kernel/cache.h"
 
 #include <dirent.h>
@@ -185,7 +185,7 @@ static void remove_old_builds(const char *path) {
     closedir(directory);
 }
 
-/* ---- the size of all ----------------------------------------------------------------------------------------------------------- */
+/* ---- the size of all --------------------------------------------------------------------------------------------- */
 
 typedef struct kept_entry {
     char name[65 + sizeof ".bin"];

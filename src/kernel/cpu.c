@@ -150,8 +150,8 @@ static void *find_object(const mtl_digest *key) {
     return NULL;
 }
 
-/* Compiles, or finds it compiled; the mutex is held. NULL: `log` has why, or `*lockstep`, lanes in lockstep, is what the source does not
- * allow. */
+/* Compiles, or finds it compiled; the mutex is held. NULL: `log` has why, or `*lockstep`, lanes in lockstep, is what
+ * the source does not allow. */
 static void *build_object(const metalloid_kernel *kernel, const mtl_types *types, int stack_bits, bool *lockstep,
                           const mtl_compiler *compiler, mtl_text *log) {
     const char *arguments[48];
@@ -192,7 +192,8 @@ static void *build_object(const metalloid_kernel *kernel, const mtl_types *types
     return handle;
 }
 
-/* Where the compiler says that a frame is too large: log2 of a stack that holds it; 0 where none does, or it says something else. */
+/* Where the compiler says that a frame is too large: log2 of a stack that holds it; 0 where none does, or it says
+ * something else. */
 static int larger_stack(const mtl_text *log, int bits) {
     static const char words[] = "stack frame size (";
     if (!log->data || !strstr(log->data, "frame-larger-than")) return 0;
@@ -246,7 +247,7 @@ static metalloid_status build(const metalloid_kernel *kernel, const mtl_types *t
     pthread_mutex_lock(&objects.mutex);
     bool to_debug = kernel->address_sanitizer || kernel->debug;
     void *handle = NULL;
-    /* In lockstep where the source allows it; what does not compile so is built, and complained about, as it was written. */
+    /* In lockstep where the source allows it; what does not compile so is built, and complained about, as written. */
     if (!to_debug) handle = build_with_stacks(kernel, types, LOCKSTEP_STACK_BITS, true, &compiler, &log);
     if (!handle) {
         mtl_text_free(&log);

@@ -78,7 +78,8 @@ static int next_thread(mtl_group *group, unsigned index) {
     return 0;
 }
 
-/* With lanes in lockstep a simdgroup is at one place: ready (as long as it is not at a barrier), or at one with some lanes. */
+/* With lanes in lockstep a simdgroup is at one place: ready (as long as it is not at a barrier), or at one with some
+ * lanes. */
 static int next_simdgroup(mtl_group *group, unsigned simdgroup) {
     for (unsigned looked = 0; looked < group->simdgroups; looked++) {
         if (++simdgroup >= group->simdgroups) simdgroup = 0;

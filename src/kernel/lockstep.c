@@ -1,20 +1,20 @@
 /* The body of a kernel whose threads meet, as loops over the lanes of a simdgroup. SPDX-License-Identifier: MIT
  *
- * Between two places at which lanes meet a body is a region: a loop over 32 lanes. What a lane declares outlives its region in
- * an array of 32. Statements around a meeting place become statements of the simdgroup, with a mask of the lanes that are in
- * them, as on a GPU; statements without one stay as they are, within a region:
+ * Between two places at which lanes meet a body is a region: a loop over 32 lanes. What a lane declares outlives its
+ * region in an array of 32. Statements around a meeting place become statements of the simdgroup, with a mask of the
+ * lanes that are in them, as on a GPU; statements without one stay as they are, within a region:
  *
  *     float s = f(x);              each lane { s[lane] = f(x); ask[lane] = s[lane] * s[lane]; }
  *     s = simd_sum(s * s);         exchange(on)
  *     if (s > 1) t = simd_max(t);  each lane { s[lane] = asked[lane]; then |= (s[lane] > 1) << lane; } on &= then; ...
  *
- * What a declaration makes of a type is left to the compiler: a lambda that is never called contains it, and returns what
- * decltype says. Values that are the same for every lane (uint row = threadgroup_position_in_grid.x, never assigned again) are
- * declared once for all.
+ * What a declaration makes of a type is left to the compiler: a lambda that is never called contains it, and returns
+ * what decltype says. Values that are the same for every lane (uint row = threadgroup_position_in_grid.x, never
+ * assigned again) are declared once for all.
  *
- * This reads tokens, not C++: whatever it does not understand it refuses, and what it gets wrong in a type or a name does not
- * compile; threads then have a stack each (runtime_cpu.h). It has to be right where it compiles. The idea is that of Karrenberg
- * and Hack, Improving Performance of OpenCL on CPUs (2012), and of ISPC's masks. */
+ * This reads tokens, not C++: whatever it does not understand it refuses, and what it gets wrong in a type or a name
+ * does not compile; threads then have a stack each (runtime_cpu.h). It has to be right where it compiles. The idea
+ * is that of Karrenberg and Hack, Improving Performance of OpenCL on CPUs (2012), and of ISPC's masks. */
 #include "kernel/translation.h"
 
 #include <stdlib.h>
@@ -22,8 +22,8 @@
 
 enum { MOST_VARIABLES = 256, MOST_DECLARED = 16, MOST_LOOPS = 32 };
 
-/* What every lane has one of: a variable of the body, or a parameter that it changes. `remade`: its declaration, where every region
- * can compute it anew; else lanes keep theirs in an array. */
+/* What every lane has one of: a variable of the body, or a parameter that it changes. `remade`: its declaration,
+ * where every region can compute it anew; else lanes keep theirs in an array. */
 typedef struct variable {
     const char *name;
     size_t length;
@@ -31,8 +31,8 @@ typedef struct variable {
     const char *remade;
 } variable;
 
-/* What differs from lane to lane in an expression that is never evaluated differently again: nothing, what follows from a lane's number,
- * or anything. */
+/* What differs from lane to lane in an expression that is never evaluated differently again: nothing, what follows
+ * from a lane's number, or anything. */
 typedef enum kind { UNIFORM, REMADE, KEPT } kind;
 
 typedef struct call {
@@ -64,7 +64,7 @@ static bool name_is(const mtl_token *token, const char *name, size_t length) {
     return token->length == length && memcmp(token->text, name, length) == 0;
 }
 
-/* ---- what tokens say ---------------------------------------------------------------------------------------------------- */
+/* ---- what tokens say --------------------------------------------------------------------------------------------- */
 
 /* Whether lanes meet in the call whose name is at `i`. */
 static bool is_meeting(const translation *t, size_t i) {
@@ -120,10 +120,10 @@ static const variable *find_variable(const lockstep *l, const mtl_token *token) 
     return NULL;
 }
 
-/* ---- writing -------------------------------------------------------------------------------------------------------------- */
+/* ---- writing ----------------------------------------------------------------------------------------------------- */
 
-/* Tokens [begin, end), with the results of calls that were made before in their place. `renamed`: these get a prefix, since the
- * name itself will be that of the array's element. */
+/* Tokens [begin, end), with the results of calls that were made before in their place. `renamed`: these get a
+ * prefix, since the name itself will be that of the array's element. */
 static void write(lockstep *l, mtl_text *out, size_t begin, size_t end, const variable *renamed, int renames) {
     const translation *t = l->t;
     for (size_t i = begin; i < end; i++) {
@@ -186,9 +186,10 @@ static void add_variable(lockstep *l, variable v) {
     else l->variables[l->variable_count++] = v;
 }
 
-/* ---- exchanges ------------------------------------------------------------------------------------------------------------ */
+/* ---- exchanges --------------------------------------------------------------------------------------------------- */
 
-/* Makes the exchanges in an expression, inner ones first; what is left of it belongs to the region that is open then. */
+/* Makes the exchanges in an expression, inner ones first; what is left of it belongs to the region that is open
+ * then. */
 static void meet(lockstep *l, size_t begin, size_t end) {
     translation *t = l->t;
     bool conditional = false;
@@ -229,7 +230,7 @@ static void meet(lockstep *l, size_t begin, size_t end) {
     }
 }
 
-/* ---- declarations --------------------------------------------------------------------------------------------------------- */
+/* ---- declarations ------------------------------------------------------------------------------------------------ */
 
 static bool is_specifier(const translation *t, size_t i) {
     static const char *const words[] = {"const",       "volatile", "static", "device", "constant", "thread",
@@ -242,7 +243,8 @@ static bool is_builtin_type(const translation *t, size_t i) {
     return mtl_is_one_of(t, i, words);
 }
 
-/* The names that the statement [begin, end) declares, and where each one's declarator begins; 0: it is no declaration. */
+/* The names that the statement [begin, end) declares, and where each one's declarator begins; 0: it is no
+ * declaration. */
 static int find_declared(const lockstep *l, size_t begin, size_t end, size_t names[MOST_DECLARED]) {
     static const char *const no_types[] = {"return", "goto",     "delete", "throw",  "case", "default",
                                            "break",  "continue", "else",   "if",     "for",  "while",
@@ -329,8 +331,8 @@ static bool is_moved(const lockstep *l, const mtl_token *name) {
     return found;
 }
 
-/* What the tokens [begin, end) of an initializer say: no memory is read that could change, nothing is called that could do anything.
- * `own`: a name that does not count. */
+/* What the tokens [begin, end) of an initializer say: no memory is read that could change, nothing is called that
+ * could do anything. `own`: a name that does not count. */
 static kind kind_of(const lockstep *l, size_t begin, size_t end, const mtl_token *own) {
     static const char *const pure[] = {"sizeof", "uint", "size_t", "min", "max", "ceildiv", NULL};
     static const char *const comparisons[] = {"=", "<", ">", "!", NULL};
@@ -440,10 +442,10 @@ static void declare_all(lockstep *l, size_t begin, size_t behind, const size_t *
         declare(l, begin, names[0], names[i], i + 1 < count ? mtl_before(t, names[i + 1]) : end, &names[i], 1);
 }
 
-/* ---- statements ------------------------------------------------------------------------------------------------------------ */
+/* ---- statements -------------------------------------------------------------------------------------------------- */
 
-/* Whether the token at `i`, in the statement [begin, end), is in a lambda or in a loop (`or_switch`: or a switch) of that
- * statement. */
+/* Whether the token at `i`, in the statement [begin, end), is in a lambda or in a loop (`or_switch`: or a switch) of
+ * that statement. */
 static bool is_within(const translation *t, size_t begin, size_t i, bool loops, bool or_switch) {
     size_t name;
     for (size_t at = begin; at < i; at++) {
@@ -473,8 +475,9 @@ static bool add_move(lockstep *l, size_t begin, size_t end) {
     return true;
 }
 
-/* for (T i = a; i < b; i += c) statement   with the same b and c for all lanes, and a that follows from a lane's number: all lanes do
- * an iteration, then the next one, so that neighbours read and write neighbouring elements, in vectors. */
+/* for (T i = a; i < b; i += c) statement   with the same b and c for all lanes, and a that follows from a lane's
+ * number: all lanes do an iteration, then the next one, so that neighbours read and write neighbouring elements, in
+ * vectors. */
 static bool add_strided_loop(lockstep *l, size_t begin, size_t behind) {
     static const char *const others[] = {"for",    "while",    "do",   "switch", "break",
                                          "return", "continue", "goto", "asm",    NULL};
@@ -745,7 +748,8 @@ static bool is_common(lockstep *l, size_t i, size_t behind) {
     return found || is_constant;
 }
 
-/* Whether exchanges may be done before the rest of the statement: none needs what it declares, or what stands before a comma. */
+/* Whether exchanges may be done before the rest of the statement: none needs what it declares, or what stands before
+ * a comma. */
 static bool is_unordered(const translation *t, size_t begin, size_t end, const size_t *names, int count) {
     for (size_t at = begin; at < end;) {
         if (count == 0 && mtl_is(t, at, ",")) return false;
@@ -815,7 +819,7 @@ static size_t add_statement(lockstep *l, size_t i) {
     return behind;
 }
 
-/* ---- all of it ------------------------------------------------------------------------------------------------------------- */
+/* ---- all of it --------------------------------------------------------------------------------------------------- */
 
 /* A buffer as the body names it: each lane's own where the body moves it. */
 static void add_buffer(lockstep *l, int pointer, const char *name, const char *suffix) {

@@ -339,9 +339,9 @@ static void add_call(mtl_text *out, const mtl_definition *definition, const mtl_
     mtl_text_add_string(out, ");\n");
 }
 
-/* Threads that never meet: a loop over the threads of a row, with no call left in it once the body is inlined. Where nothing
- * depends on the cut into threadgroups, the row goes through all of the caller's. It lies along x, or along y in a grid that has
- * one thread along x. */
+/* Threads that never meet: a loop over the threads of a row, with no call left in it once the body is inlined. Where
+ * nothing depends on the cut into threadgroups, the row goes through all of the caller's. It lies along x, or along
+ * y in a grid that has one thread along x. */
 static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                       const mtl_types *types) {
     char along = types->along_y ? 'y' : 'x', other = types->along_y ? 'x' : 'y';
@@ -444,8 +444,8 @@ void mtl_lane_attributes(mtl_text *out, const mtl_mentions *mentions, const char
     add_values(out, mentions, index, true);
 }
 
-/* What the body of a simdgroup begins with. Attributes that lanes differ in have a lane's values in each region; these here give
- * their types. */
+/* What the body of a simdgroup begins with. Attributes that lanes differ in have a lane's values in each region;
+ * these here give their types. */
 static void add_simdgroup_values(mtl_text *out, const mtl_mentions *mentions) {
     mtl_text_add_string(out, "const __mtl_place __mtl_here(__mtl_group); "
                              "unsigned __mtl_alive = __mtl_here.lanes, __mtl_on = __mtl_alive; "

@@ -107,8 +107,8 @@ int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const ui
 /* Whether the kernel has a form in which a thread does MTL_CUDA_WIDTH positions along x. */
 bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions);
 
-/* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them. Whether lanes are in
- * lockstep in it. */
+/* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them.
+ * Whether lanes are in lockstep in it. */
 bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types, const mtl_unit_options *options);
 
@@ -116,8 +116,8 @@ bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
 bool mtl_translate_in_lockstep(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                                const mtl_unit_options *options);
 
-/* Attributes that lanes of a simdgroup differ in: whether a token names one, and the declarations of those that are mentioned, for
- * the thread `index` (an expression) of the threadgroup. */
+/* Attributes that lanes of a simdgroup differ in: whether a token names one, and the declarations of those that are
+ * mentioned, for the thread `index` (an expression) of the threadgroup. */
 bool mtl_is_lane_attribute(const mtl_token *token);
 void mtl_lane_attributes(mtl_text *out, const mtl_mentions *mentions, const char *index);
 

@@ -1,5 +1,5 @@
-// The lanes of a simdgroup in lockstep on the CPU, as src/kernel/lockstep.c writes them: each simdgroup has a stack, on which it
-// runs one loop over its lanes after the other, and switches to the next simdgroup where lanes meet.
+// The lanes of a simdgroup in lockstep on the CPU, as src/kernel/lockstep.c writes them: each simdgroup has a stack, on
+// which it runs one loop over its lanes after the other, and switches to the next simdgroup where lanes meet.
 
 // ---- what each lane has one of
 

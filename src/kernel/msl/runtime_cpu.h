@@ -143,8 +143,8 @@ static __attribute__((noinline)) void __mtl_lead(mtl_simdgroup &simd, const mtl_
 
 #if MTL_LOCKSTEP
 
-/* Lanes in lockstep meet by lockstep_cpu.h. A call of these comes out of what its translation does not see, a macro say: it must not
- * compile. */
+/* Lanes in lockstep meet by lockstep_cpu.h. A call of these comes out of what its translation does not see, a macro
+ * say: it must not compile. */
 #define __mtl_not_in_lockstep __attribute__((error("lanes meet where they are not in lockstep")))
 template <typename Result, typename Argument, typename Combine>
 __mtl_not_in_lockstep Result __mtl_collective(const Argument &mine, Combine combine);
@@ -320,8 +320,8 @@ template <typename Type> __mtl_inline Type &__mtl_variable(mtl_group &group, uns
 
 __mtl_inline unsigned __mtl_count(const unsigned *extent) { return extent[0] * extent[1] * extent[2]; }
 
-/* Sets place and extents of threadgroup `at` of the dispatch. `joined`, an axis (y where there is one along x): of as many threadgroups as
- * lie behind each other along it before `end`, taken as one; -1: of one. Returns how many. */
+/* Sets place and extents of threadgroup `at` of the dispatch. `joined`, an axis (y where there is one along x): of
+ * as many threadgroups as lie behind each other along it before `end`, taken as one; -1: of one. Returns how many. */
 static unsigned long __mtl_place_group(mtl_group &group, unsigned long at, unsigned long end, int joined) {
     const mtl_dispatch &dispatch = *group.dispatch;
     unsigned long rows = at / dispatch.threadgroups[0], run = 1;
