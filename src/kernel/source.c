@@ -311,6 +311,13 @@ static void declare_buffer(mtl_text *out, const char *type, const char *name, in
     (void)name;
 }
 
+/* The same for a simdgroup; other simdgroups write outputs between its barriers. */
+static void declare_shared_buffer(mtl_text *out, const char *type, const char *name, int pointer,
+                                  const attribute *value) {
+    if (strncmp(type, "const ", 6) == 0) declare_buffer(out, type, name, pointer, value);
+    else if (!value) mtl_text_format(out, ", %s__mtl_%d", type, pointer);
+}
+
 static void pass_buffer(mtl_text *out, const char *type, const char *name, int pointer, const attribute *value) {
     (void)name;
     if (value) return;
@@ -761,7 +768,7 @@ bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
         options.lockstep = mtl_translate_in_lockstep(&body, definition, mentions, &options);
         if (!options.lockstep) options.meeting = &meeting;
     }
-    parameter_fn declare = options.lockstep ? declare_buffer : declare_parameter;
+    parameter_fn declare = options.lockstep ? declare_shared_buffer : declare_parameter;
     add_prelude(out, definition, mentions, &options);
     mtl_text_add_string(out, "#line 1 \"generated\"\nnamespace metal {\n"
                              "__mtl_inline uint3 __mtl_uint3(const unsigned *from) { return uint3(from[0], from[1], "
