@@ -525,6 +525,19 @@ def test_lockstep(tmp_path, monkeypatch, body):
     assert results[2].tolist() == results[3].tolist()
 
 
+def test_simdgroups_see_what_others_wrote():
+    """In an output as in threadgroup memory: it is written by others between two barriers."""
+    source = """
+        uint group = threadgroup_position_in_grid.x, i = thread_index_in_threadgroup;
+        if (i == 0) out[group] = 5;
+        threadgroup_barrier(mem_flags::mem_device);
+        if (i == 40) out[group] += 4;
+        threadgroup_barrier(mem_flags::mem_device);
+        if (i == 0) out[group] += 10 * out[group];
+    """
+    assert run(source, {}, out=((5,), np.int32), grid=(320, 1, 1), threadgroup=(64, 1, 1)).tolist() == [99] * 5
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_threads_of_the_pool(threads, count):
     threads(count)
