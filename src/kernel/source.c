@@ -761,8 +761,8 @@ bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
         options.meeting = &meeting;
     }
     mtl_text body = {0};
-    options.lockstep = given->lockstep && threads && mentions->lanes_meet && !options.count_iterations &&
-                       !mentions->simdgroup_matrices && !meeting.count;
+    options.lockstep = given->lockstep && options.target == MTL_TARGET_CPU && mentions->lanes_meet &&
+                       !options.count_iterations && !mentions->simdgroup_matrices && !meeting.count;
     if (options.lockstep) {
         options.meeting = NULL;
         options.lockstep = mtl_translate_in_lockstep(&body, definition, mentions, &options);
