@@ -238,6 +238,24 @@ static void read_mask(void) {
 #endif
 }
 
+#ifdef __linux__
+/* The owner's mask, without the CPU `off` unless that is -1. */
+static bool set_mask(struct worker *worker, int off) {
+    cpu_mask mask;
+    memcpy(mask, pool.mask, sizeof mask);
+    if (off >= 0) {
+        CPU_CLR_S((size_t)off, sizeof mask, mask);
+    }
+    if (pthread_setaffinity_np(worker->thread, sizeof mask, mask) != 0) {
+        return false;
+    }
+    atomic_store_explicit(&worker->cpu, MOVED, memory_order_relaxed);
+    worker->kept_off = off;
+    worker->mask_version = pool.mask_version;
+    return true;
+}
+#endif
+
 /* Keeps the worker on the CPUs that the owner may use, but off the owner's own once the two have met there. A scheduler
  * that wakes them on one CPU (as a new thread, or after other programs ran) may leave them so for tens of milliseconds: the
  * owner finds no part left for the worker whenever it comes to run, and the worker is too little load to be moved. */
@@ -247,20 +265,23 @@ static bool place(struct worker *worker) {
     bool meets = its == own || its == STARTING || (off >= 0 && off != own);
     meets = meets && own >= 0 && worker->index < pool.cpus;
     if (worker->mask_version != pool.mask_version || meets) {
-        cpu_mask mask;
-        memcpy(mask, pool.mask, sizeof mask);
-        if (meets) CPU_CLR_S((size_t)own, sizeof mask, mask);
-        if (pthread_setaffinity_np(worker->thread, sizeof mask, mask) != 0) {
-            return false;
-        }
-        atomic_store_explicit(&worker->cpu, MOVED, memory_order_relaxed);
-        worker->kept_off = meets ? own : -1;
-        worker->mask_version = pool.mask_version;
+        return set_mask(worker, meets ? own : -1);
     }
 #else
     (void)worker;
 #endif
     return true;
+}
+
+/* The owner goes to sleep: a worker that other programs keep from its CPU may have the owner's. */
+static void let_go(struct worker *worker) {
+#ifdef __linux__
+    if (worker->kept_off >= 0) {
+        set_mask(worker, -1);
+    }
+#else
+    (void)worker;
+#endif
 }
 
 /* Offers the job to the first `wanted` workers; gives how many got the offer. */
@@ -291,6 +312,7 @@ static void withdraw(int offered) {
         int seen = OFFERED;
         if (!atomic_compare_exchange_strong(&worker->state, &seen, IDLE) && seen == RUNNING &&
             spin_while(&worker->state, RUNNING) == RUNNING) {
+            let_go(worker);
             sleep_while(worker, RUNNING, WATCHED);
         }
     }

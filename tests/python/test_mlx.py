@@ -344,7 +344,7 @@ def test_the_primitive_is_compiled_once_and_found_again(tmp_path):
         "y = mx.fast.rms_norm(mx.array([2.0, 2.0]), None, 0.0).tolist();"
         "print(before, m.mode(), y, m.build())"
     )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {**os.environ, "METALLOID_CACHE": str(tmp_path / "metalloid")}
     runs = [
         subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
         for _ in range(2)
@@ -366,7 +366,7 @@ def test_without_a_compiler_calls_evaluate(tmp_path):
         "import metalloid.mlx as m, mlx.core as mx; m.install();"
         "print(m.mode(), mx.fast.rms_norm(mx.array([2.0, 2.0]), None, 0.0).tolist())"
     )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path)}
+    environment = {**os.environ, "METALLOID_CACHE": str(tmp_path / "metalloid"), "PATH": str(tmp_path)}
     environment.pop("CXX", None)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "evaluating [1.0, 1.0]\n"
@@ -377,7 +377,7 @@ def test_a_cache_that_others_can_write_is_not_used(tmp_path):
     (tmp_path / "metalloid").mkdir(mode=0o777)
     (tmp_path / "metalloid").chmod(0o777)
     program = "import metalloid.mlx as m; m.install(primitive=True)"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {**os.environ, "METALLOID_CACHE": str(tmp_path / "metalloid")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert "can be written by others" in done.stderr
 
