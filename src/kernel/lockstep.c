@@ -154,28 +154,31 @@ static void open_region(lockstep *l) {
     l->label = ++l->number;
 }
 
+/* The loop over lanes in which `text` is done: by those that are on, or, `whole`, by all 32. */
+static void add_lanes(lockstep *l, const char *text, int variables, bool whole) {
+    mtl_text_format(l->out, " for (unsigned __mtl_lane = 0; __mtl_lane < 32; __mtl_lane++) {%s ",
+                    whole ? "" : " if (!(__mtl_on >> __mtl_lane & 1)) continue;");
+    mtl_lane_attributes(l->out, l->mentions, "__mtl_here.first + __mtl_lane");
+    for (int i = 0; i < variables; i++) {
+        const variable *v = &l->variables[i];
+        bool hidden = false;
+        for (int later = i + 1; later < variables; later++)
+            hidden |=
+                v->length == l->variables[later].length && memcmp(v->name, l->variables[later].name, v->length) == 0;
+        if (!hidden && v->remade) mtl_text_add_string(l->out, v->remade);
+        else if (!hidden)
+            mtl_text_format(l->out, "auto &%.*s = __mtl_of_%d_%d[__mtl_lane]; ", (int)v->length, v->name, v->number,
+                            v->index);
+    }
+    mtl_text_format(l->out, "{ %s }", text);
+    if (l->jumps) mtl_text_format(l->out, " __mtl_next_%d:;", l->label);
+    mtl_text_add_string(l->out, " }\n");
+}
+
 static void close_region(lockstep *l) {
     mtl_text_add_string(l->out, mtl_text_string(&l->storage));
     l->out->failed |= l->storage.failed | l->region.failed;
-    if (l->region.length) {
-        mtl_text_add_string(l->out, " for (unsigned __mtl_lane = 0; __mtl_lane < 32; __mtl_lane++) {"
-                                    " if (!(__mtl_on >> __mtl_lane & 1)) continue; ");
-        mtl_lane_attributes(l->out, l->mentions, "__mtl_here.first + __mtl_lane");
-        for (int i = 0; i < l->opened_at; i++) {
-            const variable *v = &l->variables[i];
-            bool hidden = false;
-            for (int later = i + 1; later < l->opened_at; later++)
-                hidden |= v->length == l->variables[later].length &&
-                          memcmp(v->name, l->variables[later].name, v->length) == 0;
-            if (!hidden && v->remade) mtl_text_add_string(l->out, v->remade);
-            else if (!hidden)
-                mtl_text_format(l->out, "auto &%.*s = __mtl_of_%d_%d[__mtl_lane]; ", (int)v->length, v->name, v->number,
-                                v->index);
-        }
-        mtl_text_format(l->out, "{ %s }", mtl_text_string(&l->region));
-        if (l->jumps) mtl_text_format(l->out, " __mtl_next_%d:;", l->label);
-        mtl_text_add_string(l->out, " }\n");
-    }
+    if (l->region.length) add_lanes(l, mtl_text_string(&l->region), l->opened_at, false);
     mtl_text_free(&l->storage);
     mtl_text_free(&l->region);
     l->is_open = false;
@@ -508,24 +511,40 @@ static bool add_strided_loop(lockstep *l, size_t begin, size_t behind) {
         if (mtl_is_one_of(t, at, others) || t->token[at].in_directive || mtl_is_body(t, at, &nothing)) return false;
     }
     close_region(l);
-    int number = ++l->number;
-    mtl_text_format(l->out,
-                    " { unsigned char __mtl_live_%d[32]; for (auto &__mtl_one : __mtl_live_%d) __mtl_one = 1;"
-                    " for (unsigned __mtl_k_%d = 0;; __mtl_k_%d++) { unsigned __mtl_more_%d = 0;",
-                    number, number, number, number, number);
-    open_region(l);
-    write(l, &l->region, open + 1, ends[0], NULL, 0);
-    mtl_text_format(&l->region, "; %.*s += __mtl_k_%d * (", (int)name->length, name->text, number);
-    write(l, &l->region, mtl_after(t, step) + 2, close, NULL, 0);
-    mtl_text_format(&l->region, "); const unsigned char __mtl_live = __mtl_live_%d[__mtl_lane] & (unsigned char)bool(",
-                    number);
-    write(l, &l->region, ends[0] + 1, ends[1], NULL, 0);
-    mtl_text_format(&l->region,
-                    "); __mtl_live_%d[__mtl_lane] = __mtl_live; __mtl_more_%d |= __mtl_live; if (__mtl_live) ", number,
-                    number);
-    write(l, &l->region, body, behind, NULL, 0);
-    close_region(l);
-    mtl_text_format(l->out, " if (!__mtl_more_%d) break; } }", number);
+    l->jumps = false;
+    mtl_text begun = {0}, condition = {0}, inner = {0}, text = {0};
+    write(l, &begun, open + 1, ends[0], NULL, 0);
+    mtl_text_format(&begun, "; %.*s += __mtl_k * (", (int)name->length, name->text);
+    write(l, &begun, mtl_after(t, step) + 2, close, NULL, 0);
+    mtl_text_add_string(&begun, ");");
+    write(l, &condition, ends[0] + 1, ends[1], NULL, 0);
+    write(l, &inner, body, behind, NULL, 0);
+    const char *start = mtl_text_string(&begun), *stay = mtl_text_string(&condition), *work = mtl_text_string(&inner);
+    int variables = l->variable_count;
+    /* As long as all lanes are there no store is masked: what a masked one wrote is slow to come back. */
+    mtl_text_add_string(l->out, " { unsigned char __mtl_live[32]; for (auto &__mtl_one : __mtl_live) __mtl_one = 1;"
+                                " bool __mtl_whole = __mtl_on == ~0u; for (unsigned __mtl_k = 0;; __mtl_k++) {"
+                                " if (__mtl_whole) { unsigned __mtl_all = 1, __mtl_any = 0;");
+    mtl_text_format(&text, "%s unsigned __mtl_in = bool(%s); __mtl_all &= __mtl_in; __mtl_any |= __mtl_in;", start,
+                    stay);
+    add_lanes(l, mtl_text_string(&text), variables, true);
+    mtl_text_add_string(l->out, " if (!__mtl_any) break; __mtl_whole = __mtl_all; } if (__mtl_whole) {");
+    text.length = 0;
+    mtl_text_format(&text, "%s %s", start, work);
+    add_lanes(l, mtl_text_string(&text), variables, true);
+    mtl_text_add_string(l->out, " continue; } unsigned __mtl_more = 0;");
+    text.length = 0;
+    mtl_text_format(&text,
+                    "%s const unsigned char __mtl_in = __mtl_live[__mtl_lane] & (unsigned char)bool(%s);"
+                    " __mtl_live[__mtl_lane] = __mtl_in; __mtl_more |= __mtl_in; if (__mtl_in) %s",
+                    start, stay, work);
+    add_lanes(l, mtl_text_string(&text), variables, false);
+    mtl_text_add_string(l->out, " if (!__mtl_more) break; } }");
+    l->out->failed |= begun.failed | condition.failed | inner.failed | text.failed;
+    mtl_text_free(&begun);
+    mtl_text_free(&condition);
+    mtl_text_free(&inner);
+    mtl_text_free(&text);
     return true;
 }
 
