@@ -403,6 +403,7 @@ void mtl_translate(mtl_text *out, const char *source, mtl_region region, const m
         out->failed = true;
         return;
     }
+    mtl_leave_out_overloads(&t);
     if (options->meeting) mtl_mark_places(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
     for (size_t i = 0; i < t.count && !t.failed; i++) write_token(out, &t.token[i]);

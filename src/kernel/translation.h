@@ -58,4 +58,8 @@ void mtl_add_behind(translation *t, size_t i, const char *text);
 bool mtl_find_meeting(const translation *t, mtl_names *names, bool *found);
 void mtl_mark_places(translation *t);
 
+/* ---- overloads.c ---- */
+
+void mtl_leave_out_overloads(translation *t);
+
 #endif
