@@ -25,7 +25,8 @@
 #ifndef __METAL_VERSION__
 #define __METAL_VERSION__ 320
 #endif
-#define __METAL__ 1
+#define __METAL__       1
+#define __HAVE_BFLOAT__ 1
 
 namespace metal {
 
@@ -563,10 +564,3 @@ template <class T> MSL_FN constexpr void swap(T &a, T &b) {
 #define M_2_SQRTPI_H   metal::half(M_2_SQRTPI_F)
 #define M_SQRT2_H      metal::half(M_SQRT2_F)
 #define M_SQRT1_2_H    metal::half(M_SQRT1_2_F)
-// C's names, which MSL has not but kernels use.
-#define M_PI      M_PI_F
-#define M_E       M_E_F
-#define M_LN2     M_LN2_F
-#define M_LOG2E   M_LOG2E_F
-#define M_SQRT2   M_SQRT2_F
-#define M_SQRT1_2 M_SQRT1_2_F
