@@ -33,10 +33,12 @@ typedef struct reader {
 
 static bool is_space(const translation *t, size_t i) {
     static const char *const spaces[] = {"device", "thread", "threadgroup", NULL};
-    return mtl_is_one_of(t, i, spaces);
+    return mtl_is_one_of(t, i, spaces) || (mtl_is(t, i, "constant") && mtl_qualifies_constructor(t, i));
 }
 
-static bool is_const(const translation *t, size_t i) { return mtl_is(t, i, "const") || mtl_is(t, i, "constant"); }
+static bool is_const(const translation *t, size_t i) {
+    return mtl_is(t, i, "const") || (mtl_is(t, i, "constant") && !is_space(t, i));
+}
 
 /* The next token that counts; r->end behind the last. */
 static size_t read(reader *r) {

@@ -78,7 +78,8 @@ static bool is_constexpr_already(const translation *t, size_t i) {
 }
 
 static void translate_constant(translation *t, size_t i) {
-    if (is_static_member(t, i) && !is_constexpr_already(t, i)) t->token[i].replacement = "constexpr";
+    if (mtl_qualifies_constructor(t, i)) mtl_blank(t, i);
+    else if (is_static_member(t, i) && !is_constexpr_already(t, i)) t->token[i].replacement = "constexpr";
     else t->token[i].replacement = is_const_already(t, i) ? "" : "const";
 }
 
@@ -344,7 +345,7 @@ static void translate_token(translation *t, size_t i) {
         if (mtl_is_one_of(t, i, plain_spaces)) mtl_blank(t, i);
         else if (mtl_is(t, i, "constant")) translate_constant(t, i);
         else if (mtl_is(t, i, "threadgroup")) translate_threadgroup(t, i);
-        else if (mtl_is(t, i, "kernel") && mtl_is(t, mtl_after(t, i), "void")) mtl_blank(t, i);
+        else if (mtl_is(t, i, "kernel") && mtl_is_identifier(t, mtl_after(t, i))) mtl_blank(t, i);
         else if (t->options->count_iterations && (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do")))
             count_iterations(t, i);
         break;

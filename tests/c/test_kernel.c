@@ -88,6 +88,7 @@ static void metal_becomes_cxx(void **state) {
         {"#include <metal_stdlib>\nint x;", "                       \nint x;"},
         {"#include \"own.h\"\n", "#include \"own.h\"\n"},
         {"kernel void f()", "       void f()"},
+        {"template kernel F f<int>; a.kernel = 1;", "template        F f<int>; a.kernel = 1;"},
         {"threadgroup float* p = shared;", "            float* p = shared;"},
         {"f((threadgroup float*)p);", "f((            float*)p);"},
         {"// device 1.0\n\"constant\"", "// device 1.0\n\"constant\""},
@@ -109,6 +110,8 @@ static void overloads_are_left_out(void **state) {
         {"void f(device T* p) { *p = 1; }\nvoid f(threadgroup T* q) { *q = 1; } int x;",
          "void f(       T* p) { *p = 1; }\n                                     int x;"},
         {"int g(constant T* p);\nint g(const device T* p);", "int g(const T* p);\n                         "},
+        {"struct S { S() thread : x(1) {} S() constant : x(1) {} };",
+         "struct S { S()        : x(1) {}                        };"},
         {"struct S { S() thread = default; S() device = default; int f() const device { return 1; }\n};",
          "struct S { S()        = default;                         int f() const        { return 1; }\n};"},
         /* what does something else, stands twice, or in another branch of the preprocessor's */

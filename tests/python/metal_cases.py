@@ -295,7 +295,7 @@ case(
     "overloads that differ in address spaces alone",
     "threadgroup float shared[64]; uint i = thread_position_in_grid.x, l = thread_position_in_threadgroup.x;"
     "shared[l] = a[i]; threadgroup_barrier(mem_flags::mem_threadgroup);"
-    "float own[2] = {1, 2}; Box box = {3}; threadgroup Box common; if (l == 0) common.value = 4;"
+    "float own[2] = {1, 2}; Box box(3); threadgroup Box common; if (l == 0) common.value = 4;"
     "threadgroup_barrier(mem_flags::mem_threadgroup);"
     "out0[i] = second(a + i / 2) + 10 * second((threadgroup const float*)shared + l / 2) + 100 * second(own) + 1000 * weights[1]"
     " + Pointee<const device float*>::size + Pointee<threadgroup half*>::size; out1[i] = box.twice() + 10 * common.twice();",
@@ -308,7 +308,8 @@ case(
     "template <typename T> T second(threadgroup const T* values) { return values[1]; }\n"
     "template <typename T> T second(thread const T* p) { return p[1]; }\n"
     "constant float weights[2] = {4, 5};\n"
-    "struct Box { float value; float twice() const thread { return 2 * value; }\n"
+    "struct Box { float value; Box() thread = default; Box() threadgroup = default; Box() constant = default;\n"
+    "    Box(float x) thread : value(x) {} Box(float x) constant : value(x) {} float twice() const thread { return 2 * value; }\n"
     "    float twice() const threadgroup { return 2 * value; } };\n"
     "template <typename T> struct Pointee;\n"
     "template <typename T> struct Pointee<device T*> { enum { size = sizeof(T) }; };\n"
@@ -338,6 +339,8 @@ case(
     [X],
     [7 + 9 + 20 + 1 + np.abs(X.astype(np.float64)) + 3 + np.clip(X, 0, 1), np.full(256, 1, i32)],
     header="template <typename T> T sign(T) { return T(7); }\n"
+    "template <typename... T> struct ignored { using type = void; };\n"
+    "template <typename... T> using void_t = typename ignored<T...>::type;\n"
     "template <typename T> METAL_FUNC T erf(T) { return T(9); }\n"
     "template <typename T> inline T absdiff(T, T) { return T(20); }\n"
     "template <typename T> inline T median3(T, T, T) { return T(1); }\n"

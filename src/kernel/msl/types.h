@@ -71,7 +71,9 @@ template <bool B, class T, class F> struct conditional { using type = T; };
 template <class T, class F> struct conditional<false, T, F> { using type = F; };
 template <bool B, class T, class F> using conditional_t = typename conditional<B, T, F>::type;
 
+namespace msl_ {
 template <class...> using void_t = void;
+} // namespace msl_
 
 #define MSL_REMOVE(name, from) \
     template <class T> struct name<from> { using type = T; };
