@@ -54,7 +54,8 @@ struct worker {
     _Alignas(CACHE_LINE) atomic_int state;
     int index;
     atomic_int cpu;        /* where it last looked for a job, STARTING, or MOVED since then */
-    unsigned mask_version; /* of the affinity mask that the thread has */
+    int kept_off;          /* the CPU that the thread's affinity mask lacks, or -1 */
+    unsigned mask_version; /* of that mask */
     pthread_t thread;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
@@ -201,6 +202,7 @@ static bool start_thread(struct worker *worker) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
     worker->mask_version = pool.mask_version; /* a new thread has its creator's mask */
+    worker->kept_off = -1;
     return started;
 }
 
@@ -236,13 +238,14 @@ static void read_mask(void) {
 #endif
 }
 
-/* Keeps the worker on the CPUs that the owner may use, but off the owner's own. A scheduler that wakes the two on one CPU
- * (as a new thread, or after other programs ran) may leave them there for tens of milliseconds: the owner finds no part
- * left for the worker whenever it comes to run, and the worker is too little load to be moved. */
+/* Keeps the worker on the CPUs that the owner may use, but off the owner's own once the two have met there. A scheduler
+ * that wakes them on one CPU (as a new thread, or after other programs ran) may leave them so for tens of milliseconds: the
+ * owner finds no part left for the worker whenever it comes to run, and the worker is too little load to be moved. */
 static bool place(struct worker *worker) {
 #ifdef __linux__
-    int own = sched_getcpu(), its = atomic_load_explicit(&worker->cpu, memory_order_relaxed);
-    bool meets = (its == own || its == STARTING) && own >= 0 && worker->index < pool.cpus;
+    int own = sched_getcpu(), its = atomic_load_explicit(&worker->cpu, memory_order_relaxed), off = worker->kept_off;
+    bool meets = its == own || its == STARTING || (off >= 0 && off != own);
+    meets = meets && own >= 0 && worker->index < pool.cpus;
     if (worker->mask_version != pool.mask_version || meets) {
         cpu_mask mask;
         memcpy(mask, pool.mask, sizeof mask);
@@ -251,6 +254,7 @@ static bool place(struct worker *worker) {
             return false;
         }
         atomic_store_explicit(&worker->cpu, MOVED, memory_order_relaxed);
+        worker->kept_off = meets ? own : -1;
         worker->mask_version = pool.mask_version;
     }
 #else

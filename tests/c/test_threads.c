@@ -636,7 +636,7 @@ static void a_worker_on_the_callers_cpu_leaves_it(void **state) {
             apart += job > 0 && atomic_load(&after.callers_cpu) != atomic_load(&after.workers_cpu);
         }
     }
-    assert_in_range(apart, 30, 40); /* the caller may be moved now and then */
+    assert_true(apart >= 30); /* of 40: the caller may be moved now and then */
 }
 
 static int one_cpu_gives_one_thread(void) {

@@ -496,6 +496,44 @@ def test_read_only_inputs_are_fine():
     np.testing.assert_array_equal(metalloid.rms_norm(x, x[0], 1e-5), want)
 
 
+def address_of_result(x):
+    return metalloid.rms_norm(x, None, 1e-5).ctypes.data
+
+
+def test_a_large_result_takes_the_memory_of_the_last_one_that_is_gone():
+    x = np.ones((512, 512), np.float32)
+    first = metalloid.rms_norm(x, None, 1e-5)
+    second = metalloid.rms_norm(x, None, 1e-5)
+    places = {first.ctypes.data, second.ctypes.data}
+    assert len(places) == 2
+    del first, second
+    assert address_of_result(x) in places
+    view = metalloid.rms_norm(x, None, 1e-5)[1:]
+    assert address_of_result(x) != view.base.ctypes.data  # as long as anything refers to it, it is not gone
+
+
+def test_memory_of_large_results_is_bounded():
+    def resident():
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    for rows in range(1, 40):  # every size is another
+        metalloid.rms_norm(np.ones((rows * 512, 1024), np.float32), None, 1e-5)
+    assert resident() - before < 300 << 20  # of 1.6 GB
+
+
+def test_a_large_result_can_be_resized():
+    x = np.ones((512, 512), np.float32)
+    expected = metalloid.rms_norm(x, None, 0.0)
+    for shape in ((1024, 1024), (3, 3)):
+        result = metalloid.rms_norm(x, None, 0.0)
+        result.resize(shape, refcheck=False)
+        same = min(result.size, expected.size)
+        assert (result.ravel()[:same] == expected.ravel()[:same]).all()
+        assert not result.ravel()[same:].any()
+
+
 def test_numpy_rank_64():
     shape = (1,) * 62 + (2, 8)
     x = normal(*shape)

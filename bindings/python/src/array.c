@@ -6,6 +6,7 @@
  * - a type with DLPack's table of C functions (__dlpack_c_exchange_api__: PyTorch) fills a DLTensor without Python code;
  * - anything else with __dlpack__ hands over a capsule, versioned (DLPack 1.x) or not. */
 #include "array.h"
+#include "results.h"
 
 #define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
 #define NPY_TARGET_VERSION    NPY_1_23_API_VERSION
@@ -482,16 +483,35 @@ static PyObject *from_dlpack_of(PyObject *array, const char *op) {
     return function;
 }
 
+/* ---- memory for results --------------------------------------------------------------------------------------------------- */
+
+static PyDataMem_Handler results_handler = {
+    "metalloid_results", 1, {NULL, results_malloc, results_calloc, results_realloc, results_free}};
+
+/* An array of NumPy's, not initialized. */
+static PyObject *new_array(int rank, const int64_t *shape, int type, int64_t item_size) {
+    npy_intp extents[MAX_RANK];
+    int64_t bytes = item_size;
+    for (int axis = 0; axis < rank; axis++) bytes *= extents[axis] = (npy_intp)shape[axis];
+    if (bytes < RESULTS_KEPT_FROM) return PyArray_SimpleNew(rank, extents, type);
+    PyObject *ours = PyCapsule_New(&results_handler, "mem_handler", NULL);
+    PyObject *before = ours ? PyDataMem_SetHandler(ours) : NULL;
+    Py_XDECREF(ours);
+    if (!before) return NULL;
+    PyObject *array = PyArray_SimpleNew(rank, extents, type), *type_raised, *value, *traceback;
+    PyErr_Fetch(&type_raised, &value, &traceback);
+    Py_XDECREF(PyDataMem_SetHandler(before));
+    Py_DECREF(before);
+    PyErr_Restore(type_raised, value, traceback);
+    return array;
+}
+
 static PyObject *allocate_memory(mtl_array *opened, module_state *state, const mtl_array *like, DLDataType dtype,
                                  int rank, const int64_t *shape, const char *op) {
     PyObject *from_dlpack = from_dlpack_of(like->object, op);
     if (!from_dlpack) return NULL;
-    npy_intp extents[MAX_RANK];
-    for (int axis = 0; axis < rank; axis++) extents[axis] = (npy_intp)shape[axis];
-    PyObject *bits = PyArray_SimpleNew(rank, extents,
-                                       dtype.bits == 16   ? NPY_UINT16
-                                       : dtype.bits == 32 ? NPY_UINT32
-                                                          : NPY_UINT64);
+    int type = dtype.bits == 16 ? NPY_UINT16 : dtype.bits == 32 ? NPY_UINT32 : NPY_UINT64;
+    PyObject *bits = new_array(rank, shape, type, dtype.bits / 8);
     memory *result = bits ? (memory *)state->memory_type->tp_alloc(state->memory_type, rank) : NULL;
     if (!result) {
         Py_XDECREF(bits);
@@ -514,15 +534,11 @@ static PyObject *allocate_memory(mtl_array *opened, module_state *state, const m
     return (PyObject *)result;
 }
 
-/* ---- memory for results --------------------------------------------------------------------------------------------------- */
-
 static PyObject *allocate_numpy(const mtl_array *like, DLDataType dtype, int rank, const int64_t *shape) {
     int type;
     if (dtype.code == kDLBfloat) type = PyArray_TYPE((PyArrayObject *)like->object); /* only bfloat16 gives bfloat16 */
     else type = dtype.bits == 16 ? NPY_HALF : dtype.bits == 32 ? NPY_FLOAT : NPY_DOUBLE;
-    npy_intp extents[MAX_RANK];
-    for (int axis = 0; axis < rank; axis++) extents[axis] = (npy_intp)shape[axis];
-    return PyArray_SimpleNew(rank, extents, type);
+    return new_array(rank, shape, type, dtype.bits / 8);
 }
 
 static PyObject *allocate_torch(module_state *state, PyObject *torch, PyObject *like, DLDataType dtype, int rank,

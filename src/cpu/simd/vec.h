@@ -234,7 +234,7 @@ INLINE void vec_stream_as(void *to, mtl_dtype dtype, vec v) {
 #endif
     else vec_store_as(to, dtype, v);
 }
-INLINE bool can_stream(const char *to) { return (uintptr_t)to % VECTOR_BYTES == 0; }
+INLINE bool can_stream(const char *to) { return (uintptr_t)to % STREAM_ALIGNMENT == 0; }
 #else
 INLINE void vec_stream_as(void *to, mtl_dtype dtype, vec v) { vec_store_as(to, dtype, v); }
 INLINE void vec_stream_end(void) {}

@@ -107,16 +107,27 @@ INLINE void vec_load_two_bf16(const void *from, vec *low, vec *high) {
 #endif
 #endif
 
-/* ---- stores past the caches; the address is a multiple of the size ---------------------------------------------------------- */
+/* ---- stores past the caches; the address is a multiple of STREAM_ALIGNMENT -------------------------------------------------  */
 
 #define VEC_HAS_STREAM
+enum { STREAM_ALIGNMENT = 16 }; /* NumPy's, which is not a line's: a line is then put together from quarters */
+
+INLINE void stream_quarters(void *to, const void *from, int count) {
+    for (int i = 0; i < count; i++) _mm_stream_si128((__m128i *)to + i, _mm_loadu_si128((const __m128i *)from + i));
+}
+INLINE void vec_stream(void *to, vec v) {
 #if VECTOR_BYTES == 64
-INLINE void vec_stream(void *to, vec v) { _mm512_stream_si512((__m512i *)to, (__m512i)v); }
+    if ((uintptr_t)to % VECTOR_BYTES == 0) _mm512_stream_si512((__m512i *)to, (__m512i)v);
 #else
-INLINE void vec_stream(void *to, vec v) { _mm256_stream_si256((__m256i *)to, (__m256i)v); }
+    if ((uintptr_t)to % VECTOR_BYTES == 0) _mm256_stream_si256((__m256i *)to, (__m256i)v);
 #endif
+    else stream_quarters(to, &v, VECTOR_BYTES / 16);
+}
 #if VECTOR_BYTES == 64 && !defined(MTL_IN_DOUBLE)
-INLINE void vec_stream_half(void *to, vec_half v) { _mm256_stream_si256((__m256i *)to, (__m256i)v); }
+INLINE void vec_stream_half(void *to, vec_half v) {
+    if ((uintptr_t)to % sizeof v == 0) _mm256_stream_si256((__m256i *)to, (__m256i)v);
+    else stream_quarters(to, &v, 2);
+}
 #elif !defined(MTL_IN_DOUBLE)
 INLINE void vec_stream_half(void *to, vec_half v) { _mm_stream_si128((__m128i *)to, (__m128i)v); }
 #endif

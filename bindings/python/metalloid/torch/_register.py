@@ -105,23 +105,46 @@ def define(
         return operator
     if backward is None:
         backward = _refusal(operator)
-    torch.library.register_autograd(f"metalloid::{name}", backward, setup_context=setup_context, lib=library)
+    _register_autograd(operator, backward, setup_context)
     operator.recorded = _recorded(name, compute, setup_context, backward)
     operator.transformed = _transformed(operator, setup_context, backward)
     return operator
 
 
-def _without_tangents(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Forward-mode differentiation is refused: PyTorch would go on with tangents of zero, in silence."""
+def _refuse_tangents(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Forward-mode differentiation: PyTorch would go on with tangents of zero, in silence."""
+    if forward_ad._current_level < 0:
+        return
+    for a in (*arguments, *keywords.values()):
+        if isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+            raise NotImplementedError(f"torch.ops.metalloid.{name} has no forward-mode derivative")
 
+
+def _without_tangents(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
     def computed(*arguments: Any, **keywords: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            for a in (*arguments, *keywords.values()):
-                if isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None:
-                    raise NotImplementedError(f"torch.ops.metalloid.{name} has no forward-mode derivative")
+        _refuse_tangents(name, arguments, keywords)
         return compute(*arguments, **keywords)
 
     return computed
+
+
+def _register_autograd(
+    operator: Operator, backward: Callable[..., Any], setup_context: Callable[..., None] | None
+) -> None:
+    """torch.library.register_autograd, and a refusal of the tangents of torch.func.jvp, which are gone further down."""
+    try:
+        from torch._library.autograd import Info, make_autograd_impl
+    except ImportError:  # not public
+        name = f"metalloid::{operator.name}"
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+        return
+    kernel = make_autograd_impl(operator.overload, Info(backward, setup_context))
+
+    def guarded(keys: Any, *arguments: Any, **keywords: Any) -> Any:
+        _refuse_tangents(operator.name, arguments, keywords)
+        return kernel(keys, *arguments, **keywords)
+
+    library.impl(operator.name, guarded, "Autograd", with_keyset=True)
 
 
 def _refusal(operator: Operator) -> Callable[..., Any]:
