@@ -312,8 +312,10 @@ static void wrap_arm(translation *t, size_t begin, size_t end) {
 }
 
 static void translate_condition(translation *t, size_t i) {
-    size_t first = mtl_after(t, i), colon = arm_end(t, first, true, false);
-    if (first >= t->count || colon >= t->count || !mtl_is(t, colon, ":")) return;
+    size_t first = mtl_after(t, i);
+    if (first >= t->count) return;
+    size_t colon = arm_end(t, first, true, false);
+    if (colon >= t->count || !mtl_is(t, colon, ":")) return;
     size_t second = mtl_after(t, colon);
     if (second >= t->count) return;
     size_t end = arm_end(t, second, false, in_angles(t, i));
