@@ -72,7 +72,7 @@ _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = _n
 _FAST = ("cross_entropy", "gated_delta_update", "layer_norm", "rms_norm", "rope", "scaled_dot_product_attention")
 _own = {name: getattr(mx.fast, name) for name in _FAST}  # MLX's, whatever is installed later
 _own_compile = mx.compile
-_own_is_available = getattr(mx, "is_available", None)  # since 0.27
+_own_is_available: Any = getattr(mx, "is_available", None)  # since 0.27
 _default_device = mx.default_device
 _VERSION: str = vars(mx)["__version__"]
 
