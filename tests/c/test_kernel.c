@@ -113,7 +113,7 @@ static void overloads_are_left_out(void **state) {
         {"struct S { S() thread : x(1) {} S() constant : x(1) {} };",
          "struct S { S()        : x(1) {}                        };"},
         {"struct S { S() thread = default; S() device = default; int f() const device { return 1; }\n};",
-         "struct S { S()        = default;                         int f() const        { return 1; }\n};"},
+         "struct S { S()        = default;                       int f() const        { return 1; }\n};"},
         /* what does something else, stands twice, or in another branch of the preprocessor's */
         {"int f(device T* p) { return 1; } int f(thread T* p) { return 2; }",
          "int f(       T* p) { return 1; } int f(       T* p) { return 2; }"},
