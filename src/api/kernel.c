@@ -18,8 +18,8 @@ enum {
 
 /* ---- names --------------------------------------------------------------------------------------------------------------- */
 
-static bool is_identifier(const char *name) {
-    if (!((*name >= 'a' && *name <= 'z') || (*name >= 'A' && *name <= 'Z') || *name == '_')) return false;
+static bool is_word(const char *name) {
+    if (!*name) return false;
     for (; *name; name++) {
         bool letter = (*name >= 'a' && *name <= 'z') || (*name >= 'A' && *name <= 'Z');
         if (!letter && *name != '_' && !(*name >= '0' && *name <= '9')) return false;
@@ -84,10 +84,12 @@ static bool is_keyword(const char *name) {
     return false;
 }
 
-static metalloid_status check_name(const char *name, const char *what) {
+/* A kernel's own name stands behind custom_kernel_, and may begin with a digit. */
+static metalloid_status check_name(const char *name, const char *what, bool digit_first) {
     MTL_REQUIRE(name, op, "%s must not be NULL", what);
     /* Not printed: it may be anything, of any length. */
-    MTL_REQUIRE(is_identifier(name), op, "%s must be an identifier: letters, digits and _, no digit first", what);
+    MTL_REQUIRE(is_word(name) && (digit_first || *name < '0' || *name > '9'), op,
+                "%s must be an identifier: letters, digits and _%s", what, digit_first ? "" : ", no digit first");
     MTL_REQUIRE(strlen(name) <= MTL_LONGEST_NAME, op, "%s must have at most %d characters", what,
                 (int)MTL_LONGEST_NAME);
     MTL_REQUIRE(strncmp(name, "__mtl", 5) != 0, op, "%s must not begin with __mtl", what);
@@ -101,7 +103,7 @@ static metalloid_status check_names(const char *const *names, int count, const c
     MTL_REQUIRE(names || count == 0, op, "%s must not be NULL", what);
     for (int i = 0; i < count; i++) {
         snprintf(element, sizeof element, "%s[%d]", what, i);
-        MTL_TRY(check_name(names[i], element));
+        MTL_TRY(check_name(names[i], element, false));
         MTL_REQUIRE(!is_keyword(names[i]), op, "%s must not be a word of the language, got %s", element, names[i]);
         MTL_REQUIRE(!metal || !mtl_is_attribute(names[i]), op, "%s must not be the name of a Metal attribute, got %s",
                     element, names[i]);
@@ -139,7 +141,7 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
     MTL_TRY(mtl_options_read(&read, &defaults, sizeof read, options, op));
     bool precompiled = read.language == METALLOID_KERNEL_PRECOMPILED, metal = read.language == METALLOID_KERNEL_METAL;
     if (precompiled) MTL_REQUIRE(name && *name, op, "%s must be the kernel's symbol in the image", "name");
-    else MTL_TRY(check_name(name, "name"));
+    else MTL_TRY(check_name(name, "name", true));
     MTL_TRY(check_names(input_names, input_count, "input_names", metal));
     MTL_TRY(check_names(output_names, output_count, "output_names", metal));
     MTL_REQUIRE(output_count > 0, op, "%s must have at least one name", "output_names");
@@ -273,7 +275,7 @@ static metalloid_status check_templates(const metalloid_kernel_call *call, mtl_t
         const metalloid_template_argument *argument = &call->template_arguments[i];
         char element[64];
         snprintf(element, sizeof element, "the name of template argument %d", i);
-        MTL_TRY(check_name(argument->name, element));
+        MTL_TRY(check_name(argument->name, element, false));
         MTL_REQUIRE(!is_keyword(argument->name), op, "%s must not be a word of the language, got %s", element,
                     argument->name);
         for (int j = 0; j < i; j++) {

@@ -115,9 +115,13 @@ static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, ch
         "-mprefer-vector-width=512",
 #endif
     };
-    static const char *const safe[] = {"-ffp-contract=fast", NULL};
-    static const char *const relaxed[] = {"-fassociative-math", "-freciprocal-math", "-fno-signed-zeros",
-                                          "-ffp-contract=fast", NULL};
+    static const char *const safe[] = {"-Xclang", "-ffp-contract=fast-honor-pragmas", NULL};
+    static const char *const relaxed[] = {"-fassociative-math",
+                                          "-freciprocal-math",
+                                          "-fno-signed-zeros",
+                                          "-Xclang",
+                                          "-ffp-contract=fast-honor-pragmas",
+                                          NULL};
     static const char *const fast[] = {"-ffast-math", NULL};
     int count = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++) arguments[count++] = always[i];
@@ -304,6 +308,37 @@ static metalloid_status get_variant(metalloid_kernel *kernel, const mtl_launch *
     return METALLOID_OK;
 }
 
+/* ---- buffers that are not aligned --------------------------------------------------------------------------------------------- */
+
+/* A float4 is loaded and stored whole, at a multiple of its size, which Metal's buffers are. Slices begin anywhere, and MLX's arrays
+ * in CPU memory 8 bytes behind a multiple of 16: where a kernel may have vectors in them, it gets copies. */
+typedef struct stand_in {
+    void *memory;
+    const mtl_view *view;
+    char *data; /* in memory, what view->data is */
+} stand_in;
+
+static metalloid_status stand_in_for(stand_in *s, const mtl_view *view, int alignment) {
+    size_t unit = alignment ? (size_t)alignment : 1;
+    *s = (stand_in){.view = view, .data = view->data};
+    if ((uintptr_t)view->data % unit == 0 || view->high == view->low) return METALLOID_OK;
+    size_t lead = ((size_t)-view->low + unit - 1) / unit * unit;
+    s->memory = aligned_alloc(unit, (lead + (size_t)view->high + unit - 1) / unit * unit);
+    if (!s->memory) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: no memory for a copy of %s", op, view->name);
+    s->data = (char *)s->memory + lead;
+    return METALLOID_OK;
+}
+
+static void copy_in(const stand_in *s) {
+    const mtl_view *view = s->view;
+    if (s->memory) memcpy(s->data + view->low, view->data + view->low, (size_t)(view->high - view->low));
+}
+
+static void copy_out(const stand_in *s) {
+    const mtl_view *view = s->view;
+    if (s->memory) memcpy(view->data + view->low, s->data + view->low, (size_t)(view->high - view->low));
+}
+
 /* ---- run ---------------------------------------------------------------------------------------------------------------------- */
 
 typedef struct job {
@@ -370,7 +405,7 @@ static void block_signals(sigset_t *before) {
 }
 
 static metalloid_status run(const metalloid_context *context, const metalloid_kernel *kernel, const mtl_launch *launch,
-                            job *j) {
+                            const stand_in *stand_ins, job *j) {
     enum { MOST_WORKERS = 256 };
     mtl_workspace *workspaces[MOST_WORKERS];
     int bits = j->variant->stack_bits, workers = 1;
@@ -380,6 +415,7 @@ static metalloid_status run(const metalloid_context *context, const metalloid_ke
 
     for (int i = 0; i < kernel->definition.output_count && launch->has_init_value; i++)
         mtl_kernel_fill(&launch->outputs[i], launch->init_value);
+    for (int i = 0; i < kernel->definition.input_count + kernel->definition.output_count; i++) copy_in(&stand_ins[i]);
 
     sigset_t signals;
     if (bits) block_signals(&signals);
@@ -423,16 +459,8 @@ metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metallo
                                        const mtl_launch *launch) {
     const mtl_variant *variant;
     MTL_TRY(get_variant(kernel, launch, &variant));
-    void *pointers[(MTL_POINTERS_OF_INPUT + 1) * MTL_MOST_BUFFERS];
-    int count = 0;
-    for (int i = 0; i < kernel->definition.input_count; i++) {
-        pointers[count++] = launch->inputs[i].data;
-        pointers[count++] = (void *)(uintptr_t)launch->shapes[i];
-        pointers[count++] = (void *)(uintptr_t)launch->strides[i];
-        pointers[count++] = (void *)(uintptr_t)&launch->ranks[i];
-    }
-    for (int i = 0; i < kernel->definition.output_count; i++) pointers[count++] = launch->outputs[i].data;
-    mtl_dispatch dispatch = {.pointers = pointers, .most_iterations = (unsigned long)kernel->most_iterations};
+    int inputs = kernel->definition.input_count, outputs = kernel->definition.output_count;
+    mtl_dispatch dispatch = {.most_iterations = (unsigned long)kernel->most_iterations};
     unsigned long total = 1;
     for (int axis = 0; axis < 3; axis++) {
         dispatch.grid[axis] = launch->grid[axis];
@@ -442,6 +470,27 @@ metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metallo
         if (__builtin_mul_overflow(total, dispatch.threadgroups[axis], &total))
             return mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: grid has too many threadgroups", op);
     }
-    job j = {.variant = variant, .dispatch = &dispatch, .end = total};
-    return run(context, kernel, launch, &j);
+
+    stand_in stand_ins[2 * MTL_MOST_BUFFERS];
+    void *pointers[(MTL_POINTERS_OF_INPUT + 1) * MTL_MOST_BUFFERS];
+    metalloid_status status = METALLOID_OK;
+    int count = 0, made = 0;
+    for (int i = 0; i < inputs + outputs && !status; i++) {
+        const mtl_view *view = i < inputs ? &launch->inputs[i] : &launch->outputs[i - inputs];
+        status = stand_in_for(&stand_ins[i], view, kernel->mentions.vector_bytes);
+        made += !status;
+        pointers[count++] = stand_ins[i].data;
+        if (i >= inputs) continue;
+        pointers[count++] = (void *)(uintptr_t)launch->shapes[i];
+        pointers[count++] = (void *)(uintptr_t)launch->strides[i];
+        pointers[count++] = (void *)(uintptr_t)&launch->ranks[i];
+    }
+    if (!status) {
+        dispatch.pointers = pointers;
+        job j = {.variant = variant, .dispatch = &dispatch, .end = total};
+        status = run(context, kernel, launch, stand_ins, &j);
+        for (int i = inputs; i < inputs + outputs && !status; i++) copy_out(&stand_ins[i]);
+    }
+    for (int i = 0; i < made; i++) free(stand_ins[i].memory);
+    return status;
 }

@@ -117,6 +117,57 @@ static void find_types(mtl_mentions *mentions, const mtl_token *token) {
     if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
 }
 
+/* float4, ulong2, half4x4; 8 bytes a component or less than that. */
+static bool is_vector(const mtl_token *token, bool *is_long) {
+    static const char *const scalars[] = {"bool", "char",  "uchar",  "short", "ushort", "int",     "uint",
+                                          "half", "float", "bfloat", "long",  "ulong",  "int64_t", "uint64_t"};
+    *is_long = begins_with(token, "long") || begins_with(token, "ulong") || mtl_token_is(token, "vec");
+    if (mtl_token_is(token, "vec") || mtl_token_is(token, "matrix")) return true;
+    for (size_t i = 0; i < sizeof scalars / sizeof scalars[0]; i++) {
+        size_t length = strlen(scalars[i]);
+        if (!begins_with(token, scalars[i]) || (token->length != length + 1 && token->length != length + 3)) continue;
+        char width = token->text[length];
+        if (width >= '2' && width <= '4' && (token->length == length + 1 || token->text[length + 1] == 'x'))
+            return true;
+    }
+    return false;
+}
+
+/* The compiler of CUDA's has no such pragma, only an option for all of the unit. */
+static bool forbids_contraction(const mtl_token *token) {
+    static const char words[] = "contract(off)";
+    for (size_t i = 0; token->kind == MTL_TOKEN_VERBATIM && i + sizeof words - 1 <= token->length; i++) {
+        if (memcmp(token->text + i, words, sizeof words - 1) == 0) return true;
+    }
+    return false;
+}
+
+/* Vectors that a pointer, a reference or a struct may find in a buffer: whose names are no plain declaration's (float4 v) and no
+ * constructor's (float4(x)). */
+static void find_vectors(mtl_mentions *mentions, const mtl_tokens *tokens) {
+    int all = 0, elsewhere = 0;
+    bool structs = false, is_long;
+    const mtl_token *before = NULL;
+    for (size_t i = 0; i < tokens->count; i++) {
+        const mtl_token *token = &tokens->token[i];
+        if (token->kind == MTL_TOKEN_SPACE) continue;
+        structs |= mtl_token_is(token, "struct") || mtl_token_is(token, "class") || mtl_token_is(token, "union");
+        if (token->kind == MTL_TOKEN_IDENTIFIER && is_vector(token, &is_long)) {
+            size_t next = i + 1;
+            while (next < tokens->count && tokens->token[next].kind == MTL_TOKEN_SPACE) next++;
+            const mtl_token *behind = next < tokens->count ? &tokens->token[next] : NULL;
+            bool plain = behind && (behind->kind == MTL_TOKEN_IDENTIFIER || mtl_token_is(behind, "(")) &&
+                         !(before && mtl_token_is(before, "typedef"));
+            int bytes = is_long ? 32 : 16;
+            if (bytes > all) all = bytes;
+            if (!plain && bytes > elsewhere) elsewhere = bytes;
+        }
+        before = token;
+    }
+    int bytes = structs ? all : elsewhere;
+    if (bytes > mentions->vector_bytes) mentions->vector_bytes = bytes;
+}
+
 /* Whether the token is `name` followed by `suffix`. */
 static bool is_joined(const mtl_token *token, const char *name, const char *suffix) {
     size_t first = strlen(name), second = strlen(suffix);
@@ -130,6 +181,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
     if (!mtl_tokenize(&tokens, definition->source, strlen(definition->source))) return false;
     for (size_t t = 0; t < tokens.count; t++) {
         const mtl_token *token = &tokens.token[t];
+        mentions->no_contraction |= forbids_contraction(token);
         if (token->kind != MTL_TOKEN_IDENTIFIER) continue;
         for (int i = 0; i < ATTRIBUTES; i++) {
             if (mtl_token_is(token, attributes[i].name)) mentions->attributes |= 1u << i;
@@ -144,6 +196,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
         if (is_meeting_point(token)) mentions->lanes_meet = true;
         find_types(mentions, token);
     }
+    find_vectors(mentions, &tokens);
     mtl_tokens_free(&tokens);
     for (int i = 0; i < ATTRIBUTES; i++) {
         if (mentions->attributes >> i & 1 && attributes[i].relative) mentions->relative = true;
@@ -151,10 +204,12 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
 
     if (!mtl_tokenize(&tokens, definition->header, strlen(definition->header))) return false;
     for (size_t t = 0; t < tokens.count; t++) {
+        mentions->no_contraction |= forbids_contraction(&tokens.token[t]);
         if (tokens.token[t].kind != MTL_TOKEN_IDENTIFIER) continue;
         if (is_meeting_point(&tokens.token[t])) mentions->lanes_meet = true;
         find_types(mentions, &tokens.token[t]);
     }
+    find_vectors(mentions, &tokens);
     mtl_tokens_free(&tokens);
     return true;
 }
@@ -762,7 +817,8 @@ bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
     }
     mtl_text body = {0};
     options.lockstep = given->lockstep && options.target == MTL_TARGET_CPU && mentions->lanes_meet &&
-                       !options.count_iterations && !mentions->simdgroup_matrices && !meeting.count;
+                       !options.count_iterations && !mentions->simdgroup_matrices && !mentions->no_contraction &&
+                       !meeting.count;
     if (options.lockstep) {
         options.meeting = NULL;
         options.lockstep = mtl_translate_in_lockstep(&body, definition, mentions, &options);

@@ -33,6 +33,8 @@ typedef struct mtl_mentions {
     bool lanes_meet;                                            /* barriers, or exchanges in a simdgroup */
     bool halves, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
     bool relative;                                              /* anything that depends on the cut into threadgroups */
+    int vector_bytes;    /* the alignment of vectors that may be read from and written to buffers; 0: none */
+    bool no_contraction; /* #pragma clang fp contract(off): a product and a sum are rounded each */
 } mtl_mentions;
 
 /* What is compiled anew for: the types of one call. */

@@ -78,7 +78,8 @@ static bool is_constexpr_already(const translation *t, size_t i) {
 }
 
 static void translate_constant(translation *t, size_t i) {
-    if (is_static_member(t, i) && !is_constexpr_already(t, i)) t->token[i].replacement = "constexpr";
+    if (mtl_qualifies_constructor(t, i)) mtl_blank(t, i);
+    else if (is_static_member(t, i) && !is_constexpr_already(t, i)) t->token[i].replacement = "constexpr";
     else t->token[i].replacement = is_const_already(t, i) ? "" : "const";
 }
 
@@ -285,7 +286,6 @@ static bool in_angles(const translation *t, size_t i) {
 static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) {
     static const char *const ends[] = {",", ";", ")", "]", "}", NULL};
     long nested = 0;
-    if (i >= t->count) return t->count;
     bool directive = t->token[i].in_directive;
     for (size_t at = i; at < t->count;) {
         if (t->token[at].in_directive != directive) return middle ? t->count : at;
@@ -312,8 +312,10 @@ static void wrap_arm(translation *t, size_t begin, size_t end) {
 }
 
 static void translate_condition(translation *t, size_t i) {
-    size_t first = mtl_after(t, i), colon = arm_end(t, first, true, false);
-    if (first >= t->count || colon >= t->count || !mtl_is(t, colon, ":")) return;
+    size_t first = mtl_after(t, i);
+    if (first >= t->count) return;
+    size_t colon = arm_end(t, first, true, false);
+    if (colon >= t->count || !mtl_is(t, colon, ":")) return;
     size_t second = mtl_after(t, colon);
     if (second >= t->count) return;
     size_t end = arm_end(t, second, false, in_angles(t, i));
@@ -345,7 +347,7 @@ static void translate_token(translation *t, size_t i) {
         if (mtl_is_one_of(t, i, plain_spaces)) mtl_blank(t, i);
         else if (mtl_is(t, i, "constant")) translate_constant(t, i);
         else if (mtl_is(t, i, "threadgroup")) translate_threadgroup(t, i);
-        else if (mtl_is(t, i, "kernel") && mtl_is(t, mtl_after(t, i), "void")) mtl_blank(t, i);
+        else if (mtl_is(t, i, "kernel") && mtl_is_identifier(t, mtl_after(t, i))) mtl_blank(t, i);
         else if (t->options->count_iterations && (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do")))
             count_iterations(t, i);
         break;
@@ -404,6 +406,7 @@ void mtl_translate(mtl_text *out, const char *source, mtl_region region, const m
         out->failed = true;
         return;
     }
+    mtl_leave_out_overloads(&t);
     if (options->meeting) mtl_mark_places(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
     for (size_t i = 0; i < t.count && !t.failed; i++) mtl_write_token(out, &t.token[i]);
@@ -415,6 +418,7 @@ bool mtl_translate_in_lockstep(mtl_text *out, const mtl_definition *definition, 
                                const mtl_unit_options *options) {
     translation t = {.region = MTL_REGION_BODY, .options = options};
     bool done = begin(&t, definition->source);
+    if (done) mtl_leave_out_overloads(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
     done = done && !t.failed && mtl_write_lockstep(&t, out, definition, mentions);
     end(&t);

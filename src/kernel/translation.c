@@ -80,6 +80,11 @@ size_t mtl_behind_angle(const translation *t, size_t i) {
     return i;
 }
 
+bool mtl_qualifies_constructor(const translation *t, size_t i) {
+    size_t before = mtl_before(t, i), behind = mtl_after(t, i);
+    return before != SIZE_MAX && mtl_is(t, before, ")") && (mtl_is(t, behind, ":") || mtl_is(t, behind, "="));
+}
+
 void mtl_blank(translation *t, size_t i) { t->token[i].replacement = ""; }
 
 /* Everything in [begin, end), newlines excepted: those are in tokens of space. */

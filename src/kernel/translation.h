@@ -43,6 +43,9 @@ size_t mtl_opening_bracket(const translation *t, size_t i);
 /* Behind the > that closes the < at `i`, or `i` where it opens no list of template arguments. */
 size_t mtl_behind_angle(const translation *t, size_t i);
 
+/* Whether the address space at `i` is that of a constructor: X() constant : x(1) {}. No const can stand there. */
+bool mtl_qualifies_constructor(const translation *t, size_t i);
+
 /* ---- changing them ---- */
 
 const char *mtl_keep(translation *t, const mtl_text *text); /* until the translation is written */
@@ -71,5 +74,9 @@ void mtl_mark_places(translation *t);
 
 /* The translated tokens of a body as statements of a simdgroup. False: it has to be run thread by thread. */
 bool mtl_write_lockstep(translation *t, mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions);
+
+/* ---- overloads.c ---- */
+
+void mtl_leave_out_overloads(translation *t);
 
 #endif

@@ -88,6 +88,7 @@ static void metal_becomes_cxx(void **state) {
         {"#include <metal_stdlib>\nint x;", "                       \nint x;"},
         {"#include \"own.h\"\n", "#include \"own.h\"\n"},
         {"kernel void f()", "       void f()"},
+        {"template kernel F f<int>; a.kernel = 1;", "template        F f<int>; a.kernel = 1;"},
         {"threadgroup float* p = shared;", "            float* p = shared;"},
         {"f((threadgroup float*)p);", "f((            float*)p);"},
         {"// device 1.0\n\"constant\"", "// device 1.0\n\"constant\""},
@@ -101,6 +102,32 @@ static void metal_becomes_cxx(void **state) {
     };
     const mtl_unit_options options = {0};
     expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
+}
+
+static void overloads_are_left_out(void **state) {
+    (void)state;
+    static const pair pairs[] = {
+        {"void f(device T* p) { *p = 1; }\nvoid f(threadgroup T* q) { *q = 1; } int x;",
+         "void f(       T* p) { *p = 1; }\n                                     int x;"},
+        {"int g(constant T* p);\nint g(const device T* p);", "int g(const T* p);\n                         "},
+        {"struct S { S() thread : x(1) {} S() constant : x(1) {} };",
+         "struct S { S()        : x(1) {}                        };"},
+        {"struct S { S() thread = default; S() device = default; int f() const device { return 1; }\n};",
+         "struct S { S()        = default;                       int f() const        { return 1; }\n};"},
+        /* what does something else, stands twice, or in another branch of the preprocessor's */
+        {"int f(device T* p) { return 1; } int f(thread T* p) { return 2; }",
+         "int f(       T* p) { return 1; } int f(       T* p) { return 2; }"},
+        {"int f(device T* p); int f(device T* p);", "int f(       T* p); int f(       T* p);"},
+        {"#if A\nint f(device T* p);\n#else\nint f(thread T* p);\n#endif\n",
+         "#if A\nint f(       T* p);\n#else\nint f(       T* p);\n#endif\n"},
+        {"int f(device T* p, int q) { return q; } int f(thread T* q, int p) { return q; }",
+         "int f(       T* p, int q) { return q; } int f(       T* q, int p) { return q; }"},
+    };
+    const mtl_unit_options options = {0};
+    expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_HEADER, &options);
+    static const pair statements[] = {
+        {"*(device T*)p = 1; *(thread T*)p = 1;", "*(       T*)p = 1; *(       T*)p = 1;"}};
+    expect_translation(statements, 1, MTL_REGION_BODY, &options);
 }
 
 static void arms_are_wrapped(void **state) {
@@ -157,6 +184,7 @@ int main(void) {
         cmocka_unit_test(every_byte_belongs_to_a_token),
         cmocka_unit_test(numbers_end_where_they_should),
         cmocka_unit_test(metal_becomes_cxx),
+        cmocka_unit_test(overloads_are_left_out),
         cmocka_unit_test(arms_are_wrapped),
         cmocka_unit_test(places_are_marked),
         cmocka_unit_test(digests_are_the_standards),

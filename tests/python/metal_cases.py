@@ -291,6 +291,66 @@ case(
     grid=(1, 1, 1),
 )
 
+case(
+    "overloads that differ in address spaces alone",
+    "threadgroup float shared[64]; uint i = thread_position_in_grid.x, l = thread_position_in_threadgroup.x;"
+    "shared[l] = a[i]; threadgroup_barrier(mem_flags::mem_threadgroup);"
+    "float own[2] = {1, 2}; Box box(3); threadgroup Box common; if (l == 0) common.value = 4;"
+    "threadgroup_barrier(mem_flags::mem_threadgroup);"
+    "out0[i] = second(a + i / 2) + 10 * second((threadgroup const float*)shared + l / 2) + 100 * second(own) + 1000 * weights[1]"
+    " + Pointee<const device float*>::size + Pointee<threadgroup half*>::size; out1[i] = box.twice() + 10 * common.twice();",
+    [X],
+    [
+        (lambda at: X[at // 2 + 1] + 10 * X[at // 64 * 64 + at % 64 // 2 + 1])(np.arange(256)) + 200 + 5000 + 6,
+        np.full(256, 86.0, f32),
+    ],
+    header="template <typename T> T second(const device T* from) { return from[1]; }\n"
+    "template <typename T> T second(threadgroup const T* values) { return values[1]; }\n"
+    "template <typename T> T second(thread const T* p) { return p[1]; }\n"
+    "constant float weights[2] = {4, 5};\n"
+    "struct Box { float value; Box() thread = default; Box() threadgroup = default; Box() constant = default;\n"
+    "    Box(float x) thread : value(x) {} Box(float x) constant : value(x) {} float twice() const thread { return 2 * value; }\n"
+    "    float twice() const threadgroup { return 2 * value; } };\n"
+    "template <typename T> struct Pointee;\n"
+    "template <typename T> struct Pointee<device T*> { enum { size = sizeof(T) }; };\n"
+    "template <typename T> struct Pointee<threadgroup T*> { enum { size = sizeof(T) }; };\n"
+    "#if __METAL_VERSION__ > 9999\n"
+    "inline float first(const device float* p) { return -1; }\n"
+    "#else\n"
+    "inline float first(const threadgroup float* p) { return -1; }\n"
+    "#endif\n"
+    "inline float used(const threadgroup float* p) { return first(p); }\n",
+    **FLAT,
+)
+_a, _b = f32(1 + 2.0**-12) * np.ones(256, f32), f32(-(1 + 2.0**-11)) * np.ones(256, f32)
+case(
+    "products and sums that must not contract",
+    f"#pragma clang fp contract(off)\n {ID} out0[i] = a[i] * a[i] + b[i]; float p = a[i] * a[i]; out1[i] = p + b[i];",
+    [_a, _b],
+    [_a * _a + _b, _a * _a + _b],
+    rtol=0,
+    atol=0,
+    **FLAT,
+)
+case(
+    "users' functions and constants that are named as the library's",
+    f"{ID} out0[i] = sign(a[i]) + erf(half(a[i])) + absdiff(3, 5) + median3(a[i], 0.0f, 1.0f) + fabs(a[i]) + M_PI + clamp(a[i]);"
+    "out1[i] = HAS_BFLOAT;",
+    [X],
+    [7 + 9 + 20 + 1 + np.abs(X.astype(np.float64)) + 3 + np.clip(X, 0, 1), np.full(256, 1, i32)],
+    header="template <typename T> T sign(T) { return T(7); }\n"
+    "template <typename... T> struct ignored { using type = void; };\n"
+    "template <typename... T> using void_t = typename ignored<T...>::type;\n"
+    "template <typename T> METAL_FUNC T erf(T) { return T(9); }\n"
+    "template <typename T> inline T absdiff(T, T) { return T(20); }\n"
+    "template <typename T> inline T median3(T, T, T) { return T(1); }\n"
+    "template <typename T> inline T clamp(T x) { return clamp(x, T(0), T(1)); }\n"
+    "constant float M_PI = 3;\n"
+    "#if defined(__HAVE_BFLOAT__)\n#define HAS_BFLOAT 1\n#else\n#define HAS_BFLOAT 0\n#endif\n",
+    rtol=1e-3,
+    **FLAT,
+)
+
 # ---- integers
 
 _bits = ((U[:, None] >> np.arange(32, dtype=u32)) & 1).astype(bool)

@@ -629,9 +629,7 @@ def test_arguments_that_are_refused(changed, message):
         kernel(**(SOUND | changed))
 
 
-@pytest.mark.parametrize(
-    "name", ["", "a b", "$(touch x)", "a;b", "`id`", "../x", "1a", "é", "a'b", 'a"b', "a\nb", "-o"]
-)
+@pytest.mark.parametrize("name", ["", "a b", "$(touch x)", "a;b", "`id`", "../x", "é", "a'b", 'a"b', "a\nb", "-o"])
 def test_names_are_identifiers(name):
     for made in (
         {"name": name, "input_names": [], "output_names": ["y"]},
@@ -640,6 +638,38 @@ def test_names_are_identifiers(name):
     ):
         with pytest.raises(ValueError, match="identifier"):
             metal_kernel(source="y[0] = 1;", **made)
+
+
+def test_a_kernels_name_may_begin_with_a_digit():
+    """MLX puts custom_kernel_ before it; parameters stand alone."""
+    kernel = metal_kernel(name="2nd", input_names=[], output_names=["y"], source="y[0] = 2;")
+    (y,) = kernel(inputs=[], output_shapes=[(1,)], output_dtypes=[F32], grid=(1, 1, 1), threadgroup=(1, 1, 1))
+    assert y.tolist() == [2]
+    with pytest.raises(ValueError, match=r"output_names\[0\] must be an identifier.*no digit first"):
+        metal_kernel(name="k", input_names=[], output_names=["2nd"], source="")
+
+
+@pytest.mark.parametrize("at", [4, 8, 12])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_vectors_in_buffers_that_are_not_aligned(at, contiguous):
+    """A float4 is loaded and stored whole; slices and MLX's arrays begin anywhere."""
+    n = 64
+    source = """
+        uint i = thread_position_in_grid.x;
+        float4 sum = 0;
+        for (int k = 0; k < 4; ++k) sum += ((const device float4*)x)[i * x_strides[0] / 4];
+        *reinterpret_cast<device float4*>(y + 4 * i) = sum + ((device float4*)y)[i];
+    """
+    kernel = metalloid._native.Kernel("unaligned", ("x",), ("y",), source, ensure_row_contiguous=contiguous)
+    memory = np.zeros(4 * n * 2 + 16, F32)
+    first = -memory.ctypes.data % 16 // 4 + at // 4  # `at` bytes behind a multiple of 16
+    x = np.lib.stride_tricks.as_strided(memory[first:], (n, 4), (32, 4))
+    x[:] = np.arange(4 * n, dtype=F32).reshape(n, 4)
+    before, y = x.copy(), np.zeros(4 * n + 8, F32)
+    y = y[-y.ctypes.data % 16 // 4 + at // 4 :][: 4 * n]
+    kernel.launch((x,), (y,), (n, 1, 1), (32, 1, 1), (), 1.0)
+    assert (y.reshape(n, 4) == 4 * before + 1).all()
+    assert (x == before).all()
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,8 @@ def test_a_program_that_asks_for_metal_first():
     has_kernels = hasattr(metalloid.fast, "metal_kernel")
     with mm.installed():
         assert mx.metal.is_available() == has_kernels
+        assert mx.is_available(mx.gpu) == has_kernels
+        assert mx.is_available(mx.cpu)
         assert (mx.default_device() == mx.gpu) == has_kernels
         assert (mx.default_device() != mx.gpu) != has_kernels
         assert mx.default_device() == mx.cpu
@@ -327,10 +329,21 @@ def test_a_custom_kernel_has_no_gradient_and_no_trace(monkeypatch):
             lambda: mx.grad(lambda x: run(x).sum())(x),
             lambda: mx.jvp(run, [x], [x]),
             lambda: mx.vmap(run)(mx.stack([x, x])),
-            lambda: mx.compile(run)(x),
+            lambda: mx.compile(run, inputs=[x])(x),
         ):
             with pytest.raises((ValueError, RuntimeError)):
                 mx.eval(traced())
+        calls = []
+        compiled = mx.compile(lambda x, y=None: calls.append(0) or run(x + 1) * 2)
+        for _ in range(3):
+            np.testing.assert_allclose(np.array(compiled(x)), 2 * np.exp(np.arange(4) + 1), rtol=1e-6)
+            np.testing.assert_allclose(np.array(compiled(x, y=x)), 2 * np.exp(np.arange(4) + 1), rtol=1e-6)
+        assert len(calls) == 7, "traced once, in vain"
+        with pytest.raises(ZeroDivisionError):
+            mx.compile(lambda x: run(x) / (1 // 0))(x)
+        outer = mx.compile(lambda x: compiled(x) - 1)
+        np.testing.assert_allclose(np.array(outer(x)), 2 * np.exp(np.arange(4) + 1) - 1, rtol=1e-6)
+    assert mx.compile(lambda x: x + 1)(x).tolist() == [1, 2, 3, 4]
 
 
 # ---- the primitive's file

@@ -196,7 +196,7 @@ defmodule Metalloid.KernelTest do
     good = [input_names: ["x0"], output_names: ["y"], source: "does not compile"]
 
     for {name, change} <- [
-          {"2nd", []},
+          {"no identifier", []},
           {"a b", []},
           {"", []},
           {"k\0", []},

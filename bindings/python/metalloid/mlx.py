@@ -71,6 +71,8 @@ _plain: Any = formulas  # called with lists of arrays, whose length no type tell
 _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = _native.operation_names()
 _FAST = ("cross_entropy", "gated_delta_update", "layer_norm", "rms_norm", "rope", "scaled_dot_product_attention")
 _own = {name: getattr(mx.fast, name) for name in _FAST}  # MLX's, whatever is installed later
+_own_compile = mx.compile
+_own_is_available: Any = getattr(mx, "is_available", None)  # since 0.27
 _default_device = mx.default_device
 _VERSION: str = vars(mx)["__version__"]
 
@@ -541,6 +543,32 @@ def _replacement(name: str) -> Callable[..., Any]:
     return function
 
 
+class _Traced(ValueError):
+    """A kernel has to run, and MLX is tracing: there are no values."""
+
+
+def _compiled(
+    fun: Callable[..., Any], inputs: object = None, outputs: object = None, shapeless: bool = False
+) -> Callable[..., Any]:
+    """``mx.compile``; a function that calls a custom kernel runs as it is."""
+    compiled = _own_compile(fun, inputs, outputs, shapeless)
+    if inputs is not None or outputs is not None:  # what it captures has been traced by the time that it calls a kernel
+        return compiled
+    plain = False
+
+    @functools.wraps(fun)
+    def call(*args: Any, **keywords: Any) -> Any:
+        nonlocal plain
+        if not plain:
+            try:
+                return compiled(*args, **keywords)
+            except _Traced:
+                plain = True
+        return fun(*args, **keywords)
+
+    return call
+
+
 def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
     from metalloid import fast
 
@@ -556,6 +584,12 @@ def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
             whole = list(inputs)
             for i, array in zip(places, arrays, strict=True):
                 whole[i] = array
+            try:
+                mx.eval(*arrays)
+            except ValueError as error:
+                if "transformations" in str(error):
+                    raise _Traced("a custom kernel cannot be traced") from None
+                raise
             return kernel(inputs=whole, **how)
 
         def refuse(*_: Any) -> Any:
@@ -577,7 +611,8 @@ def install(*, primitive: bool | None = None) -> None:
     program is imported: what was imported by name before stays MLX's.
 
     Where ``metalloid.fast`` has ``metal_kernel``, that of ``mlx.core.fast`` runs on it, and for programs that ask first
-    ``mx.metal.is_available()`` is True and ``mx.default_device()`` equals ``mx.gpu``.
+    ``mx.metal.is_available()`` and ``mx.is_available(mx.gpu)`` are True and ``mx.default_device()`` equals ``mx.gpu``.
+    What ``mx.compile`` makes of a function that calls a kernel runs without being compiled.
 
     Args:
         primitive: None to compile the primitive for this MLX if that is possible, True to insist on it, False to do
@@ -607,8 +642,11 @@ def install(*, primitive: bool | None = None) -> None:
     changes: list[tuple[Any, str, Any]] = [(mx.fast, name, _replacement(name)) for name in _FAST]
     if hasattr(fast, "metal_kernel"):
         changes.append((mx.fast, "metal_kernel", _metal_kernel))
+        changes.append((mx, "compile", _compiled))
         if _default_device().type == mx.cpu:
             changes.append((mx.metal, "is_available", lambda: True))
+            if _own_is_available:
+                changes.append((mx, "is_available", lambda device: device == mx.gpu or _own_is_available(device)))
             changes.append((mx, "default_device", lambda: _Device(_default_device().type)))
     for owner, name, value in changes:
         _replaced.append((owner, name, getattr(owner, name)))

@@ -103,10 +103,11 @@ MSL_FUNCTOR_T(clz, (T x), clz_of(x))
 MSL_FUNCTOR_T(ctz, (T x), ctz_of(x))
 MSL_FUNCTOR_T(reverse_bits, (T x), reverse_of(x))
 } // namespace msl_
-#define MSL_INTEGER_1(name)                                           \
-    template <class A> MSL_FN constexpr msl_::number_t<A> name(A a) { \
-        using V = msl_::number_t<A>;                                  \
-        return msl_::each<V>(msl_::name##_f(), V(a));                 \
+#define MSL_INTEGER_1(name)                                                              \
+    template <class A, MSL_REST> MSL_FN constexpr msl_::number_t<A> name(A a, Rest...) { \
+        MSL_NO_REST(name);                                                               \
+        using V = msl_::number_t<A>;                                                     \
+        return msl_::each<V>(msl_::name##_f(), V(a));                                    \
     }
 MSL_INTEGER_1(popcount)
 MSL_INTEGER_1(clz)
@@ -135,13 +136,14 @@ template <class A> MSL_FN constexpr msl_::number_t<A> insert_bits(A base, A inse
 
 // ---- relational: by bits, so that they hold in fast math too
 
-#define MSL_CLASSIFY(name, body)                                                           \
-    namespace msl_ {                                                                       \
-    MSL_FUNCTOR(name, (float x), body)                                                     \
-    }                                                                                      \
-    template <class A> MSL_FN constexpr msl_::rebind_t<msl_::float_t<A>, bool> name(A a) { \
-        using V = msl_::float_t<A>;                                                        \
-        return msl_::each<msl_::rebind_t<V, bool>>(msl_::name##_f(), V(a));                \
+#define MSL_CLASSIFY(name, body)                                                                              \
+    namespace msl_ {                                                                                          \
+    MSL_FUNCTOR(name, (float x), body)                                                                        \
+    }                                                                                                         \
+    template <class A, MSL_REST> MSL_FN constexpr msl_::rebind_t<msl_::float_t<A>, bool> name(A a, Rest...) { \
+        MSL_NO_REST(name);                                                                                    \
+        using V = msl_::float_t<A>;                                                                           \
+        return msl_::each<msl_::rebind_t<V, bool>>(msl_::name##_f(), V(a));                                   \
     }
 MSL_CLASSIFY(isnan, is_nan(x))
 MSL_CLASSIFY(isinf, is_inf(x))

@@ -418,55 +418,67 @@ template <class T> MSL_FN constexpr T abs_of(T a) {
     };
 } // namespace msl_
 
+// A user's function template of the same name is the one that is called: its like without a trailing pack is more specialized.
+#define MSL_REST          class... Rest
+#define MSL_NO_REST(name) static_assert(sizeof...(Rest) == 0, "too many arguments of " #name)
+
 // Functions of floating point with one, two, three arguments, on scalars and vectors; integers count as float.
-#define MSL_MATH_1(name, body)                                       \
-    namespace msl_ {                                                 \
-    MSL_FUNCTOR(name, (float x), body)                               \
-    }                                                                \
-    template <class A> MSL_FN constexpr msl_::float_t<A> name(A a) { \
-        using V = msl_::float_t<A>;                                  \
-        return msl_::each<V>(msl_::name##_f(), V(a));                \
+#define MSL_MATH_1(name, body)                                                          \
+    namespace msl_ {                                                                    \
+    MSL_FUNCTOR(name, (float x), body)                                                  \
+    }                                                                                   \
+    template <class A, MSL_REST> MSL_FN constexpr msl_::float_t<A> name(A a, Rest...) { \
+        MSL_NO_REST(name);                                                              \
+        using V = msl_::float_t<A>;                                                     \
+        return msl_::each<V>(msl_::name##_f(), V(a));                                   \
     }
-#define MSL_MATH_2(name, body)                                                               \
-    namespace msl_ {                                                                         \
-    MSL_FUNCTOR(name, (float x, float y), body)                                              \
-    }                                                                                        \
-    template <class A, class B> MSL_FN constexpr msl_::common_float_t<A, B> name(A a, B b) { \
-        using V = msl_::common_float_t<A, B>;                                                \
-        return msl_::each<V>(msl_::name##_f(), V(a), V(b));                                  \
+#define MSL_MATH_2(name, body)                                                                                  \
+    namespace msl_ {                                                                                            \
+    MSL_FUNCTOR(name, (float x, float y), body)                                                                 \
+    }                                                                                                           \
+    template <class A, class B, MSL_REST> MSL_FN constexpr msl_::common_float_t<A, B> name(A a, B b, Rest...) { \
+        MSL_NO_REST(name);                                                                                      \
+        using V = msl_::common_float_t<A, B>;                                                                   \
+        return msl_::each<V>(msl_::name##_f(), V(a), V(b));                                                     \
     }
-#define MSL_MATH_3(name, body)                                                                                 \
-    namespace msl_ {                                                                                           \
-    MSL_FUNCTOR(name, (float x, float y, float z), body)                                                       \
-    }                                                                                                          \
-    template <class A, class B, class C> MSL_FN constexpr msl_::common3_float_t<A, B, C> name(A a, B b, C c) { \
-        using V = msl_::common3_float_t<A, B, C>;                                                              \
-        return msl_::each<V>(msl_::name##_f(), V(a), V(b), V(c));                                              \
+#define MSL_MATH_3(name, body)                                                     \
+    namespace msl_ {                                                               \
+    MSL_FUNCTOR(name, (float x, float y, float z), body)                           \
+    }                                                                              \
+    template <class A, class B, class C, MSL_REST>                                 \
+    MSL_FN constexpr msl_::common3_float_t<A, B, C> name(A a, B b, C c, Rest...) { \
+        MSL_NO_REST(name);                                                         \
+        using V = msl_::common3_float_t<A, B, C>;                                  \
+        return msl_::each<V>(msl_::name##_f(), V(a), V(b), V(c));                  \
     }
 // The same for any arithmetic type.
-#define MSL_ANY_1(name, body)                                         \
-    namespace msl_ {                                                  \
-    MSL_FUNCTOR_T(name, (T x), body)                                  \
-    }                                                                 \
-    template <class A> MSL_FN constexpr msl_::number_t<A> name(A a) { \
-        using V = msl_::number_t<A>;                                  \
-        return msl_::each<V>(msl_::name##_f(), V(a));                 \
+#define MSL_ANY_1(name, body)                                                            \
+    namespace msl_ {                                                                     \
+    MSL_FUNCTOR_T(name, (T x), body)                                                     \
+    }                                                                                    \
+    template <class A, MSL_REST> MSL_FN constexpr msl_::number_t<A> name(A a, Rest...) { \
+        MSL_NO_REST(name);                                                               \
+        using V = msl_::number_t<A>;                                                     \
+        return msl_::each<V>(msl_::name##_f(), V(a));                                    \
     }
-#define MSL_ANY_2(name, body)                                                          \
-    namespace msl_ {                                                                   \
-    MSL_FUNCTOR_T(name, (T x, T y), body)                                              \
-    }                                                                                  \
-    template <class A, class B> MSL_FN constexpr msl_::common_t<A, B> name(A a, B b) { \
-        using V = msl_::common_t<A, B>;                                                \
-        return msl_::each<V>(msl_::name##_f(), V(a), V(b));                            \
+#define MSL_ANY_2(name, body)                                                                             \
+    namespace msl_ {                                                                                      \
+    MSL_FUNCTOR_T(name, (T x, T y), body)                                                                 \
+    }                                                                                                     \
+    template <class A, class B, MSL_REST> MSL_FN constexpr msl_::common_t<A, B> name(A a, B b, Rest...) { \
+        MSL_NO_REST(name);                                                                                \
+        using V = msl_::common_t<A, B>;                                                                   \
+        return msl_::each<V>(msl_::name##_f(), V(a), V(b));                                               \
     }
-#define MSL_ANY_3(name, body)                                                                            \
-    namespace msl_ {                                                                                     \
-    MSL_FUNCTOR_T(name, (T x, T y, T z), body)                                                           \
-    }                                                                                                    \
-    template <class A, class B, class C> MSL_FN constexpr msl_::common3_t<A, B, C> name(A a, B b, C c) { \
-        using V = msl_::common3_t<A, B, C>;                                                              \
-        return msl_::each<V>(msl_::name##_f(), V(a), V(b), V(c));                                        \
+#define MSL_ANY_3(name, body)                                                \
+    namespace msl_ {                                                         \
+    MSL_FUNCTOR_T(name, (T x, T y, T z), body)                               \
+    }                                                                        \
+    template <class A, class B, class C, MSL_REST>                           \
+    MSL_FN constexpr msl_::common3_t<A, B, C> name(A a, B b, C c, Rest...) { \
+        MSL_NO_REST(name);                                                   \
+        using V = msl_::common3_t<A, B, C>;                                  \
+        return msl_::each<V>(msl_::name##_f(), V(a), V(b), V(c));            \
     }
 
 // Those of the list have two more names, precise:: and fast::.

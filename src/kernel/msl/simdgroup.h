@@ -249,7 +249,7 @@ MSL_FN uint first_lane(uint mask) {
 }
 // A type that lanes can hand to each other: a number, or any other class (complex64_t, a user's struct).
 template <class T, class = void> struct handed { using type = T; };
-template <class T> struct handed<T, void_t<number_t<T>>> { using type = number_t<T>; };
+template <class T> struct handed<T, msl_::void_t<number_t<T>>> { using type = number_t<T>; };
 template <class T> using handed_t = typename handed<T>::type;
 } // namespace msl_
 

@@ -25,7 +25,8 @@
 #ifndef __METAL_VERSION__
 #define __METAL_VERSION__ 320
 #endif
-#define __METAL__ 1
+#define __METAL__       1
+#define __HAVE_BFLOAT__ 1
 
 namespace metal {
 
@@ -70,7 +71,9 @@ template <bool B, class T, class F> struct conditional { using type = T; };
 template <class T, class F> struct conditional<false, T, F> { using type = F; };
 template <bool B, class T, class F> using conditional_t = typename conditional<B, T, F>::type;
 
+namespace msl_ {
 template <class...> using void_t = void;
+} // namespace msl_
 
 #define MSL_REMOVE(name, from) \
     template <class T> struct name<from> { using type = T; };
@@ -563,10 +566,3 @@ template <class T> MSL_FN constexpr void swap(T &a, T &b) {
 #define M_2_SQRTPI_H   metal::half(M_2_SQRTPI_F)
 #define M_SQRT2_H      metal::half(M_SQRT2_F)
 #define M_SQRT1_2_H    metal::half(M_SQRT1_2_F)
-// C's names, which MSL has not but kernels use.
-#define M_PI      M_PI_F
-#define M_E       M_E_F
-#define M_LN2     M_LN2_F
-#define M_LOG2E   M_LOG2E_F
-#define M_SQRT2   M_SQRT2_F
-#define M_SQRT1_2 M_SQRT1_2_F

@@ -318,6 +318,8 @@ template <class T> struct is_vector : bool_constant<is_vector_v<T>> {};
 template <class T> struct make_scalar { using type = T; };
 template <class T, int N> struct make_scalar<vec<T, N>> { using type = T; };
 template <class T> using make_scalar_t = typename make_scalar<T>::type;
+template <class T> struct vec_elements : integral_constant<ushort, 1> {};
+template <class T, int N> struct vec_elements<vec<T, N>> : integral_constant<ushort, N> {};
 
 namespace msl_ {
 // What a function's argument counts as: a scalar, or the vector that a swizzle or a packed vector stands for.

@@ -73,8 +73,8 @@ defmodule Metalloid.Kernel do
 
   Raises `ArgumentError` for a name that is no identifier and for an option that is not known:
 
-      iex> Metalloid.Kernel.metal("2nd", output_names: ["y"], source: "")
-      ** (ArgumentError) metal_kernel: name must be an identifier: letters, digits and _, no digit first
+      iex> Metalloid.Kernel.metal("my kernel", output_names: ["y"], source: "")
+      ** (ArgumentError) metal_kernel: name must be an identifier: letters, digits and _
   """
   @spec metal(String.t() | atom(), keyword()) :: t()
   def metal(name, options) do

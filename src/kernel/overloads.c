@@ -1,0 +1,254 @@
+/* Overloads that differ in address spaces alone. SPDX-License-Identifier: MIT
+ *
+ * Metal tells a device T * from a threadgroup T *, so that its sources have one function for each; to C++ both are a T *, and the
+ * second of them a redefinition. Where two declarations of one scope read the same but for address spaces and the names of
+ * parameters, they mean the same, and the later one is left out: functions, members (X() thread, X() device), specializations of
+ * class templates for pointers. Those that do something else stay, and the compiler refuses them. */
+#include "kernel/translation.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { DEEPEST_SCOPE = 16, MOST_RENAMED = 32 };
+
+typedef struct declaration {
+    size_t begin, end;                 /* its tokens */
+    size_t parameters, parameters_end; /* the first brackets that are no template's */
+    unsigned long punctuation;         /* the same for declarations that read the same */
+    bool has_spaces;                   /* address spaces are in it */
+} declaration;
+
+typedef struct scope {
+    declaration *declarations;
+    size_t count, capacity;
+} scope;
+
+/* ---- reading a declaration without its address spaces ------------------------------------------------------------------ */
+
+typedef struct reader {
+    const translation *t;
+    size_t at, end;
+    bool was_const; /* constant is a const, and several are one */
+} reader;
+
+static bool is_space(const translation *t, size_t i) {
+    static const char *const spaces[] = {"device", "thread", "threadgroup", NULL};
+    return mtl_is_one_of(t, i, spaces) || (mtl_is(t, i, "constant") && mtl_qualifies_constructor(t, i));
+}
+
+static bool is_const(const translation *t, size_t i) {
+    return mtl_is(t, i, "const") || (mtl_is(t, i, "constant") && !is_space(t, i));
+}
+
+/* The next token that counts; r->end behind the last. */
+static size_t read(reader *r) {
+    while (r->at < r->end) {
+        size_t i = r->at++;
+        if (r->t->token[i].kind == MTL_TOKEN_SPACE || is_space(r->t, i)) continue;
+        bool is_another = r->was_const && is_const(r->t, i);
+        r->was_const = is_const(r->t, i);
+        if (!is_another) return i;
+    }
+    return r->end;
+}
+
+static bool are_same(const translation *t, size_t a, size_t b) {
+    const mtl_token *x = &t->token[a], *y = &t->token[b];
+    if (is_const(t, a)) return is_const(t, b);
+    return x->kind == y->kind && x->length == y->length && memcmp(x->text, y->text, x->length) == 0;
+}
+
+/* ---- names of parameters, which may differ ----------------------------------------------------------------------------- */
+
+typedef struct renaming {
+    size_t from[MOST_RENAMED], to[MOST_RENAMED];
+    int count;
+} renaming;
+
+static bool is_parameter(const translation *t, const declaration *d, size_t i) {
+    static const char *const behind[] = {",", ")", "[", "=", NULL};
+    if (i <= d->parameters || i >= d->parameters_end || !mtl_is_one_of(t, mtl_after(t, i), behind)) return false;
+    size_t before = mtl_before(t, i);
+    return mtl_is_identifier(t, before) || mtl_is(t, before, "*") || mtl_is(t, before, "&") || mtl_is(t, before, ">");
+}
+
+/* Whether token `a` of declaration `x` is for `x` what `b` is for `y`. */
+static bool correspond(const translation *t, renaming *names, const declaration *x, size_t a, const declaration *y,
+                       size_t b) {
+    if (!mtl_is_identifier(t, a) || !mtl_is_identifier(t, b)) return are_same(t, a, b);
+    for (int i = 0; i < names->count; i++) {
+        bool from = are_same(t, names->from[i], a), to = are_same(t, names->to[i], b);
+        if (from || to) return from && to;
+    }
+    if (!is_parameter(t, x, a) || !is_parameter(t, y, b)) return are_same(t, a, b);
+    if (names->count == MOST_RENAMED) return false;
+    names->from[names->count] = a;
+    names->to[names->count++] = b;
+    return true;
+}
+
+static bool read_the_same(const translation *t, const declaration *x, const declaration *y) {
+    reader a = {.t = t, .at = x->begin, .end = x->end}, b = {.t = t, .at = y->begin, .end = y->end};
+    renaming names = {.count = 0};
+    for (;;) {
+        size_t i = read(&a), j = read(&b);
+        if (i == a.end || j == b.end) return i == a.end && j == b.end;
+        if (!correspond(t, &names, x, i, y, j)) return false;
+    }
+}
+
+/* A declaration that is simply there twice is a mistake, and the compiler's to report. */
+static bool are_one_text(const translation *t, const declaration *x, const declaration *y) {
+    size_t a = x->begin, b = y->begin;
+    while (a < x->end && b < y->end && are_same(t, a, b) && mtl_is(t, a, "const") == mtl_is(t, b, "const")) {
+        a = mtl_after(t, a);
+        b = mtl_after(t, b);
+    }
+    return a >= x->end && b >= y->end;
+}
+
+/* Whether nothing of the preprocessor's conditions stands between two tokens: else only one of them may be there. */
+static bool are_in_one_branch(const translation *t, size_t a, size_t b) {
+    static const char *const opening[] = {"if", "ifdef", "ifndef", NULL};
+    long depth = 0;
+    for (; a < b; a = mtl_after(t, a)) {
+        if (!t->token[a].in_directive || !mtl_is(t, a, "#")) continue;
+        size_t name = mtl_after(t, a);
+        if (mtl_is_one_of(t, name, opening)) depth++;
+        if (depth == 0 && (mtl_is(t, name, "else") || mtl_is(t, name, "elif"))) return false;
+        if (mtl_is(t, name, "endif") && depth-- == 0) return false;
+    }
+    return depth == 0;
+}
+
+/* ---- scopes ---------------------------------------------------------------------------------------------------------------- */
+
+/* Where the members of a class or namespace that is declared at `i` open, or t->count. */
+static size_t members_of(const translation *t, size_t i) {
+    static const char *const specifiers[] = {"typedef", "inline", "static", "const", "constant", "constexpr", NULL};
+    static const char *const keys[] = {"struct", "class", "union", "namespace", NULL};
+    static const char *const with_arguments[] = {"alignas", "__attribute__", NULL};
+    if (mtl_is(t, i, "template") && mtl_is(t, mtl_after(t, i), "<")) i = mtl_behind_angle(t, mtl_after(t, i));
+    while (mtl_is_one_of(t, i, specifiers)) i = mtl_after(t, i);
+    if (!mtl_is_one_of(t, i, keys)) return t->count;
+    for (i = mtl_after(t, i); i < t->count; i = mtl_after(t, i)) {
+        while (mtl_is_one_of(t, i, with_arguments)) i = mtl_behind_bracket(t, mtl_after(t, i));
+        if (mtl_is(t, i, "{")) return i;
+        if (mtl_is(t, i, "(") || mtl_is(t, i, ";") || mtl_is(t, i, "=")) return t->count;
+    }
+    return t->count;
+}
+
+static bool is_initializer(const translation *t, size_t i) {
+    for (i = mtl_before(t, i); i != SIZE_MAX && t->token[i].kind == MTL_TOKEN_PUNCTUATION; i = mtl_before(t, i)) {
+        static const char *const operators[] = {"=", "!", "<", ">", "+", "-", "*", "/", "%", "&", "|", "^", NULL};
+        if (!mtl_is_one_of(t, i, operators)) return true;
+    }
+    return !mtl_is(t, i, "operator");
+}
+
+/* Behind the declaration, or the statement, that begins at d->begin. */
+static size_t behind_declaration(const translation *t, declaration *d, size_t end, bool is_class) {
+    bool initialized = false;
+    for (size_t at = d->begin; at < end;) {
+        if (t->token[at].in_directive) {
+            at = mtl_after(t, at);
+        } else if (mtl_is(t, at, "template") && mtl_is(t, mtl_after(t, at), "<")) {
+            size_t open = mtl_after(t, at), behind = mtl_behind_angle(t, open);
+            at = behind > open ? behind : mtl_after(t, open);
+        } else if (mtl_is(t, at, ";") || mtl_is(t, at, "}")) {
+            return mtl_after(t, at);
+        } else if (mtl_is(t, at, "(") || mtl_is(t, at, "[")) {
+            size_t behind = mtl_behind_bracket(t, at);
+            if (d->parameters_end == 0 && mtl_is(t, at, "(")) {
+                d->parameters = at;
+                d->parameters_end = behind;
+            }
+            at = behind;
+        } else if (mtl_is(t, at, "{")) {
+            size_t behind = mtl_behind_bracket(t, at);
+            /* Behind a constructor's a{1} there is another, or the body. */
+            if (!is_class && !initialized && !mtl_is(t, behind, ",") && !mtl_is(t, behind, "{")) return behind;
+            at = behind;
+        } else {
+            initialized |= mtl_is(t, at, "=") && is_initializer(t, at);
+            at = mtl_after(t, at);
+        }
+    }
+    return end;
+}
+
+static void measure(const translation *t, declaration *d) {
+    reader r = {.t = t, .at = d->begin, .end = d->end};
+    for (size_t i = d->begin; i < d->end; i++) d->has_spaces |= is_space(t, i) || mtl_is(t, i, "constant");
+    d->punctuation = 1;
+    for (size_t i = read(&r); i < r.end; i = read(&r)) {
+        bool counts = t->token[i].kind == MTL_TOKEN_PUNCTUATION;
+        d->punctuation = d->punctuation * 31 + (counts ? (unsigned char)t->token[i].text[0] : 1);
+    }
+}
+
+static bool is_there_already(const translation *t, const scope *s, const declaration *d) {
+    for (size_t i = 0; i < s->count; i++) {
+        const declaration *other = &s->declarations[i];
+        if (other->punctuation == d->punctuation && (other->has_spaces || d->has_spaces) &&
+            are_in_one_branch(t, other->begin, d->begin) && read_the_same(t, other, d) && !are_one_text(t, other, d))
+            return true;
+    }
+    return false;
+}
+
+static void remember(translation *t, scope *s, const declaration *d) {
+    if (s->count == s->capacity) {
+        size_t capacity = s->capacity ? 2 * s->capacity : 32;
+        declaration *grown = realloc(s->declarations, capacity * sizeof *grown);
+        if (!grown) {
+            t->failed = true;
+            return;
+        }
+        s->declarations = grown;
+        s->capacity = capacity;
+    }
+    s->declarations[s->count++] = *d;
+}
+
+/* As if it were blanks; its lines stay. */
+static void leave_out(translation *t, const declaration *d) {
+    for (size_t i = d->begin; i < d->end; i++) {
+        t->token[i].kind = MTL_TOKEN_SPACE;
+        mtl_blank(t, i);
+    }
+}
+
+/* Statements are not declarations: only the classes among them are looked into. */
+static void go_through(translation *t, size_t at, size_t end, bool statements, int depth) {
+    static const char *const labels[] = {"public", "private", "protected", NULL};
+    scope s = {0};
+    while (at < end && !t->failed) {
+        if (t->token[at].in_directive || (mtl_is_one_of(t, at, labels) && mtl_is(t, mtl_after(t, at), ":"))) {
+            at = mtl_after(t, at);
+            if (mtl_is(t, at, ":")) at = mtl_after(t, at);
+            continue;
+        }
+        declaration d = {.begin = at};
+        size_t members = members_of(t, at);
+        bool is_namespace = members < end && mtl_is(t, at, "namespace");
+        d.end = behind_declaration(t, &d, end, members < end && !is_namespace);
+        if (members < d.end && depth < DEEPEST_SCOPE) {
+            size_t close = mtl_before(t, mtl_behind_bracket(t, members));
+            if (close > members) go_through(t, mtl_after(t, members), close, false, depth + 1);
+        }
+        if (!statements && !is_namespace) {
+            measure(t, &d);
+            if (is_there_already(t, &s, &d)) leave_out(t, &d);
+            else remember(t, &s, &d);
+        }
+        at = d.end;
+    }
+    free(s.declarations);
+}
+
+void mtl_leave_out_overloads(translation *t) {
+    size_t first = t->count > 0 && t->token[0].kind == MTL_TOKEN_SPACE ? mtl_after(t, 0) : 0;
+    go_through(t, first, t->count, t->region == MTL_REGION_BODY, 0);
+}
