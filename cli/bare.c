@@ -47,6 +47,11 @@ BODY layer_norm(size_t length, const float *restrict x, const float *restrict we
     for (size_t i = 0; i < length; i++) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
+BODY soft_sign(size_t length, const float *restrict x, float *restrict out) {
+#pragma omp simd
+    for (size_t i = 0; i < length; i++) out[i] = x[i] / (1 + fabsf(x[i]));
+}
+
 /* exp(-g) = 2^n 2^f, |f| <= 1/2: the Taylor polynomial of 2^f to the fifth power, relative error 3e-6. */
 BODY swiglu(size_t length, const float *restrict gate, const float *restrict up, float *restrict out) {
 #pragma omp simd
@@ -91,4 +96,5 @@ FOR_EACH_ISA(add_rms_norm,
              length, x, residual, weight, eps, sum, out)
 FOR_EACH_ISA(layer_norm, (size_t length, const float *x, const float *weight, const float *bias, float eps, float *out),
              length, x, weight, bias, eps, out)
+FOR_EACH_ISA(soft_sign, (size_t length, const float *x, float *out), length, x, out)
 FOR_EACH_ISA(swiglu, (size_t length, const float *gate, const float *up, float *out), length, gate, up, out)

@@ -9,6 +9,7 @@ void bare_rms_norm(size_t length, const float *x, const float *weight, float eps
 void bare_add_rms_norm(size_t length, const float *x, const float *residual, const float *weight, float eps, float *sum,
                        float *out);
 void bare_layer_norm(size_t length, const float *x, const float *weight, const float *bias, float eps, float *out);
+void bare_soft_sign(size_t length, const float *x, float *out);
 void bare_swiglu(size_t length, const float *gate, const float *up, float *out);
 
 #endif

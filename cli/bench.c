@@ -11,6 +11,8 @@
  *                                 what memory allows depends on where tensors lie, by up to a quarter
  *   close                         frees the tensors
  *   info                          what ran
+ *
+ * With --kernels it measures custom kernels (bench_kernels.c) and needs no Python.
  */
 #include "bare.h"
 #include "ceilings.h"
@@ -599,6 +601,8 @@ static int serve(void) {
 
 int metalloid_cli_bench(int count, char **arguments) {
     if (count == 1 && strcmp(arguments[0], "--worker") == 0) return serve();
+    if (count == 1 && strcmp(arguments[0], "--kernels") == 0) return metalloid_cli_bench_kernels();
+    if (count == 1 && strcmp(arguments[0], "--kernels-cached") == 0) return metalloid_cli_bench_kernels_cached();
 
     const char *named = getenv("METALLOID_PYTHON"), *python = named && *named ? named : "python3";
     char self[PAGE];

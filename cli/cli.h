@@ -9,4 +9,8 @@ int metalloid_cli_info(int count, char **arguments);
 int metalloid_cli_check(int count, char **arguments);
 int metalloid_cli_bench(int count, char **arguments);
 
+/* bench --kernels, and what it starts to see a call of another process. */
+int metalloid_cli_bench_kernels(void);
+int metalloid_cli_bench_kernels_cached(void);
+
 #endif

@@ -10,6 +10,7 @@ set(METALLOID_MSL_PARTS
     matrix.h
     atomic.h
     simdgroup.h
+    lockstep_cpu.h
     simdgroup_matrix.h
     mlx.h
     unsupported.h

@@ -300,7 +300,7 @@ typedef struct metalloid_kernel_options {
 
     /* On the CPU: */
     const char *fallback_compiler; /* a C++ compiler where neither METALLOID_CXX nor PATH names one; NULL: none */
-    bool debug;              /* -g, little optimization, the generated source kept beside the object: for a debugger */
+    bool debug;              /* -g, no optimization, the generated source kept beside the object: for a debugger */
     bool address_sanitizer;  /* reports accesses out of bounds; its run-time has to be in the process (LD_PRELOAD) */
     int64_t most_iterations; /* all loops of a thread together; a kernel with one more is stopped. 0: no limit */
 

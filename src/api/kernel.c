@@ -346,6 +346,7 @@ static void settle_types(const metalloid_kernel *kernel, checked *c) {
         memcpy(key, value->name, length);
         key += length;
     }
+    *key++ = c->launch.types.along_y;
     /* What comes compiled is the same for all types. */
     c->launch.key_length = kernel->language == METALLOID_KERNEL_PRECOMPILED ? 0 : (size_t)(key - c->key);
 }
@@ -359,7 +360,7 @@ static void *carve(char **at, size_t bytes) {
 static metalloid_status allocate(checked *c, const metalloid_kernel_call *call) {
     size_t inputs = (size_t)call->input_count, outputs = (size_t)call->output_count;
     size_t templates = (size_t)call->template_count;
-    size_t key = 2 * inputs + outputs + templates * (5 + MTL_LONGEST_NAME + 1);
+    size_t key = 2 * inputs + outputs + templates * (5 + MTL_LONGEST_NAME + 1) + 1;
     size_t sizes[] = {inputs * sizeof(mtl_view),
                       outputs * sizeof(mtl_view),
                       inputs * sizeof(mtl_buffer_type),
@@ -433,7 +434,9 @@ static metalloid_status check(const metalloid_kernel *kernel, const metalloid_ke
     MTL_TRY(allocate(c, call));
     MTL_TRY(check_templates(call, c->templates));
     MTL_TRY(check_tensors(kernel, call, c));
-    c->launch.types = (mtl_types){c->input_types, c->output_types, call->template_count, c->templates};
+    bool along_y = c->device.device_type == kDLCPU && !kernel->mentions.lanes_meet && c->launch.grid[0] == 1 &&
+                   c->launch.grid[1] > 1;
+    c->launch.types = (mtl_types){c->input_types, c->output_types, call->template_count, c->templates, along_y};
     c->launch.inputs = c->inputs;
     c->launch.outputs = c->outputs;
     c->launch.has_init_value = mtl_option_flag(&call->has_init_value);
@@ -607,7 +610,8 @@ metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metallo
                                           .stack_bits = 16,
                                           .most_threads = 1024,
                                           .line = mtl_cuda_line(&kernel->mentions, c.launch.grid, c.launch.threadgroup),
-                                          .count_iterations = kernel->most_iterations > 0};
+                                          .count_iterations = kernel->most_iterations > 0,
+                                          .lockstep = !kernel->debug && !kernel->address_sanitizer};
         mtl_translation_unit(&source, &kernel->definition, &kernel->mentions, &c.launch.types, &options);
     } else if (!status) {
         mtl_metal_source(&source, &kernel->definition, &kernel->mentions, &c.launch.types);

@@ -3,7 +3,8 @@
  * A directory of the user's alone (0700) holds one file for each key, the shared object with a trailer: magic, key, digest of
  * all before it. A file is run where it is the user's, nobody else could have written it, and the trailer fits; else it is
  * made anew. It comes there by a rename from a directory of its own, so that nobody sees half of one, and processes that
- * compile the same kernel at once all succeed. */
+ * compile the same kernel at once all succeed. Whoever adds an entry removes those that were not used for longest,
+ * as many as are beyond a size. A process that has one open keeps it; one that is about to open it makes it anew. */
 #include "kernel/cache.h"
 
 #include <dirent.h>
@@ -25,6 +26,8 @@ enum {
     LARGEST_OBJECT = 64 << 20,
     FEW_BYTES = 4 << 20,         /* less space than this may be why a compiler failed */
     OLD_BUILD_SECONDS = 60 * 60, /* a build directory that was left behind */
+    USED_SECONDS = 60 * 60,      /* uses of an entry are noted so far apart */
+    MOST_MEBIBYTES = 256,        /* of all entries, where METALLOID_CACHE_MIB says nothing else */
 };
 
 static const char magic[8] = "mtlkern1";
@@ -182,6 +185,72 @@ static void remove_old_builds(const char *path) {
     closedir(directory);
 }
 
+/* ---- the size of all --------------------------------------------------------------------------------------------- */
+
+typedef struct kept_entry {
+    char name[65 + sizeof ".bin"];
+    double used;
+    off_t size;
+} kept_entry;
+
+/* A digest in hexadecimal and .so or .bin. */
+static bool is_entry(const char *name) {
+    size_t digits = strspn(name, "0123456789abcdef");
+    return digits == 64 && (strcmp(name + digits, ".so") == 0 || strcmp(name + digits, ".bin") == 0);
+}
+
+static double seconds_of(const struct timespec *time) { return (double)time->tv_sec + 1e-9 * (double)time->tv_nsec; }
+
+/* When an entry was made, or used: its time of access, which this file sets itself, since file systems may not. */
+static double last_use(const struct stat *status) {
+    double made = seconds_of(&status->st_mtim), used = seconds_of(&status->st_atim);
+    return made > used ? made : used;
+}
+
+static int compare_use(const void *a, const void *b) {
+    double left = ((const kept_entry *)a)->used, right = ((const kept_entry *)b)->used;
+    return (left > right) - (left < right);
+}
+
+static double most_bytes(void) {
+    const char *given = secure_getenv("METALLOID_CACHE_MIB");
+    char *end = NULL;
+    double mebibytes = given && *given ? strtod(given, &end) : MOST_MEBIBYTES;
+    if (end && (*end || !(mebibytes >= 0))) mebibytes = MOST_MEBIBYTES;
+    return mebibytes * (1 << 20);
+}
+
+/* Removes entries, and what was kept for a debugger beside them, but for `newest`. */
+static void remove_unused(const char *path, const char *newest) {
+    DIR *directory = opendir(path);
+    if (!directory) return;
+    kept_entry *entries = NULL;
+    size_t count = 0;
+    double total = 0, most = most_bytes();
+    for (struct dirent *at; (at = readdir(directory));) {
+        struct stat status;
+        if (!is_entry(at->d_name) || fstatat(dirfd(directory), at->d_name, &status, AT_SYMLINK_NOFOLLOW) != 0) continue;
+        total += (double)status.st_size;
+        if (newest && strcmp(at->d_name, newest) == 0) continue;
+        kept_entry *grown = realloc(entries, (count + 1) * sizeof *grown);
+        if (!grown) break;
+        entries = grown;
+        entries[count] = (kept_entry){.used = last_use(&status), .size = status.st_size};
+        strcpy(entries[count++].name, at->d_name); // NOLINT: is_entry says how long it is
+    }
+    if (total > most && count > 0) qsort(entries, count, sizeof *entries, compare_use);
+    for (size_t i = 0; i < count && total > most; i++) {
+        unlinkat(dirfd(directory), entries[i].name, 0);
+        total -= (double)entries[i].size;
+        mtl_text debug = {0};
+        mtl_text_format(&debug, "%s/%.64s.debug", path, entries[i].name);
+        if (!debug.failed) remove_directory(debug.data);
+        mtl_text_free(&debug);
+    }
+    free(entries);
+    closedir(directory);
+}
+
 /* ---- entries -------------------------------------------------------------------------------------------------------------------- */
 
 /* Whether the file is an entry that was written whole, for this key, by this user. */
@@ -203,6 +272,10 @@ static bool is_sound(const char *path, const mtl_digest *key) {
             sound = memcmp(&end.contents, &contents, sizeof contents) == 0;
         }
         free(bytes);
+        if (sound && (double)time(NULL) - last_use(&status) > USED_SECONDS) {
+            const struct timespec times[] = {{.tv_nsec = UTIME_NOW}, {.tv_nsec = UTIME_OMIT}};
+            futimens(file, times);
+        }
     }
     close(file);
     return sound;
@@ -270,7 +343,10 @@ static outcome build_in(const char *base, const char *entry, const char *debug, 
         mtl_text_free(&said);
         if (compiled) {
             const char *path = object.data;
-            if (entry && add_trailer(path, &build->key) && rename(path, entry) == 0) path = entry;
+            if (entry && add_trailer(path, &build->key) && rename(path, entry) == 0) {
+                path = entry;
+                remove_unused(base, strrchr(entry, '/') + 1);
+            }
             *handle = load(path, log);
             result = *handle ? BUILT : REFUSED;
         }
@@ -368,8 +444,9 @@ void mtl_cache_store(const mtl_digest *key, const char *bytes, size_t length) {
         mtl_text_format(&made, "%s/%sXXXXXX", directory.data, build_prefix);
         if (!made.failed && mkdtemp(made.data)) {
             mtl_text_format(&file, "%s/bytes", made.data);
-            if (!file.failed && write_file(file.data, bytes, length) && add_trailer(file.data, key))
-                rename(file.data, entry.data);
+            if (!file.failed && write_file(file.data, bytes, length) && add_trailer(file.data, key) &&
+                rename(file.data, entry.data) == 0)
+                remove_unused(directory.data, strrchr(entry.data, '/') + 1);
             remove_directory(made.data);
         }
     }

@@ -23,7 +23,8 @@
 #endif
 
 enum {
-    STACK_BITS = 13, /* of a thread: 8 KiB, so that those of a threadgroup stay in the caches */
+    STACK_BITS = 13,          /* of a thread: 8 KiB, so that those of a threadgroup stay in the caches */
+    LOCKSTEP_STACK_BITS = 17, /* of a simdgroup whose lanes are in lockstep, of which there are few */
     SANITIZER_STACK_BITS = 18,
     LARGEST_STACK_BITS = 20,
     FRAMES =
@@ -134,7 +135,7 @@ static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, ch
     if (kernel->debug || kernel->address_sanitizer) {
         arguments[count++] = "-g";
         arguments[count++] = "-fno-omit-frame-pointer";
-        arguments[count++] = kernel->address_sanitizer ? "-O1" : "-Og";
+        arguments[count++] = kernel->address_sanitizer ? "-O1" : "-O0"; /* -Og leaves out variables */
     } else {
         arguments[count++] = "-O3";
     }
@@ -153,8 +154,9 @@ static void *find_object(const mtl_digest *key) {
     return NULL;
 }
 
-/* Compiles, or finds it compiled; the mutex is held. NULL: `log` has why. */
-static void *build_object(const metalloid_kernel *kernel, const mtl_types *types, int stack_bits,
+/* Compiles, or finds it compiled; the mutex is held. NULL: `log` has why, or `*lockstep`, lanes in lockstep, is what
+ * the source does not allow. */
+static void *build_object(const metalloid_kernel *kernel, const mtl_types *types, int stack_bits, bool *lockstep,
                           const mtl_compiler *compiler, mtl_text *log) {
     const char *arguments[48];
     char frame_limit[64];
@@ -162,13 +164,15 @@ static void *build_object(const metalloid_kernel *kernel, const mtl_types *types
     const mtl_unit_options options = {.target = MTL_TARGET_CPU,
                                       .math_mode = kernel->math_mode,
                                       .stack_bits = stack_bits,
-                                      .count_iterations = kernel->most_iterations > 0};
+                                      .count_iterations = kernel->most_iterations > 0,
+                                      .lockstep = *lockstep};
     mtl_text unit = {0};
     void *handle = NULL;
-    mtl_translation_unit(&unit, &kernel->definition, &kernel->mentions, types, &options);
+    bool wanted = *lockstep;
+    *lockstep = mtl_translation_unit(&unit, &kernel->definition, &kernel->mentions, types, &options);
     if (unit.failed) {
         log->failed = true;
-    } else {
+    } else if (*lockstep == wanted) {
         mtl_build build = {.compiler = compiler,
                            .arguments = arguments,
                            .unit = unit.data,
@@ -192,7 +196,8 @@ static void *build_object(const metalloid_kernel *kernel, const mtl_types *types
     return handle;
 }
 
-/* Where the compiler says that a frame is too large: log2 of a stack that holds it; 0 where it says something else. */
+/* Where the compiler says that a frame is too large: log2 of a stack that holds it; 0 where none does, or it says
+ * something else. */
 static int larger_stack(const mtl_text *log, int bits) {
     static const char words[] = "stack frame size (";
     if (!log->data || !strstr(log->data, "frame-larger-than")) return 0;
@@ -203,7 +208,17 @@ static int larger_stack(const mtl_text *log, int bits) {
     }
     if (!largest) return LARGEST_STACK_BITS; /* another version's words */
     while (bits < LARGEST_STACK_BITS && (1ul << bits) / FRAMES < largest) bits++;
-    return bits;
+    return (1ul << bits) / FRAMES < largest ? 0 : bits;
+}
+
+/* With stacks of that size, or of a larger one where they have to be. */
+static void *build_with_stacks(const metalloid_kernel *kernel, const mtl_types *types, int bits, bool lockstep,
+                               const mtl_compiler *compiler, mtl_text *log) {
+    void *handle = build_object(kernel, types, bits, &lockstep, compiler, log);
+    int larger = handle ? 0 : larger_stack(log, bits);
+    if (!larger) return handle;
+    mtl_text_free(log);
+    return build_object(kernel, types, larger, &lockstep, compiler, log);
 }
 
 static metalloid_status refuse(const metalloid_kernel *kernel, const mtl_text *log) {
@@ -234,12 +249,14 @@ static metalloid_status build(const metalloid_kernel *kernel, const mtl_types *t
     }
     mtl_text log = {0};
     pthread_mutex_lock(&objects.mutex);
-    int bits = kernel->address_sanitizer || kernel->debug ? SANITIZER_STACK_BITS : STACK_BITS;
-    void *handle = build_object(kernel, types, bits, &compiler, &log);
-    int larger = handle ? 0 : larger_stack(&log, bits);
-    if (larger) {
+    bool to_debug = kernel->address_sanitizer || kernel->debug;
+    void *handle = NULL;
+    /* In lockstep where the source allows it; what does not compile so is built, and complained about, as written. */
+    if (!to_debug) handle = build_with_stacks(kernel, types, LOCKSTEP_STACK_BITS, true, &compiler, &log);
+    if (!handle) {
         mtl_text_free(&log);
-        handle = build_object(kernel, types, larger, &compiler, &log);
+        int bits = to_debug ? SANITIZER_STACK_BITS : STACK_BITS;
+        handle = build_with_stacks(kernel, types, bits, false, &compiler, &log);
     }
     pthread_mutex_unlock(&objects.mutex);
     mtl_compiler_free(&compiler);

@@ -78,6 +78,28 @@ static int next_thread(mtl_group *group, unsigned index) {
     return 0;
 }
 
+/* With lanes in lockstep a simdgroup is at one place: ready (as long as it is not at a barrier), or at one with some
+ * lanes. */
+static int next_simdgroup(mtl_group *group, unsigned simdgroup) {
+    for (unsigned looked = 0; looked < group->simdgroups; looked++) {
+        if (++simdgroup >= group->simdgroups) simdgroup = 0;
+        if (group->simdgroup[simdgroup].ready) return (int)simdgroup;
+    }
+    unsigned at_barrier = 0;
+    for (unsigned i = 0; i < group->simdgroups; i++)
+        at_barrier += (unsigned)__builtin_popcount(group->simdgroup[i].barrier);
+    group->finished = group->threads - at_barrier;
+    if (group->finished > 0) {
+        if (at_barrier > 0) group->failure = mtl_failure_barrier;
+        return -1;
+    }
+    for (unsigned i = 0; i < group->simdgroups; i++) {
+        group->simdgroup[i].ready = group->simdgroup[i].barrier;
+        group->simdgroup[i].barrier = 0;
+    }
+    return 0;
+}
+
 /* ---- threadgroup memory -------------------------------------------------------------------------------------------------------- */
 
 static void *declare(mtl_group *group, unsigned variable, unsigned long bytes, unsigned long alignment) {
@@ -159,6 +181,7 @@ static mtl_workspace *new_workspace(int stack_bits) {
     workspace->group->memory = memory;
     workspace->group->memory_size = GROUP_MEMORY;
     workspace->group->next = next_thread;
+    workspace->group->next_simdgroup = next_simdgroup;
     return workspace;
 }
 

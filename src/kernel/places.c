@@ -29,11 +29,10 @@ static bool is_meeting(const translation *t, size_t i, size_t *open) {
     return mtl_is(t, *open, "(");
 }
 
-/* Where the body of a function or a lambda opens at `i`: its name, or SIZE_MAX for a lambda without one; false for other braces. */
-static bool is_body(const translation *t, size_t i, size_t *name) {
+bool mtl_is_body(const translation *t, size_t i, size_t *name) {
     static const char *const qualifiers[] = {"const",   "constant", "device",      "noexcept",
                                              "mutable", "thread",   "threadgroup", NULL};
-    static const char *const statements[] = {"if", "for", "while", "switch", "catch", NULL};
+    static const char *const statements[] = {"if", "constexpr", "for", "while", "switch", "catch", NULL};
     static const char *const of_type[] = {"::", "*", "&", ">", "<", ",", NULL};
     if (!mtl_is(t, i, "{")) return false;
     size_t at = mtl_before(t, i), close = at;
@@ -69,7 +68,7 @@ bool mtl_find_meeting(const translation *t, mtl_names *names, bool *found) {
     *found = false;
     for (size_t i = 0; i < t->count; i++) {
         size_t name;
-        if (!is_body(t, i, &name) || name == SIZE_MAX) continue;
+        if (!mtl_is_body(t, i, &name) || name == SIZE_MAX) continue;
         const mtl_token *token = &t->token[name];
         if (mtl_is_exchange(token) || has_name(names, token) || !any_meeting(t, i, mtl_behind_bracket(t, i))) continue;
         mtl_name *grown = realloc(names->name, (names->count + 1) * sizeof *grown);
@@ -81,10 +80,9 @@ bool mtl_find_meeting(const translation *t, mtl_names *names, bool *found) {
     return true;
 }
 
-/* Behind the statement that begins at `i`. */
-static size_t behind_statement(const translation *t, size_t i) {
+size_t mtl_behind_statement(const translation *t, size_t i) {
     static const char *const with_condition[] = {"for", "while", "if", "switch", NULL};
-    int nested = 0; /* of do, each with a while to come */
+    int nested = 0, ifs = 0; /* do, each with a while to come; if, each with an else, perhaps */
     for (;;) {
         if (i >= t->count) return t->count;
         if (mtl_is(t, i, "do")) {
@@ -94,6 +92,7 @@ static size_t behind_statement(const translation *t, size_t i) {
         }
         if (mtl_is_one_of(t, i, with_condition)) {
             size_t open = mtl_after(t, i);
+            if (mtl_is(t, i, "if")) ifs++;
             if (mtl_is(t, open, "constexpr")) open = mtl_after(t, open);
             if (!mtl_is(t, open, "(")) return t->count;
             i = mtl_behind_bracket(t, open);
@@ -107,7 +106,8 @@ static size_t behind_statement(const translation *t, size_t i) {
                                                                                 : mtl_after(t, i);
             if (mtl_is(t, i, ";")) i = mtl_after(t, i);
         }
-        if (mtl_is(t, i, "else")) {
+        if (ifs > 0 && mtl_is(t, i, "else")) {
+            ifs--;
             i = mtl_after(t, i);
         } else if (nested > 0 && mtl_is(t, i, "while")) {
             nested--;
@@ -137,7 +137,7 @@ static void mark_loop(translation *t, size_t i, const surroundings *around) {
         body = mtl_behind_bracket(t, open);
         if (mtl_is(t, i, "while") && mtl_is(t, body, ";")) return; /* of do, or of nothing */
     }
-    size_t end = behind_statement(t, body);
+    size_t end = mtl_behind_statement(t, body);
     if (body >= t->count || !any_meeting(t, body, end)) return;
     mtl_text_format(&mark, " if (__mtl_loop(%d, %zu)); else ", around->loops[i], t->first_place + i);
     mtl_add_behind(t, mtl_before(t, body), mtl_keep(t, &mark));
@@ -201,7 +201,7 @@ void mtl_mark_places(translation *t) {
                 mark_loop(t, i, &around);
         }
         for (size_t i = 0; i < t->count; i++) {
-            if (!t->token[i].in_directive && is_body(t, i, &name)) mark_body(t, i, &around);
+            if (!t->token[i].in_directive && mtl_is_body(t, i, &name)) mark_body(t, i, &around);
         }
         for (size_t i = 0; i < t->count; i++) {
             bool code = t->region == MTL_REGION_BODY || around.code[i] || t->token[i].in_directive;

@@ -18,32 +18,33 @@ typedef struct attribute {
     const char *name;
     bool vector;   /* uint3, else uint */
     bool relative; /* depends on where the thread is in its threadgroup, or on the group */
+    bool lane;     /* lanes of a simdgroup differ in it */
     const char *value;
 } attribute;
 
 /* Values in terms of the threadgroup `group` (position, extent), its dispatch, and the thread: x y z in the grid, lx ly lz in the
  * threadgroup, index in it. */
 static const attribute attributes[] = {
-    {"dispatch_quadgroups_per_threadgroup", false, false, "(__mtl_count(dispatch.threadgroup) + 3) / 4"},
-    {"dispatch_simdgroups_per_threadgroup", false, false, "(__mtl_count(dispatch.threadgroup) + 31) / 32"},
-    {"dispatch_threads_per_threadgroup", true, false, "__mtl_uint3(dispatch.threadgroup)"},
-    {"grid_origin", true, false, "uint3(0, 0, 0)"},
-    {"grid_size", true, false, "__mtl_uint3(dispatch.grid)"},
-    {"quadgroup_index_in_threadgroup", false, true, "index / 4"},
-    {"quadgroups_per_threadgroup", false, true, "(__mtl_count(group.extent) + 3) / 4"},
-    {"simdgroup_index_in_threadgroup", false, true, "index / 32"},
-    {"simdgroups_per_threadgroup", false, true, "(__mtl_count(group.extent) + 31) / 32"},
-    {"thread_execution_width", false, false, "32"},
-    {"thread_index_in_quadgroup", false, true, "index % 4"},
-    {"thread_index_in_simdgroup", false, true, "index % 32"},
-    {"thread_index_in_threadgroup", false, true, "index"},
-    {"thread_position_in_grid", true, false, "uint3(x, y, z)"},
-    {"thread_position_in_threadgroup", true, true, "uint3(lx, ly, lz)"},
-    {"threadgroup_position_in_grid", true, true, "__mtl_uint3(group.position)"},
-    {"threadgroups_per_grid", true, false, "__mtl_uint3(dispatch.threadgroups)"},
-    {"threads_per_grid", true, false, "__mtl_uint3(dispatch.grid)"},
-    {"threads_per_simdgroup", false, false, "32"},
-    {"threads_per_threadgroup", true, true, "__mtl_uint3(group.extent)"},
+    {"dispatch_quadgroups_per_threadgroup", false, false, false, "(__mtl_count(dispatch.threadgroup) + 3) / 4"},
+    {"dispatch_simdgroups_per_threadgroup", false, false, false, "(__mtl_count(dispatch.threadgroup) + 31) / 32"},
+    {"dispatch_threads_per_threadgroup", true, false, false, "__mtl_uint3(dispatch.threadgroup)"},
+    {"grid_origin", true, false, false, "uint3(0, 0, 0)"},
+    {"grid_size", true, false, false, "__mtl_uint3(dispatch.grid)"},
+    {"quadgroup_index_in_threadgroup", false, true, true, "index / 4"},
+    {"quadgroups_per_threadgroup", false, true, false, "(__mtl_count(group.extent) + 3) / 4"},
+    {"simdgroup_index_in_threadgroup", false, true, false, "index / 32"},
+    {"simdgroups_per_threadgroup", false, true, false, "(__mtl_count(group.extent) + 31) / 32"},
+    {"thread_execution_width", false, false, false, "32"},
+    {"thread_index_in_quadgroup", false, true, true, "index % 4"},
+    {"thread_index_in_simdgroup", false, true, true, "index % 32"},
+    {"thread_index_in_threadgroup", false, true, true, "index"},
+    {"thread_position_in_grid", true, false, true, "uint3(x, y, z)"},
+    {"thread_position_in_threadgroup", true, true, true, "uint3(lx, ly, lz)"},
+    {"threadgroup_position_in_grid", true, true, false, "__mtl_uint3(group.position)"},
+    {"threadgroups_per_grid", true, false, false, "__mtl_uint3(dispatch.threadgroups)"},
+    {"threads_per_grid", true, false, false, "__mtl_uint3(dispatch.grid)"},
+    {"threads_per_simdgroup", false, false, false, "32"},
+    {"threads_per_threadgroup", true, true, false, "__mtl_uint3(group.extent)"},
 };
 enum { ATTRIBUTES = sizeof attributes / sizeof attributes[0] };
 
@@ -109,7 +110,9 @@ static void find_types(mtl_mentions *mentions, const mtl_token *token) {
     for (size_t i = 0; i < sizeof matrices / sizeof matrices[0]; i++)
         mentions->matrices |= mtl_token_is(token, matrices[i]);
     if (token->length > 3 && token->text[token->length - 2] == 'x') mentions->matrices = true;
-    if (begins_with(token, "simdgroup_") || begins_with(token, "make_filled_simdgroup"))
+    if ((begins_with(token, "simdgroup_") && !mtl_token_is(token, "simdgroup_barrier") &&
+         !mtl_token_is(token, "simdgroup_index_in_threadgroup")) ||
+        begins_with(token, "make_filled_simdgroup") || begins_with(token, "make_diagonal_simdgroup"))
         mentions->simdgroup_matrices = true;
     if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
 }
@@ -363,6 +366,13 @@ static void declare_buffer(mtl_text *out, const char *type, const char *name, in
     (void)name;
 }
 
+/* The same for a simdgroup; other simdgroups write outputs between its barriers. */
+static void declare_shared_buffer(mtl_text *out, const char *type, const char *name, int pointer,
+                                  const attribute *value) {
+    if (strncmp(type, "const ", 6) == 0) declare_buffer(out, type, name, pointer, value);
+    else if (!value) mtl_text_format(out, ", %s__mtl_%d", type, pointer);
+}
+
 static void pass_buffer(mtl_text *out, const char *type, const char *name, int pointer, const attribute *value) {
     (void)name;
     if (value) return;
@@ -391,21 +401,26 @@ static void add_call(mtl_text *out, const mtl_definition *definition, const mtl_
     mtl_text_add_string(out, ");\n");
 }
 
-/* Threads that never meet: a loop over the threads of a row, with no call left in it once the body is inlined. Where nothing
- * depends on the cut into threadgroups, the row goes through all of the caller's. */
+/* Threads that never meet: a loop over the threads of a row, with no call left in it once the body is inlined. Where
+ * nothing depends on the cut into threadgroups, the row goes through all of the caller's. It lies along x, or along
+ * y in a grid that has one thread along x. */
 static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                       const mtl_types *types) {
+    char along = types->along_y ? 'y' : 'x', other = types->along_y ? 'x' : 'y';
     mtl_text_add_string(
         out, "static __attribute__((noinline)) void __mtl_row(mtl_group &group, unsigned begin, unsigned end, "
-             "unsigned y, unsigned z, unsigned first, unsigned ly, unsigned lz");
+             "unsigned across, unsigned z, unsigned first, unsigned l_across, unsigned lz");
     for_parameters(out, definition, mentions, types, declare_buffer);
-    mtl_text_add_string(out, ") {\n"
-                             "    const mtl_dispatch &dispatch = *group.dispatch;\n"
-                             "    unsigned before = (lz * group.extent[1] + ly) * group.extent[0];\n"
-                             "    for (unsigned x = begin; x < end; x++) {\n"
-                             "        unsigned lx = x - first, index = before + lx;\n"
-                             "        (void)dispatch, (void)index;\n"
-                             "        ");
+    mtl_text_format(
+        out,
+        ") {\n"
+        "    const mtl_dispatch &dispatch = *group.dispatch;\n"
+        "    unsigned before = (lz * group.extent[1] + l_across) * group.extent[0];\n"
+        "    for (unsigned at = begin; at < end; at++) {\n"
+        "        unsigned %c = at, %c = across, l%c = at - first, l%c = l_across, index = before + at - first;\n"
+        "        (void)dispatch, (void)index;\n"
+        "        ",
+        along, other, along, other);
     add_call(out, definition, mentions, types, pass_in_loop);
     mtl_text_format(
         out,
@@ -413,17 +428,18 @@ static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl
         "}\n"
         "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *, "
         "unsigned long at, unsigned long end) {\n"
+        "    enum { along = %d, other = 1 - along };\n"
         "    mtl_group &group = *worker;\n"
         "    const mtl_dispatch &dispatch = *group.dispatch;\n"
         "    while (at < end) {\n"
         "        unsigned long run = __mtl_place_group(group, at, end, %s);\n"
-        "        unsigned first = group.position[0] * dispatch.threadgroup[0];\n"
+        "        unsigned first = group.position[along] * dispatch.threadgroup[along];\n"
         "        for (unsigned lz = 0; lz < group.extent[2]; lz++) {\n"
-        "            for (unsigned ly = 0; ly < group.extent[1]; ly++) {\n"
-        "                unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
+        "            for (unsigned l_across = 0; l_across < group.extent[other]; l_across++) {\n"
+        "                unsigned across = group.position[other] * dispatch.threadgroup[other] + l_across;\n"
         "                unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
-        "                __mtl_row(group, first, first + group.extent[0], y, z, first, ly, lz",
-        mentions->relative ? "false" : "true");
+        "                __mtl_row(group, first, first + group.extent[along], across, z, first, l_across, lz",
+        types->along_y ? 1 : 0, mentions->relative ? "-1" : "along");
     for_parameters(out, definition, mentions, types, pass_buffer);
     mtl_text_add_string(out,
                         ");\n"
@@ -458,12 +474,94 @@ static void add_threads(mtl_text *out, const mtl_definition *definition, const m
         "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *stacks, "
         "unsigned long at, unsigned long end) {\n"
         "    for (; at < end; at++) {\n"
-        "        __mtl_place_group(*worker, at, end, false);\n"
+        "        __mtl_place_group(*worker, at, end, -1);\n"
         "        if (!__mtl_run_group(*worker, stacks, __mtl_thread)) return 0;\n"
         "    }\n"
         "    return 1;\n"
         "}\n"
         "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = MTL_STACK_BITS;\n");
+}
+
+/* ---- lanes in lockstep ---- */
+
+bool mtl_is_lane_attribute(const mtl_token *token) {
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (attributes[i].lane && mtl_token_is(token, attributes[i].name)) return true;
+    }
+    return false;
+}
+
+static void add_values(mtl_text *out, const mtl_mentions *mentions, const char *index, bool lane) {
+    bool found = false;
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (!(mentions->attributes >> i & 1) || (lane && !attributes[i].lane)) continue;
+        if (!found) mtl_text_format(out, "const __mtl_values __mtl_own = __mtl_values_of(__mtl_here, %s); ", index);
+        found = true;
+        mtl_text_format(out, "const %s %s = __mtl_own.%s; ", attributes[i].vector ? "uint3" : "uint",
+                        attributes[i].name, attributes[i].name);
+    }
+}
+
+void mtl_lane_attributes(mtl_text *out, const mtl_mentions *mentions, const char *index) {
+    add_values(out, mentions, index, true);
+}
+
+/* What the body of a simdgroup begins with. Attributes that lanes differ in have a lane's values in each region;
+ * these here give their types. */
+static void add_simdgroup_values(mtl_text *out, const mtl_mentions *mentions) {
+    mtl_text_add_string(out, "const __mtl_place __mtl_here(__mtl_group); "
+                             "unsigned __mtl_alive = __mtl_here.lanes, __mtl_on = __mtl_alive; "
+                             "const unsigned __mtl_lane = 0; (void)__mtl_lane; ");
+    add_values(out, mentions, "__mtl_here.first", false);
+}
+
+/* A simdgroup has a stack, and runs its lanes in lockstep. */
+static void add_simdgroups(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                           const mtl_types *types) {
+    mtl_text_add_string(out, "struct __mtl_values {\n");
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (mentions->attributes >> i & 1)
+            mtl_text_format(out, "    %s %s;\n", attributes[i].vector ? "uint3" : "uint", attributes[i].name);
+    }
+    mtl_text_add_string(out, "};\n"
+                             "__mtl_inline __mtl_values __mtl_values_of(const __mtl_place &here, unsigned index) {\n"
+                             "    const mtl_dispatch &dispatch = here.dispatch;\n"
+                             "    const __mtl_place &group = here;\n"
+                             "    unsigned lx = index, ly = 0, lz = 0;\n"
+                             "    if (!group.is_line) {\n"
+                             "        lx = index % group.extent[0], ly = index / group.extent[0];\n"
+                             "        lz = ly / group.extent[1], ly %= group.extent[1];\n"
+                             "    }\n"
+                             "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
+                             "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
+                             "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
+                             "    (void)x, (void)y, (void)z;\n"
+                             "    return {");
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        if (mentions->attributes >> i & 1) mtl_text_format(out, "%s, ", attributes[i].value);
+    }
+    mtl_text_add_string(out, "};\n"
+                             "}\n"
+                             "static __attribute__((noinline)) void __mtl_simdgroup() {\n"
+                             "    mtl_group &group = __mtl_this_group();\n"
+                             "    const mtl_dispatch &dispatch = *group.dispatch;\n"
+                             "    (void)dispatch;\n"
+                             "    ");
+    add_call(out, definition, mentions, types, pass_buffer);
+    mtl_text_add_string(
+        out,
+        "    __mtl_end(group);\n"
+        "}\n"
+        "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *stacks, "
+        "unsigned long at, unsigned long end) {\n"
+        "    for (; at < end; at++) {\n"
+        "        __mtl_place_group(*worker, at, end, -1);\n"
+        "        if (!__mtl_run_simdgroups(*worker, stacks, __mtl_simdgroup)) return 0;\n"
+        "    }\n"
+        "    return 1;\n"
+        "}\n"
+        "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_stack_bits = MTL_STACK_BITS;\n"
+        "extern \"C\" __attribute__((visibility(\"default\"))) const int mtl_kernel_lockstep = 1;\n");
 }
 
 /* ---- the kernel of a GPU ---- */
@@ -589,10 +687,11 @@ mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_m
 /* ---- the header of Metal's types and functions ---- */
 
 /* What a call's types and the source make of the header: parts that nothing mentions cost time to compile. */
-static bool is_part_of(const char *name, const mtl_mentions *mentions, mtl_target target) {
-    const char *suffix = target == MTL_TARGET_CPU ? "_cuda.h" : "_cpu.h"; /* the other's */
+static bool is_part_of(const char *name, const mtl_mentions *mentions, const mtl_unit_options *options) {
+    const char *suffix = options->target == MTL_TARGET_CPU ? "_cuda.h" : "_cpu.h"; /* the other's */
     size_t length = strlen(name), end = strlen(suffix);
     if (length > end && strcmp(name + length - end, suffix) == 0) return false;
+    if (strcmp(name, "lockstep_cpu.h") == 0) return options->lockstep;
     if (strcmp(name, "matrix.h") == 0) return mentions->matrices;
     if (strcmp(name, "simdgroup_matrix.h") == 0) return mentions->simdgroup_matrices;
     return true;
@@ -668,11 +767,12 @@ static void add_prelude(mtl_text *out, const mtl_definition *definition, const m
     if (options->math_mode == METALLOID_MATH_FAST) mtl_text_add_string(out, "#define MSL_MATH_FAST 1\n");
     if (options->target == MTL_TARGET_CUDA) mtl_text_add_string(out, "#define MTL_TARGET_CUDA 1\n");
     if (options->target == MTL_TARGET_CPU) mtl_text_format(out, "#define MTL_STACK_BITS %d\n", options->stack_bits);
+    if (options->lockstep) mtl_text_add_string(out, "#define MTL_LOCKSTEP 1\n");
     if (mentions->thread_elements) mtl_text_add_string(out, "#define MSL_THREAD_ELEMENTS 1\n");
     add_swizzles(out, definition);
     for (int i = 0; i < mtl_msl_part_count; i++) {
         const mtl_msl_part *part = &mtl_msl_parts[i];
-        if (!is_part_of(part->name, mentions, options->target)) continue;
+        if (!is_part_of(part->name, mentions, options)) continue;
         mtl_text_format(out, "#line 1 \"metalloid/%s\"\n", part->name);
         mtl_text_add(out, part->text, part->length);
         mtl_text_add_string(out, "\n");
@@ -696,16 +796,16 @@ static bool has_halves(const mtl_definition *definition, const mtl_mentions *men
 
 /* The body as a function, up to its opening brace or semicolon. */
 static void add_signature(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
-                          const mtl_types *types) {
+                          const mtl_types *types, parameter_fn declare) {
     add_template_parameters(out, types);
     mtl_text_format(out, "__mtl_inline void custom_kernel_%s(mtl_group &__mtl_group", definition->name);
-    for_parameters(out, definition, mentions, types, declare_parameter);
+    for_parameters(out, definition, mentions, types, declare);
     mtl_text_add_string(out, ")");
 }
 
 /* What calls the body comes before it: macros of the user's header are then none of its business. All of it is in Metal's namespace,
  * which stands between the user's names and those that a compiler has built in. */
-void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types, const mtl_unit_options *given) {
     mtl_unit_options options = *given;
     options.halves = has_halves(definition, mentions, types);
@@ -715,21 +815,39 @@ void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
         if (!mtl_find_meeting_functions(&meeting, definition)) out->failed = true;
         options.meeting = &meeting;
     }
+    mtl_text body = {0};
+    options.lockstep = given->lockstep && options.target == MTL_TARGET_CPU && mentions->lanes_meet &&
+                       !options.count_iterations && !mentions->simdgroup_matrices && !mentions->no_contraction &&
+                       !meeting.count;
+    if (options.lockstep) {
+        options.meeting = NULL;
+        options.lockstep = mtl_translate_in_lockstep(&body, definition, mentions, &options);
+        if (!options.lockstep) options.meeting = &meeting;
+    }
+    parameter_fn declare = options.lockstep ? declare_shared_buffer : declare_parameter;
     add_prelude(out, definition, mentions, &options);
     mtl_text_add_string(out, "#line 1 \"generated\"\nnamespace metal {\n"
                              "__mtl_inline uint3 __mtl_uint3(const unsigned *from) { return uint3(from[0], from[1], "
                              "from[2]); }\n");
-    add_signature(out, definition, mentions, types);
+    add_signature(out, definition, mentions, types, declare);
     mtl_text_add_string(out, ";\n");
     if (options.target == MTL_TARGET_CUDA) add_cuda_kernel(out, definition, mentions, types, &options);
+    else if (options.lockstep) add_simdgroups(out, definition, mentions, types);
     else if (threads) add_threads(out, definition, mentions, types);
     else add_loops(out, definition, mentions, types);
     mtl_text_add_string(out, "#line 1 \"header\"\n");
     mtl_translate(out, definition->header, MTL_REGION_HEADER, &options);
     mtl_text_add_string(out, "\n#line 1 \"generated\"\n");
-    add_signature(out, definition, mentions, types);
+    add_signature(out, definition, mentions, types, declare);
     mtl_text_add_string(out, " {\n#line 1 \"source\"\n");
-    mtl_translate(out, definition->source, MTL_REGION_BODY, &options);
+    if (options.lockstep) {
+        add_simdgroup_values(out, mentions);
+        mtl_text_add_string(out, mtl_text_string(&body));
+    } else {
+        mtl_translate(out, definition->source, MTL_REGION_BODY, &options);
+    }
     mtl_text_add_string(out, "\n}\n}\n");
+    mtl_text_free(&body);
     free(meeting.name);
+    return options.lockstep;
 }

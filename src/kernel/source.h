@@ -56,6 +56,7 @@ typedef struct mtl_types {
     const mtl_dtype *outputs;
     int template_count;
     const mtl_template_value *template_values;
+    bool along_y; /* one thread along x, several along y: what is a loop goes along y */
 } mtl_types;
 
 /* Whether Metal hands it to a kernel that mentions it. */
@@ -88,6 +89,7 @@ typedef struct mtl_unit_options {
     int most_threads;         /* CUDA: of a threadgroup */
     int line;                 /* CUDA: mtl_cuda_line */
     bool halves;              /* 16-bit floats are in play */
+    bool lockstep;            /* CPU: lanes that meet in lockstep, where the source allows it */
     const mtl_names *meeting; /* where threads have stacks: the functions at which lanes meet; else NULL */
 } mtl_unit_options;
 
@@ -107,9 +109,19 @@ int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const ui
 /* Whether the kernel has a form in which a thread does MTL_CUDA_WIDTH positions along x. */
 bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions);
 
-/* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them. */
-void mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+/* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them.
+ * Whether lanes are in lockstep in it. */
+bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types, const mtl_unit_options *options);
+
+/* The body as statements of a simdgroup, for lanes in lockstep. False: its threads need a stack each. */
+bool mtl_translate_in_lockstep(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                               const mtl_unit_options *options);
+
+/* Attributes that lanes of a simdgroup differ in: whether a token names one, and the declarations of those that are
+ * mentioned, for the thread `index` (an expression) of the threadgroup. */
+bool mtl_is_lane_attribute(const mtl_token *token);
+void mtl_lane_attributes(mtl_text *out, const mtl_mentions *mentions, const char *index);
 
 /* The functions of header and body at which lanes meet. False: no memory. */
 bool mtl_find_meeting_functions(mtl_names *names, const mtl_definition *definition);

@@ -355,7 +355,7 @@ static void translate_token(translation *t, size_t i) {
     }
 }
 
-static void write_token(mtl_text *out, const mtl_token *token) {
+void mtl_write_token(mtl_text *out, const mtl_token *token) {
     if (token->before) mtl_text_add_string(out, token->before);
     if (!token->replacement) {
         mtl_text_add(out, token->text, token->length);
@@ -409,7 +409,18 @@ void mtl_translate(mtl_text *out, const char *source, mtl_region region, const m
     mtl_leave_out_overloads(&t);
     if (options->meeting) mtl_mark_places(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
-    for (size_t i = 0; i < t.count && !t.failed; i++) write_token(out, &t.token[i]);
+    for (size_t i = 0; i < t.count && !t.failed; i++) mtl_write_token(out, &t.token[i]);
     out->failed |= t.failed;
     end(&t);
+}
+
+bool mtl_translate_in_lockstep(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
+                               const mtl_unit_options *options) {
+    translation t = {.region = MTL_REGION_BODY, .options = options};
+    bool done = begin(&t, definition->source);
+    if (done) mtl_leave_out_overloads(&t);
+    for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
+    done = done && !t.failed && mtl_write_lockstep(&t, out, definition, mentions);
+    end(&t);
+    return done && !out->failed;
 }

@@ -54,12 +54,26 @@ void mtl_blank_range(translation *t, size_t begin, size_t end); /* all but space
 void mtl_add_before(translation *t, size_t i, const char *text);
 void mtl_add_behind(translation *t, size_t i, const char *text);
 
+/* ---- translate.c ---- */
+
+void mtl_write_token(mtl_text *out, const mtl_token *token);
+
 /* ---- places.c ---- */
+
+/* Whether the body of a function or a lambda opens at `i`, with its name, or SIZE_MAX for a lambda without one. */
+bool mtl_is_body(const translation *t, size_t i, size_t *name);
+
+size_t mtl_behind_statement(const translation *t, size_t i);
 
 /* Adds the functions defined here at which lanes meet, as far as `names` says which others do; whether there were any. False: no
  * memory. */
 bool mtl_find_meeting(const translation *t, mtl_names *names, bool *found);
 void mtl_mark_places(translation *t);
+
+/* ---- lockstep.c ---- */
+
+/* The translated tokens of a body as statements of a simdgroup. False: it has to be run thread by thread. */
+bool mtl_write_lockstep(translation *t, mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions);
 
 /* ---- overloads.c ---- */
 

@@ -21,6 +21,18 @@ static size_t lines_of(const char *text) {
     return count;
 }
 
+static void translate_in_lockstep(const char *text) {
+    static const char *const inputs[] = {"x"}, *const outputs[] = {"y"};
+    const mtl_definition definition = {"k", 1, 1, inputs, outputs, text, "", false};
+    const mtl_unit_options options = {.halves = true};
+    mtl_mentions mentions;
+    expect(mtl_find_mentions(&mentions, &definition), "no memory");
+    mtl_text out = {0};
+    mtl_translate_in_lockstep(&out, &definition, &mentions, &options);
+    expect(!out.failed, "no memory");
+    mtl_text_free(&out);
+}
+
 static void translate(const char *text, mtl_region region, bool count_iterations) {
     const mtl_definition definition = {.name = "k",
                                        .source = region == MTL_REGION_BODY ? text : "",
@@ -34,6 +46,7 @@ static void translate(const char *text, mtl_region region, bool count_iterations
     expect(lines_of(mtl_text_string(&out)) == lines_of(text), "the translation has other lines");
     mtl_text_free(&out);
     free(meeting.name);
+    if (region == MTL_REGION_BODY) translate_in_lockstep(text);
 
     mtl_tokens tokens;
     expect(mtl_tokenize(&tokens, text, strlen(text)), "no memory");

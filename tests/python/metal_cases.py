@@ -912,3 +912,45 @@ case(
     rtol=1e-4,
     atol=1e-4,
 )
+
+
+# ---- lockstep ----------------------------------------------------------------------------------------------------------
+# Bodies that set `s` for thread `i`. What becomes loops over the lanes of a simdgroup, and what has to have a stack for each thread.
+LOCKSTEP = {
+    "loops": "for (int k = 0; k < 5; k++) { if (k == i % 4) continue; if (k > int(i % 7)) break; s += simd_sum(k); }",
+    "do": "int k = 0; do { s += simd_max(int(i) * k); k++; if (k == 3 && i % 2) break; } while (k < int(i % 5));",
+    "while": "while (simd_any(s < int(i % 6))) { s += 1; int t = simd_min(s); s += t / 8; }",
+    "endless": "for (;;) { s++; if (s > int(i % 9)) break; s += simd_sum(1) / 16; }",
+    "else": "if (i % 3 == 0) s = simd_sum(1); else if (simd_all(i > 4)) s = 2; else { s = simd_sum(2); s *= 3; } s += simd_sum(s);",
+    "return": "if (i % 5 == 1) { y[i] = -1; return; } s = simd_sum(1); if (i % 7 == 2) return; y[i] = s; s = simd_sum(1);",
+    "return in a loop": "for (int k = 0; k < 9; k++) { if (x[i] + k > 40) { y[i] = k; return; } } s = simd_sum(1);",
+    "barriers": "threadgroup int t[64]; t[i % 64] = x[i]; for (uint k = 1; k < 64; k *= 2) {"
+    "threadgroup_barrier(mem_flags::mem_threadgroup); int o = t[(i + k) % 64];"
+    "simdgroup_barrier(mem_flags::mem_none); threadgroup_barrier(mem_flags::mem_threadgroup); t[i % 64] += o; } s = t[i % 64];",
+    "pointers": "const device int* p = x + i; device int* q = y; q += i; p += 1 - int(i % 2); s = simd_sum(*p); *q = s; y += i; y[0] = s + 1; y -= i; s += *q;",
+    "arrays": "int a[3] = {1, int(i), 3}, b = a[1]; thread int* p = a; s = simd_sum(a[2]); p[1] += s; s = a[1] + b; thread int& r = a[0]; r += simd_max(a[1]); s += a[0];",
+    "scopes": "int k = 1; { int k = simd_sum(2); s += k; { int k = 5; s += simd_sum(k) + k; } s += k; } s += k;",
+    "the same for all": "const uint n = threads_per_threadgroup.x; uint m = n / 2, g = threadgroup_position_in_grid.x; m += simd_sum(1); s = int(n + m + g * 100);",
+    "guarded": "if (n0 == 0) { y[i] = 7; return; } uint q = 100 / n0; s = simd_sum(int(q));",
+    "types": "using V = vec<int, 2>; struct P { int a; V b; }; constexpr int K = 2; P p = {int(i), V(K, 3)}; p.b.x = simd_sum(p.b.x); s = p.a + p.b.x + p.b.y;",
+    "two": "int a = simd_sum(1), b = simd_max(int(i)); s = a + b; float f = simd_sum(0.5f) * simd_max(float(i)); s += int(f);",
+    "of one another": "s = simd_shuffle_up(simd_sum(int(i)) + int(i), 1) + quad_sum(simd_prefix_inclusive_sum(1)); s = simd_sum(s) > 3 ? s : -s;",
+    "pragma": "\n#pragma unroll\nfor (int k = 0; k < 4; k++) { s += k; }\n#pragma clang loop unroll(full)\nfor (int k = 0; k < 4; k++) { s += simd_sum(k); }",
+    "strided": "for (uint k = i; k < 129; k += 7) s += x[k] * int(k); for (uint k = 2 * i + 1; k <= 120; k += N) { int v = s + x[k % 129]; s += v; } s += simd_sum(s);",
+    "strided around": "for (uint k = i * 60000000; k < 4000000000u; k += 1000000000u) { s += 1 + int(k % 7); } s += simd_sum(s) * 100;",
+    "strided under a mask": "if (i % 3) { s = simd_sum(1); for (int k = int(i); k < 100; k += 16) y[i] += k; s += y[i]; }",
+    "strided with a mark": "\n#pragma unroll\nfor (uint k = i; k < 129; k += 32)\n s += x[k];\n s = simd_sum(s);",
+    "moved": "x += n0; y += 0 * N; int v = x[i - n0 * (i > 3)]; const device int* p = x + i; x += 1; s = simd_sum(v + p[-n0]) + x[-1];",
+    "moved by lanes": "x += i % 2; s = simd_sum(x[0] + int(i)); x += 1; s += x[0];",
+    "if constexpr": "if constexpr (N > 3) { s = simd_sum(N); } else { s = simd_sum(1); }",
+}
+NOT_IN_LOCKSTEP = {
+    "lambda": "auto f = [&](int v) { return simd_sum(v); }; s = f(1);",
+    "closure": "int k = 1; auto f = [&](int v) { return v + k; }; s = simd_sum(1); k = 5; s += f(s);",
+    "short circuit": "if (i % 2 && simd_any(i == 4)) s = 1; s += simd_sum(1);",
+    "conditional": "s = i % 2 ? simd_sum(1) : 4;",
+    "barrier in a branch": "if (i < 64) { threadgroup_barrier(mem_flags::mem_none); s = 1; } else { s = 2; threadgroup_barrier(mem_flags::mem_none); }",
+    "switch": "switch (i % 3) { case 0: s = simd_sum(1); break; default: s = simd_sum(2); }",
+    "macro": "s = TOTAL(1);",
+    "reference": "const auto& r = i + 1; s = simd_sum(1); s += r;",
+}

@@ -1,6 +1,9 @@
 """The Python examples of the documentation run, a page at a time; its C reference leaves nothing of the header out."""
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +37,32 @@ def test_examples_run(page):
     finally:
         if "metalloid.mlx" in sys.modules:
             sys.modules["metalloid.mlx"].uninstall()
+
+
+def test_debugging_sessions(tmp_path):
+    """The commands of the page on custom kernels say what stands below them, `...` aside, among other things."""
+    if not all(map(shutil.which, ("gdb", "clang"))):
+        pytest.skip("no gdb, or no clang")
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("gcc's AddressSanitizer is in this process")
+    page = DOCS / "custom-kernels.md"
+    (program,) = (block for block in blocks_of(page) if block.startswith("# program.py\n"))
+    (tmp_path / "program.py").write_text(program)
+    sessions = re.findall(r"^```console\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    environment = dict(os.environ, METALLOID_CACHE=str(tmp_path / "cache"), DEBUGINFOD_URLS="")
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    assert len(sessions) == 2
+    for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(sessions), flags=re.MULTILINE):
+        if "asan-x86_64" in command and os.uname().machine != "x86_64":
+            continue
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        said, at = done.stdout + done.stderr, 0
+        for line in expected.splitlines():
+            found = re.compile(".*".join(map(re.escape, line.split("...")))).search(said, at)
+            assert found, f"{command}\n{line!r} is not in\n{said}"
+            at = found.end()
 
 
 def test_the_c_reference_has_every_public_function_and_struct(monkeypatch):

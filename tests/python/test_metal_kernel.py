@@ -8,8 +8,10 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
+import metal_cases
 import metalloid
 import ml_dtypes
 import numpy as np
@@ -258,7 +260,13 @@ SCALARS = ["thread_index_in_threadgroup", "thread_index_in_simdgroup", "simdgrou
 @pytest.mark.parametrize("meet", [False, True], ids=["loop", "threads"])
 @pytest.mark.parametrize(
     ("grid", "group"),
-    [((8, 4, 2), (4, 2, 1)), ((7, 5, 3), (4, 2, 2)), ((70, 1, 1), (64, 1, 1)), ((3, 3, 3), (9, 9, 9))],
+    [
+        ((8, 4, 2), (4, 2, 1)),
+        ((7, 5, 3), (4, 2, 2)),
+        ((70, 1, 1), (64, 1, 1)),
+        ((1, 70, 2), (1, 8, 1)),
+        ((3, 3, 3), (9, 9, 9)),
+    ],
 )
 def test_attributes(grid, group, meet):
     """Each attribute for each thread, also where the threadgroup does not divide the grid."""
@@ -495,6 +503,39 @@ def test_large_private_arrays():
     x = np.ones(64, F32)
     out = run(source, {"x": x}, out=((64,), F32), grid=(64, 1, 1), threadgroup=(64, 1, 1))
     assert (out == 20032).all()
+
+
+@pytest.mark.parametrize("body", [*metal_cases.LOCKSTEP, *metal_cases.NOT_IN_LOCKSTEP])
+def test_lockstep(tmp_path, monkeypatch, body):
+    """Bodies give the same in lockstep as with a stack for each thread, which counted iterations ask for."""
+    monkeypatch.setenv("METALLOID_CACHE", str(tmp_path))
+    text = (metal_cases.LOCKSTEP | metal_cases.NOT_IN_LOCKSTEP)[body]
+    source = f"uint i = thread_position_in_grid.x; int s = 0;\n{text}\ny[i] = s;"
+    x = np.random.default_rng(3).integers(0, 50, 129, dtype=np.int32)
+    results = [
+        run(source, {"x": x, "n0": 0 if body == "guarded" else 3}, out=((128,), np.int32), outputs=("y",),
+            grid=(128, 1, 1), threadgroup=(group, 1, 1), template=[("N", 5)], init_value=0,
+            header="#define TOTAL(x) simd_sum(x)", debug_options=options)
+        for group in (64, 40)
+        for options in ({}, {"max_iterations": 1 << 40})
+    ]  # fmt: skip
+    objects = [b"mtl_kernel_lockstep" in entry.read_bytes() for entry in entries(tmp_path)]
+    assert any(objects) == (body in metal_cases.LOCKSTEP)
+    assert results[0].tolist() == results[1].tolist()
+    assert results[2].tolist() == results[3].tolist()
+
+
+def test_simdgroups_see_what_others_wrote():
+    """In an output as in threadgroup memory: it is written by others between two barriers."""
+    source = """
+        uint group = threadgroup_position_in_grid.x, i = thread_index_in_threadgroup;
+        if (i == 0) out[group] = 5;
+        threadgroup_barrier(mem_flags::mem_device);
+        if (i == 40) out[group] += 4;
+        threadgroup_barrier(mem_flags::mem_device);
+        if (i == 0) out[group] += 10 * out[group];
+    """
+    assert run(source, {}, out=((5,), np.int32), grid=(320, 1, 1), threadgroup=(64, 1, 1)).tolist() == [99] * 5
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -763,6 +804,31 @@ def test_cache_is_private_and_used(tmp_path):
     before = entry.stat().st_mtime_ns
     program(directory)
     assert entry.stat().st_mtime_ns == before, "the second process compiled again"
+
+
+def test_cache_does_not_grow_without_end(tmp_path):
+    """Beyond a size, what was not used for longest goes, with what a debugger was to see of it."""
+    debug = PROGRAM.replace('input_names=["x"]', 'input_names=["x"], debug_options={"debug": True}')
+    program(tmp_path, debug)
+    (first,) = entries(tmp_path)
+    program(tmp_path)
+    (second,) = set(entries(tmp_path)) - {first}
+    for age, entry in ((2, first), (3, second)):  # hours; the older one is used again
+        before = time.time() - 3600 * age
+        os.utime(entry, (before, before))
+    program(tmp_path)
+    assert second.stat().st_atime > time.time() - 600
+    stranger = tmp_path / "notes.so"
+    stranger.write_bytes(bytes(1 << 20))
+    room = (2 * second.stat().st_size + 4096) / 2**20  # for two of the size
+    program(tmp_path, PROGRAM.replace("x[i] + 1", "1 + x[i]"), METALLOID_CACHE_MIB=str(room))
+    assert second.exists()
+    assert not first.exists()
+    assert len(entries(tmp_path)) == 3  # the second, the new one, the stranger's
+    assert not list(tmp_path.glob("*.debug"))
+    program(tmp_path, PROGRAM.replace("x[i] + 1", "x[i] - -1"), METALLOID_CACHE_MIB="0")
+    assert len(entries(tmp_path)) == 2, "what was just made stays"
+    assert stranger.exists()
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,9 @@ typedef struct mtl_group {
 
     /* The thread that has to run next, when nobody in the simdgroup of thread `index` is ready: its index, or -1 for home. */
     int (*next)(struct mtl_group *group, unsigned index);
+
+    /* The same for lanes in lockstep, where a simdgroup has one stack, that of the thread of its number. */
+    int (*next_simdgroup)(struct mtl_group *group, unsigned simdgroup);
     void *(*declare)(struct mtl_group *group, unsigned variable, unsigned long bytes, unsigned long alignment);
 
     mtl_simdgroup simdgroup[mtl_most_simdgroups];

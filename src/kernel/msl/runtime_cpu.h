@@ -141,6 +141,20 @@ static __attribute__((noinline)) void __mtl_lead(mtl_simdgroup &simd, const mtl_
     simd.ready |= active;
 }
 
+#if MTL_LOCKSTEP
+
+/* Lanes in lockstep meet by lockstep_cpu.h. A call of these comes out of what its translation does not see, a macro
+ * say: it must not compile. */
+#define __mtl_not_in_lockstep __attribute__((error("lanes meet where they are not in lockstep")))
+template <typename Result, typename Argument, typename Combine>
+__mtl_not_in_lockstep Result __mtl_collective(const Argument &mine, Combine combine);
+template <typename Result, typename Argument, typename Combine>
+__mtl_not_in_lockstep Result __mtl_collective_uniform(const Argument &mine, Combine combine);
+__mtl_not_in_lockstep void __mtl_simdgroup_barrier();
+__mtl_not_in_lockstep void __mtl_threadgroup_barrier();
+
+#else
+
 /* Runs once when every active lane of this simdgroup stands at this call:
  *     combine(const Argument (&values)[32], Result (&results)[32], unsigned active)
  * where values[i] is there for the bits i of `active`, and results[i] has to be set. Both are trivially copyable. One lane runs
@@ -221,6 +235,8 @@ __mtl_inline void __mtl_threadgroup_barrier() {
     simd.barrier |= bit;
     __mtl_yield(group, index, simd);
 }
+
+#endif
 
 /* The calling thread is done with the kernel's body. */
 __mtl_inline void __mtl_finish() {
@@ -304,17 +320,20 @@ template <typename Type> __mtl_inline Type &__mtl_variable(mtl_group &group, uns
 
 __mtl_inline unsigned __mtl_count(const unsigned *extent) { return extent[0] * extent[1] * extent[2]; }
 
-/* Sets place and extents of threadgroup `at` of the dispatch. `joined`: of as many threadgroups as lie in its row before `end`,
- * taken as one. Returns how many. */
-static unsigned long __mtl_place_group(mtl_group &group, unsigned long at, unsigned long end, bool joined) {
+/* Sets place and extents of threadgroup `at` of the dispatch. `joined`, an axis (y where there is one along x): of
+ * as many threadgroups as lie behind each other along it before `end`, taken as one; -1: of one. Returns how many. */
+static unsigned long __mtl_place_group(mtl_group &group, unsigned long at, unsigned long end, int joined) {
     const mtl_dispatch &dispatch = *group.dispatch;
-    unsigned long x = at % dispatch.threadgroups[0], rows = at / dispatch.threadgroups[0], run = 1;
-    if (joined) run = end - at < dispatch.threadgroups[0] - x ? end - at : dispatch.threadgroups[0] - x;
-    group.position[0] = (unsigned)x;
+    unsigned long rows = at / dispatch.threadgroups[0], run = 1;
+    group.position[0] = (unsigned)(at % dispatch.threadgroups[0]);
     group.position[1] = (unsigned)(rows % dispatch.threadgroups[1]);
     group.position[2] = (unsigned)(rows / dispatch.threadgroups[1]);
+    if (joined >= 0) {
+        unsigned long left = dispatch.threadgroups[joined] - group.position[joined];
+        run = end - at < left ? end - at : left;
+    }
     for (int axis = 0; axis < 3; axis++) {
-        unsigned long size = axis == 0 ? run * dispatch.threadgroup[0] : dispatch.threadgroup[axis];
+        unsigned long size = axis == joined ? run * dispatch.threadgroup[axis] : dispatch.threadgroup[axis];
         unsigned long left = dispatch.grid[axis] - (unsigned long)group.position[axis] * dispatch.threadgroup[axis];
         group.extent[axis] = (unsigned)(size < left ? size : left);
     }

@@ -157,71 +157,83 @@ template <class T> MSL_FN T from_lane(const T &x, uint source) {
             }
         }));
 }
+// What all lanes of `mask` give together.
+template <class T, class F> MSL_FN bytes<T> reduce_all(const bytes<T> (&in)[32], uint mask) {
+    using C = combined_t<T>;
+    if (mask == 0xffffffffu) { // a tree, level by level in vectors
+        C c[32];
+        for (uint i = 0; i < 32; ++i) c[i] = C(from_bytes<T>(in[i]));
+        for (uint step = 16; step > 0; step /= 2)
+            for (uint i = 0; i < step; ++i) c[i] = F()(c[i], c[i + step]);
+        return to_bytes(T(c[0]));
+    }
+    uint first = uint(__builtin_ctz(mask));
+    C sum(from_bytes<T>(in[first]));
+    for (uint rest = mask & (mask - 1); rest; rest &= rest - 1)
+        sum = F()(sum, C(from_bytes<T>(in[__builtin_ctz(rest)])));
+    return to_bytes(T(sum));
+}
+// The same for each `Width` lanes.
+template <int Width, class T, class F>
+MSL_FN void reduce_parts(const bytes<T> (&in)[32], bytes<T> (&out)[32], uint mask) {
+    using C = combined_t<T>;
+    for (uint base = 0; base < 32; base += Width) {
+        bool first = true;
+        C sum;
+        for (uint i = base; i < base + Width; ++i) {
+            if (!(mask >> i & 1)) continue;
+            C c(from_bytes<T>(in[i]));
+            sum = first ? c : F()(sum, c);
+            first = false;
+        }
+        if (first) continue;
+        bytes<T> result = to_bytes(T(sum));
+        for (uint i = base; i < base + Width; ++i) out[i] = result;
+    }
+}
+template <class T> struct prefix_argument {
+    bytes<T> value, identity;
+};
+template <bool Inclusive, class T, class F>
+MSL_FN void prefix_all(const prefix_argument<T> (&in)[32], bytes<T> (&out)[32], uint mask) {
+    using C = combined_t<T>;
+    bool first = true;
+    C sum;
+    for (uint i = 0; i < 32; ++i) {
+        if (!(mask >> i & 1)) continue;
+        C c(from_bytes<T>(in[i].value));
+        if (!Inclusive) out[i] = first ? in[i].identity : to_bytes(T(sum));
+        sum = first ? c : F()(sum, c);
+        first = false;
+        if (Inclusive) out[i] = to_bytes(T(sum));
+    }
+}
+MSL_FN uint votes_of(const bool (&in)[32], uint mask) {
+    uint votes = 0;
+    for (uint i = 0; i < 32; ++i) votes |= uint(mask >> i & 1 && in[i]) << i;
+    return votes;
+}
 template <class T> MSL_FN T from_xor(const T &x, uint flip) { return from_lane(x, lane() ^ flip); }
 template <int Width, class T, class F> MSL_FN T reduce(const T &x, F) {
     using B = bytes<T>;
-    using C = combined_t<T>;
     if constexpr (Width == 32 && sizeof(B) <= 64) {
-        return from_bytes<T>(__mtl_collective_uniform<B>(to_bytes(x), [](const B(&in)[32], uint mask) {
-            if (mask == 0xffffffffu) { // a tree, level by level in vectors
-                C c[32];
-                for (uint i = 0; i < 32; ++i) c[i] = C(from_bytes<T>(in[i]));
-                for (uint step = 16; step > 0; step /= 2)
-                    for (uint i = 0; i < step; ++i) c[i] = F()(c[i], c[i + step]);
-                return to_bytes(T(c[0]));
-            }
-            uint first = uint(__builtin_ctz(mask));
-            C sum(from_bytes<T>(in[first]));
-            for (uint rest = mask & (mask - 1); rest; rest &= rest - 1)
-                sum = F()(sum, C(from_bytes<T>(in[__builtin_ctz(rest)])));
-            return to_bytes(T(sum));
-        }));
+        return from_bytes<T>(__mtl_collective_uniform<B>(
+            to_bytes(x), [](const B(&in)[32], uint mask) { return reduce_all<T, F>(in, mask); }));
     }
     return from_bytes<T>(__mtl_collective<B>(to_bytes(x), [](const B(&in)[32], B(&out)[32], uint mask) {
-        for (uint base = 0; base < 32; base += Width) {
-            bool first = true;
-            C sum;
-            for (uint i = base; i < base + Width; ++i) {
-                if (!(mask >> i & 1)) continue;
-                C c(from_bytes<T>(in[i]));
-                sum = first ? c : F()(sum, c);
-                first = false;
-            }
-            if (first) continue;
-            B result = to_bytes(T(sum));
-            for (uint i = base; i < base + Width; ++i) out[i] = result;
-        }
+        reduce_parts<Width, T, F>(in, out, mask);
     }));
 }
 template <bool Inclusive, class T, class F> MSL_FN T prefix(const T &x, F, T identity) {
     using B = bytes<T>;
-    using C = combined_t<T>;
-    struct argument {
-        B value, identity;
-    };
-    return from_bytes<T>(__mtl_collective<B>(argument{to_bytes(x), to_bytes(identity)},
-                                             [](const argument(&in)[32], B(&out)[32], uint mask) {
-                                                 bool first = true;
-                                                 C sum;
-                                                 for (uint i = 0; i < 32; ++i) {
-                                                     if (!(mask >> i & 1)) continue;
-                                                     C c(from_bytes<T>(in[i].value));
-                                                     if (!Inclusive) out[i] = first ? in[i].identity : to_bytes(T(sum));
-                                                     sum = first ? c : F()(sum, c);
-                                                     first = false;
-                                                     if (Inclusive) out[i] = to_bytes(T(sum));
-                                                 }
-                                             }));
+    using P = prefix_argument<T>;
+    return from_bytes<T>(
+        __mtl_collective<B>(P{to_bytes(x), to_bytes(identity)}, [](const P(&in)[32], B(&out)[32], uint mask) {
+            prefix_all<Inclusive, T, F>(in, out, mask);
+        }));
 }
 MSL_FN uint ballot(bool b) {
-    return __mtl_collective_uniform<uint>(b, [](const bool(&in)[32], uint mask) {
-        uint votes = 0;
-        for (uint rest = mask; rest; rest &= rest - 1) {
-            uint i = uint(__builtin_ctz(rest));
-            if (in[i]) votes |= 1u << i;
-        }
-        return votes;
-    });
+    return __mtl_collective_uniform<uint>(b, [](const bool(&in)[32], uint mask) { return votes_of(in, mask); });
 }
 
 #endif

@@ -377,6 +377,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: on a GPU, beside PyTorch (no threads, no plot)"
     )
+    made.add_argument(
+        "--kernels", action="store_true", help="only what custom kernels cost on the CPU; takes no other option"
+    )
     made.add_argument("--no-peers", action="store_true", help="only Metalloid and the ceilings")
     made.add_argument("--list", action="store_true", help="name the cases and do nothing")
     made.add_argument("--json", metavar="FILE", help="write everything measured")
@@ -583,6 +586,8 @@ def run_on_gpu(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
+        if options.kernels:
+            return subprocess.run([find_command(), "bench", "--kernels"], check=False).returncode
         run_on_gpu(options) if options.device == "cuda" else run(options)
         sys.stdout.flush()
     except Failure as failure:
