@@ -239,9 +239,10 @@ def test_calls_are_captured_in_a_graph():
 def test_work_is_queued_on_the_context_s_stream():
     x, weight = torch.zeros(4096, 4096, device="cuda"), torch.ones(4096, device="cuda")
     out, stream = torch.empty_like(x), torch.cuda.Stream()
+    run("rms_norm", x.fill_(0), weight, 1e-5, out)  # loads the kernels, which takes a while on a busy machine
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(1_000_000_000)  # half a second
         x.fill_(3)  # behind the sleep: a call elsewhere would still see zeros
         run("rms_norm", x, weight, 1e-5, out)
     assert not stream.query()  # and the call did not wait
