@@ -60,8 +60,7 @@ __mtl_inline void __mtl_wait(mtl_group &group, unsigned lanes) {
     group.simdgroup[self].ready = 0;
     group.simdgroup[self].barrier = lanes;
     int next = group.next_simdgroup(&group, self);
-    if (next != (int)self)
-        __mtl_switch(&group.thread[self].stack, next < 0 ? group.home : group.thread[next].stack);
+    if (next != (int)self) __mtl_switch(&group.thread[self].stack, next < 0 ? group.home : group.thread[next].stack);
 }
 
 __mtl_inline void __mtl_end(mtl_group &group) {
@@ -120,12 +119,12 @@ template <int Width, class T, class F> struct reduction {
     }
     static MSL_FN T result(const given &x) { return from_bytes<T>(x); }
 };
-#define MSL_REDUCTION(name, operation)                                                                         \
-    template <class A, class T = number_t<A>> MSL_FN reduction<32, T, operation> simd_##name(A x) {            \
-        return {to_bytes(T(x))};                                                                               \
-    }                                                                                                          \
-    template <class A, class T = number_t<A>> MSL_FN reduction<4, T, operation> quad_##name(A x) {             \
-        return {to_bytes(T(x))};                                                                               \
+#define MSL_REDUCTION(name, operation)                                                              \
+    template <class A, class T = number_t<A>> MSL_FN reduction<32, T, operation> simd_##name(A x) { \
+        return {to_bytes(T(x))};                                                                    \
+    }                                                                                               \
+    template <class A, class T = number_t<A>> MSL_FN reduction<4, T, operation> quad_##name(A x) {  \
+        return {to_bytes(T(x))};                                                                    \
     }
 MSL_REDUCTION(sum, sum_f)
 MSL_REDUCTION(product, product_f)
@@ -145,9 +144,9 @@ template <bool Inclusive, class T, class F> struct prefixes {
     }
     static MSL_FN T result(const given &x) { return from_bytes<T>(x); }
 };
-#define MSL_PREFIX(name, inclusive, operation, identity)                                                        \
+#define MSL_PREFIX(name, inclusive, operation, identity)                                                         \
     template <class A, class T = number_t<A>> MSL_FN prefixes<inclusive, T, operation> simd_prefix_##name(A x) { \
-        return {{to_bytes(T(x)), to_bytes(T(make_scalar_t<T>(identity)))}};                                     \
+        return {{to_bytes(T(x)), to_bytes(T(make_scalar_t<T>(identity)))}};                                      \
     }
 MSL_PREFIX(inclusive_sum, true, sum_f, 0)
 MSL_PREFIX(exclusive_sum, false, sum_f, 0)
@@ -169,12 +168,12 @@ template <class T, class Source> struct shuffle {
     static MSL_FN T result(const given &x) { return from_bytes<T>(x); }
 };
 // Which lane `i` takes the value of, when it asked for `n`.
-#define MSL_SHUFFLE(name, source)                                                                            \
-    struct source_of_##name {                                                                                \
-        static MSL_FN uint of(uint i, uint n) { return source; }                                             \
-    };                                                                                                       \
-    template <class A, class T = handed_t<A>> MSL_FN shuffle<T, source_of_##name> name(A x, ushort n) {      \
-        return {{to_bytes(T(x)), n}};                                                                        \
+#define MSL_SHUFFLE(name, source)                                                                       \
+    struct source_of_##name {                                                                           \
+        static MSL_FN uint of(uint i, uint n) { return source; }                                        \
+    };                                                                                                  \
+    template <class A, class T = handed_t<A>> MSL_FN shuffle<T, source_of_##name> name(A x, ushort n) { \
+        return {{to_bytes(T(x)), n}};                                                                   \
     }
 MSL_SHUFFLE(simd_shuffle, n)
 MSL_SHUFFLE(simd_broadcast, n)
@@ -219,14 +218,14 @@ template <class Answer> struct ballot {
     }
     static MSL_FN auto result(const given &x) { return Answer::of(x.votes, x.active, x.lane); }
 };
-#define MSL_BALLOT(name, parameter, vote, answer)                                                    \
-    struct answer_of_##name {                                                                        \
-        static MSL_FN auto of(uint votes, uint active, uint lane) {                                  \
-            uint quad = lane & ~3u;                                                                  \
-            (void)votes, (void)active, (void)quad;                                                   \
-            return answer;                                                                           \
-        }                                                                                            \
-    };                                                                                               \
+#define MSL_BALLOT(name, parameter, vote, answer)                   \
+    struct answer_of_##name {                                       \
+        static MSL_FN auto of(uint votes, uint active, uint lane) { \
+            uint quad = lane & ~3u;                                 \
+            (void)votes, (void)active, (void)quad;                  \
+            return answer;                                          \
+        }                                                           \
+    };                                                              \
     MSL_FN ballot<answer_of_##name> name(parameter) { return {vote}; }
 MSL_BALLOT(simd_ballot, bool b, b, simd_vote(votes))
 MSL_BALLOT(simd_any, bool b, b, votes != 0)

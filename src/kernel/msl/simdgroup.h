@@ -191,9 +191,7 @@ MSL_FN void reduce_parts(const bytes<T> (&in)[32], bytes<T> (&out)[32], uint mas
         for (uint i = base; i < base + Width; ++i) out[i] = result;
     }
 }
-template <class T> struct prefix_argument {
-    bytes<T> value, identity;
-};
+template <class T> struct prefix_argument { bytes<T> value, identity; };
 template <bool Inclusive, class T, class F>
 MSL_FN void prefix_all(const prefix_argument<T> (&in)[32], bytes<T> (&out)[32], uint mask) {
     using C = combined_t<T>;
@@ -220,9 +218,8 @@ template <int Width, class T, class F> MSL_FN T reduce(const T &x, F) {
         return from_bytes<T>(__mtl_collective_uniform<B>(
             to_bytes(x), [](const B(&in)[32], uint mask) { return reduce_all<T, F>(in, mask); }));
     }
-    return from_bytes<T>(__mtl_collective<B>(to_bytes(x), [](const B(&in)[32], B(&out)[32], uint mask) {
-        reduce_parts<Width, T, F>(in, out, mask);
-    }));
+    return from_bytes<T>(__mtl_collective<B>(
+        to_bytes(x), [](const B(&in)[32], B(&out)[32], uint mask) { reduce_parts<Width, T, F>(in, out, mask); }));
 }
 template <bool Inclusive, class T, class F> MSL_FN T prefix(const T &x, F, T identity) {
     using B = bytes<T>;
