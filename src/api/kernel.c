@@ -583,7 +583,7 @@ static metalloid_status launch_checked(metalloid_context *context, metalloid_ker
 metalloid_status metalloid_kernel_launch(metalloid_context *context, metalloid_kernel *kernel,
                                          const metalloid_kernel_call *given) {
     checked c;
-    metalloid_kernel_call call;
+    metalloid_kernel_call call = METALLOID_KERNEL_CALL_INIT;
     metalloid_status status = check(kernel, given, &c, &call);
     if (!status) status = launch_checked(context, kernel, &call, &c);
     release(context, &c, call.input_count);
@@ -593,7 +593,7 @@ metalloid_status metalloid_kernel_launch(metalloid_context *context, metalloid_k
 metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metalloid_kernel_call *given, bool translated,
                                          char *text, size_t capacity, size_t *length) {
     checked c;
-    metalloid_kernel_call call;
+    metalloid_kernel_call call = METALLOID_KERNEL_CALL_INIT;
     mtl_text source = {0};
     metalloid_status status = check(kernel, given, &c, &call);
     if (!status && !(text || capacity == 0))
@@ -620,7 +620,7 @@ metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metallo
     if (!status) {
         if (length) *length = source.length;
         size_t written = source.length < capacity ? source.length : capacity ? capacity - 1 : 0;
-        if (capacity) {
+        if (text && capacity) {
             memcpy(text, mtl_text_string(&source), written);
             text[written] = '\0';
         }
