@@ -14,8 +14,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-extern char **environ;
-
 enum { MOST_OUTPUT = 1 << 20, MOST_ARGUMENTS = 64 };
 
 static bool is_program(const char *path) {
@@ -48,7 +46,7 @@ static bool find_program(char path[PATH_MAX], const char *name, size_t length) {
 /* The program of the file, or `name` as words separated by blanks. */
 static bool take(mtl_compiler *compiler, const char *name) {
     char path[PATH_MAX];
-    size_t offset[MTL_COMPILER_WORDS];
+    size_t offset[MTL_COMPILER_WORDS] = {0};
     const char *rest = "";
     if (!find_program(path, name, strlen(name))) { /* not one name with blanks in it */
         name += strspn(name, " \t");
@@ -57,7 +55,6 @@ static bool take(mtl_compiler *compiler, const char *name) {
         rest = name + length;
     }
     *compiler = (mtl_compiler){.words = 1};
-    offset[0] = 0;
     mtl_text_add(&compiler->command, path, strlen(path) + 1);
     while (*(rest += strspn(rest, " \t"))) {
         if (compiler->words == MTL_COMPILER_WORDS) break;
@@ -117,6 +114,7 @@ bool mtl_compiler_run(const mtl_compiler *compiler, const char *const *arguments
     for (int i = 0; i < compiler->words; i++) words[count++] = (char *)(uintptr_t)compiler->word[i];
     for (int i = 0; arguments[i] && i < MOST_ARGUMENTS; i++) words[count++] = (char *)(uintptr_t)arguments[i];
     words[count] = NULL;
+    if (!words[0]) return false;
 
     int pipe_ends[2];
     if (pipe2(pipe_ends, O_CLOEXEC) != 0) {

@@ -172,14 +172,14 @@ bool mtl_tokenize(mtl_tokens *tokens, const char *source, size_t length) {
     *tokens = (mtl_tokens){0};
     scanner s = {.at = source, .end = source + length, .line_start = true, .tokens = tokens};
     while (s.at < s.end && !s.failed) {
-        const char *begin = s.at;
         space(&s);
         if (s.at == s.end || s.failed) break;
+        const char *begin = s.at;
         bool starts_line = s.line_start;
         s.line_start = false;
         char c = *s.at;
         if (c == '#' && starts_line) {
-            begin = s.at++;
+            s.at++;
             s.in_directive = true;
             emit(&s, MTL_TOKEN_PUNCTUATION, begin);
             directive(&s);
@@ -190,7 +190,6 @@ bool mtl_tokenize(mtl_tokens *tokens, const char *source, size_t length) {
         } else if (c == '"' || c == '\'') {
             quoted(&s, s.at);
         } else {
-            begin = s.at;
             s.at += (c == ':' && peek(&s, 1) == ':') || (c == '-' && peek(&s, 1) == '>') ? 2 : 1;
             emit(&s, MTL_TOKEN_PUNCTUATION, begin);
         }
