@@ -512,6 +512,7 @@ def test_a_large_result_takes_the_memory_of_the_last_one_that_is_gone():
     assert address_of_result(x) != view.base.ctypes.data  # as long as anything refers to it, it is not gone
 
 
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="frees late under AddressSanitizer")
 def test_memory_of_large_results_is_bounded():
     def resident():
         with open("/proc/self/statm", encoding="ascii") as file:
