@@ -924,9 +924,9 @@ LOCKSTEP = {
     "else": "if (i % 3 == 0) s = simd_sum(1); else if (simd_all(i > 4)) s = 2; else { s = simd_sum(2); s *= 3; } s += simd_sum(s);",
     "return": "if (i % 5 == 1) { y[i] = -1; return; } s = simd_sum(1); if (i % 7 == 2) return; y[i] = s; s = simd_sum(1);",
     "return in a loop": "for (int k = 0; k < 9; k++) { if (x[i] + k > 40) { y[i] = k; return; } } s = simd_sum(1);",
-    "barriers": "threadgroup int t[64]; t[i % 64] = x[i]; for (uint k = 1; k < 64; k *= 2) {"
-    "threadgroup_barrier(mem_flags::mem_threadgroup); int o = t[(i + k) % 64];"
-    "simdgroup_barrier(mem_flags::mem_none); threadgroup_barrier(mem_flags::mem_threadgroup); t[i % 64] += o; } s = t[i % 64];",
+    "barriers": "threadgroup int t[64]; uint n = threads_per_threadgroup.x, l = thread_position_in_threadgroup.x; t[l] = x[i];"
+    "for (uint k = 1; k < 64; k *= 2) { threadgroup_barrier(mem_flags::mem_threadgroup); int o = t[(l + k) % n];"
+    "simdgroup_barrier(mem_flags::mem_none); threadgroup_barrier(mem_flags::mem_threadgroup); t[l] += o; } s = t[l];",
     "pointers": "const device int* p = x + i; device int* q = y; q += i; p += 1 - int(i % 2); s = simd_sum(*p); *q = s; y += i; y[0] = s + 1; y -= i; s += *q;",
     "arrays": "int a[3] = {1, int(i), 3}, b = a[1]; thread int* p = a; s = simd_sum(a[2]); p[1] += s; s = a[1] + b; thread int& r = a[0]; r += simd_max(a[1]); s += a[0];",
     "scopes": "int k = 1; { int k = simd_sum(2); s += k; { int k = 5; s += simd_sum(k) + k; } s += k; } s += k;",
