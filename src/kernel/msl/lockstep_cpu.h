@@ -126,13 +126,7 @@ template <int Width, class T, class F> struct reduction {
     template <class A, class T = number_t<A>> MSL_FN reduction<4, T, operation> quad_##name(A x) {  \
         return {to_bytes(T(x))};                                                                    \
     }
-MSL_REDUCTION(sum, sum_f)
-MSL_REDUCTION(product, product_f)
-MSL_REDUCTION(min, min_of_f)
-MSL_REDUCTION(max, max_of_f)
-MSL_REDUCTION(and, and_f)
-MSL_REDUCTION(or, or_f)
-MSL_REDUCTION(xor, xor_f)
+MSL_EACH_REDUCTION(MSL_REDUCTION)
 #undef MSL_REDUCTION
 
 template <bool Inclusive, class T, class F> struct prefixes {

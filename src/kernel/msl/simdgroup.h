@@ -303,6 +303,9 @@ MSL_FN T simd_shuffle_and_fill_down(A x, msl_::same<A> filling, ushort delta, us
 
 // ---- reductions
 
+#define MSL_EACH_REDUCTION(one)                                                                                 \
+    one(sum, sum_f) one(product, product_f) one(min, min_of_f) one(max, max_of_f) one(and, and_f) one(or, or_f) \
+        one(xor, xor_f)
 #define MSL_REDUCTION(name, operation)                                          \
     template <class A, class T = msl_::number_t<A>> MSL_FN T simd_##name(A x) { \
         return msl_::reduce<32>(T(x), msl_::operation());                       \
@@ -310,13 +313,7 @@ MSL_FN T simd_shuffle_and_fill_down(A x, msl_::same<A> filling, ushort delta, us
     template <class A, class T = msl_::number_t<A>> MSL_FN T quad_##name(A x) { \
         return msl_::reduce<4>(T(x), msl_::operation());                        \
     }
-MSL_REDUCTION(sum, sum_f)
-MSL_REDUCTION(product, product_f)
-MSL_REDUCTION(min, min_of_f)
-MSL_REDUCTION(max, max_of_f)
-MSL_REDUCTION(and, and_f)
-MSL_REDUCTION(or, or_f)
-MSL_REDUCTION(xor, xor_f)
+MSL_EACH_REDUCTION(MSL_REDUCTION)
 #undef MSL_REDUCTION
 template <class A, class T = msl_::number_t<A>> MSL_FN T simd_prefix_inclusive_sum(A x) {
     return msl_::prefix<true>(T(x), msl_::sum_f(), T(make_scalar_t<T>(0)));
