@@ -38,11 +38,13 @@ static char *take(size_t size) {
     return block;
 }
 
-static void drop_last(void) {
+/* Gives how large it was. */
+static size_t drop_last(void) {
     int last = BLOCKS - 1;
-    while (last > 0 && !kept[last].block) last--;
+    while (!kept[last].block) last--;
     free(kept[last].block);
     kept[last].block = NULL;
+    return kept[last].size;
 }
 
 static void give(char *block, size_t size) {
@@ -53,12 +55,7 @@ static void give(char *block, size_t size) {
     size_t bytes = size;
     if (kept[BLOCKS - 1].block) drop_last();
     for (int i = 0; i < BLOCKS && kept[i].block; i++) bytes += kept[i].size;
-    while (bytes > MOST_BYTES) {
-        int last = BLOCKS - 1;
-        while (!kept[last].block) last--;
-        bytes -= kept[last].size;
-        drop_last();
-    }
+    while (bytes > MOST_BYTES) bytes -= drop_last(); /* this one alone is no larger */
     memmove(kept + 1, kept, sizeof *kept * (BLOCKS - 1));
     kept[0].block = block;
     kept[0].size = size;
