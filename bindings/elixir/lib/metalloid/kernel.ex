@@ -200,28 +200,22 @@ defmodule Metalloid.Kernel do
       IO.puts("Generated source code for `#{kernel.name}`:\n```\n#{source(kernel, arguments, false)}\n```")
     end
 
-    Metalloid.NIF.kernel_launch(
-      kernel.reference,
-      Enum.map(arguments.inputs, &Metalloid.Tensor.to_term/1),
-      arguments.output_dtypes,
-      arguments.output_shapes,
-      arguments.grid,
-      arguments.threadgroup,
-      template: arguments.template,
-      init_value: arguments.init_value
-    )
+    call(&Metalloid.NIF.kernel_launch/7, kernel, arguments, init_value: arguments.init_value)
   end
 
   defp source(kernel, arguments, translated) do
-    Metalloid.NIF.kernel_source(
+    call(&Metalloid.NIF.kernel_source/7, kernel, arguments, translated: translated)
+  end
+
+  defp call(function, kernel, arguments, option) do
+    function.(
       kernel.reference,
       Enum.map(arguments.inputs, &Metalloid.Tensor.to_term/1),
       arguments.output_dtypes,
       arguments.output_shapes,
       arguments.grid,
       arguments.threadgroup,
-      template: arguments.template,
-      translated: translated
+      [{:template, arguments.template} | option]
     )
   end
 

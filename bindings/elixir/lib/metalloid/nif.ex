@@ -244,6 +244,9 @@ defmodule Metalloid.NIF do
   @typedoc "What custom kernels have beside: an output of `:bool` comes as `{:u, 8}`."
   @type kernel_type :: type() | :bool
 
+  @typedoc "An input of a custom kernel; what is no tensor is of rank 0."
+  @type kernel_input :: tensor() | number() | boolean() | :infinity | :neg_infinity | :nan
+
   @doc """
   A kernel from the body of a function in the Metal Shading Language; `Metalloid.Kernel.metal/2` has it described. It is
   freed after the last reference to it.
@@ -263,7 +266,7 @@ defmodule Metalloid.NIF do
   """
   @spec kernel_launch(
           reference(),
-          [tensor() | number() | boolean() | :infinity | :neg_infinity | :nan],
+          [kernel_input()],
           [kernel_type()],
           [shape :: tuple()],
           {pos_integer(), pos_integer(), pos_integer()},
@@ -283,7 +286,7 @@ defmodule Metalloid.NIF do
   """
   @spec kernel_source(
           reference(),
-          [tensor() | number() | boolean() | :infinity | :neg_infinity | :nan],
+          [kernel_input()],
           [kernel_type()],
           [shape :: tuple()],
           {pos_integer(), pos_integer(), pos_integer()},
