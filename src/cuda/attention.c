@@ -155,37 +155,50 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
 /* Many queries on Hopper. *done is false where attention.cu has to serve. */
 static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       const mtl_cuda_attention_args *attention, bool *done) {
-    enum { GROUP_ROWS = 64, STAGES = 2, MASK_STAGES = 4 };
+    enum { ROWS = 128, LEAST_ROWS = 64, THREADS = 384, STAGES = 2, MASK_STAGES = 4 };
+    enum { MOST_LENGTH = (1 << 30) - 2 * ROWS };
+    enum { PLAIN, HIDDEN, CHANGED, KINDS };
+    static const int images[KINDS] = {MTL_CUDA_IMAGE_attention_hopper, MTL_CUDA_IMAGE_attention_hopper_masked,
+                                      MTL_CUDA_IMAGE_attention_hopper_changed};
+#define KINDS_OF(dims) \
+    { FORMS("attention", dims), FORMS("attention_masked", dims), FORMS("attention_changed", dims) }
     static const struct {
-        int keys, groups;       /* of 64 rows, where there is no mask */
-        const char *name[2][2]; /* with a mask or not; float16, bfloat16 */
-    } kernels[HOPPER_DIMS] = {{128, 3, {FORMS("attention", "64_64"), FORMS("attention_masked", "64_64")}},
-                              {128, 2, {FORMS("attention", "96_96"), FORMS("attention_masked", "96_96")}},
-                              {128, 2, {FORMS("attention", "128_128"), FORMS("attention_masked", "128_128")}},
-                              {128, 2, {FORMS("attention", "192_128"), FORMS("attention_masked", "192_128")}},
-                              {64, 2, {FORMS("attention", "256_256"), FORMS("attention_masked", "256_256")}}};
-    bool bf16 = args->q.dtype == MTL_BF16;
-    bool masked = args->mask.data || args->key_mask.data || attention->softcap > 0 || !(attention->scale > 0);
-    int at = hopper_dims_of(args), groups = masked ? 2 : kernels[at].groups;
-    int keys = kernels[at].keys, rows = groups * GROUP_ROWS;
-    int64_t blocks = (args->q_len + rows - 1) / rows, heads = args->batch * args->q_heads;
+        int keys;
+        const char *name[KINDS][2]; /* float16, bfloat16 */
+    } kernels[HOPPER_DIMS] = {{128, KINDS_OF("64_64")},
+                              {128, KINDS_OF("96_96")},
+                              {128, KINDS_OF("128_128")},
+                              {128, KINDS_OF("192_128")},
+                              {64, KINDS_OF("256_256")}};
+    bool bf16 = args->q.dtype == MTL_BF16, adds = args->mask.data && args->mask.dtype != MTL_BOOL;
+    int kind = adds || attention->softcap > 0 || !(attention->scale > 0) ? CHANGED
+               : args->mask.data || args->key_mask.data                  ? HIDDEN
+                                                                         : PLAIN;
+    int at = hopper_dims_of(args), keys = kernels[at].keys, places = call->device->multiprocessors;
+    int64_t items = (args->q_len + ROWS - 1) / ROWS * args->batch * args->q_heads;
     *done = false;
-    if (args->q_len < GROUP_ROWS || blocks * heads * 2 < call->device->multiprocessors || heads > 65535 ||
-        args->q_len > INT32_MAX - 2 * rows || args->kv_len > INT32_MAX - 2 * rows)
+    if (args->q_len < LEAST_ROWS || items * 2 < places || items > INT32_MAX || args->q_len > MOST_LENGTH ||
+        args->kv_len > MOST_LENGTH)
         return METALLOID_OK;
-    mtl_cuda_attention_hopper_args hopper = {.attention = *attention};
+    mtl_cuda_attention_hopper_args hopper = {.attention = *attention, .items = (unsigned)items};
     if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
-                           rows) ||
+                           ROWS) ||
         !describe_keys(call, args, &hopper, keys))
         return METALLOID_OK;
     *done = true;
-    mtl_cuda_grid grid = {.blocks = blocks, .y = (int)heads, .threads = (groups + 1) * 4 * WARP};
+    mtl_cuda_grid grid = {.blocks = items < places ? items : places, .threads = THREADS};
     int key_dim = in_blocks(hopper_dims[at].key_dim), value_dim = in_blocks(hopper_dims[at].value_dim);
-    grid.shared_memory = (rows * key_dim + STAGES * keys * (key_dim + value_dim)) * ELEMENT + HOPPER_ALIGNMENT;
-    if (masked) grid.shared_memory += MASK_STAGES * (rows + 1) * VECTOR;
-    mtl_cuda_kernel kernel = {masked ? MTL_CUDA_IMAGE_attention_hopper_masked : MTL_CUDA_IMAGE_attention_hopper,
-                              2 * at + bf16, kernels[at].name[masked][bf16]};
-    return mtl_cuda_launch(call, kernel, grid, &hopper);
+    grid.shared_memory = (ROWS * key_dim + STAGES * keys * (key_dim + value_dim)) * ELEMENT + HOPPER_ALIGNMENT;
+    if (kind != PLAIN) grid.shared_memory += MASK_STAGES * (ROWS + 1) * VECTOR;
+    mtl_cuda_kernel kernel = {images[kind], 2 * at + bf16, kernels[at].name[kind][bf16]};
+    if (items == grid.blocks) return mtl_cuda_launch(call, kernel, grid, &hopper);
+    CUdeviceptr next;
+    MTL_TRY(mtl_cuda_allocate(call, sizeof *hopper.next, &next));
+    metalloid_status status = mtl_cuda_fill(call, next, 1, sizeof *hopper.next, 0);
+    hopper.next = (unsigned *)next;
+    if (status == METALLOID_OK) status = mtl_cuda_launch(call, kernel, grid, &hopper);
+    mtl_cuda_release(call, next);
+    return status;
 }
 
 static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_args *args,

@@ -17,61 +17,77 @@
 #include "cuda/attention.cuh"
 #include "cuda/wgmma.cuh"
 
-constexpr int GROUP = 4 * WARP, GROUP_ROWS = 64, STAGES = 2, MASK_STAGES = 4, MASK_WARPS = 3;
+constexpr float MOST =
+    4096; // of a lane's weights of a row and tile: in float16 too they are far from the largest number
+constexpr int GROUP = 4 * WARP, GROUP_ROWS = 64, GROUPS = 2, ROWS = GROUPS * GROUP_ROWS, STAGES = 2, MASK_STAGES = 4,
+              MASK_WARPS = 3;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// A block's queries, and the tiles of keys that causal and window leave them.
-template <int ROWS, int KEYS> struct Item {
-    int batch, head, first_query, tiles;
-    int64_t begin;
+// Some queries, and the tiles of keys that causal and window leave them. Lengths are below 2^30 here, so that what is
+// beyond it can be cut off, and int suffices.
+template <int KEYS> struct Item {
+    int batch, head, first_query, begin, tiles, first_visible, last_visible, kv_len;
 
-    __device__ Item(const mtl_cuda_attention_args &p) {
-        int64_t h;
-        batch = (int)divide(blockIdx.y, p.q_heads, h);
-        head = (int)h;
-        first_query = (int)(gridDim.x - 1 - blockIdx.x) * ROWS; // under causal the last have most to do: they go first
-        int64_t last_query = (first_query + ROWS < p.q_len ? first_query + ROWS : p.q_len) - 1;
-        int64_t end = last_query + p.last_visible + 1;
-        begin = first_query + p.first_visible;
-        begin = begin < 0 ? 0 : begin / KEYS * KEYS, end = end > p.kv_len ? p.kv_len : end;
-        tiles = end > begin ? (int)((end - begin + KEYS - 1) / KEYS) : 0;
+    __device__ static int cut(int64_t x) { return (int)(x < -(1 << 30) ? -(1 << 30) : x > 1 << 30 ? 1 << 30 : x); }
+    __device__ Item(const mtl_cuda_attention_args &p, unsigned index)
+        : first_visible(cut(p.first_visible)), last_visible(cut(p.last_visible)), kv_len((int)p.kv_len) {
+        int q_len = (int)p.q_len;
+        unsigned heads = (unsigned)p.q_heads, blocks = (unsigned)(q_len + ROWS - 1) / ROWS, of_all = index / blocks;
+        batch = (int)(of_all / heads), head = (int)(of_all % heads);
+        first_query = (int)(blocks - 1 - index % blocks) * ROWS; // under causal the last have most to do: they go first
+        int last_query = min(first_query + ROWS, q_len) - 1, end = min(max(last_query + last_visible + 1, 0), kv_len);
+        begin = max(first_query + first_visible, 0) / KEYS * KEYS;
+        tiles = end > begin ? (end - begin + KEYS - 1) / KEYS : 0;
     }
 };
 
-// Of 16 bytes, a bit each: whether it is not 0. They are 0 or 1 as a rule, and then a bit costs a multiplication.
-__device__ inline unsigned bits_of_bytes(uint4 x) {
-    if ((x.x | x.y | x.z | x.w) & 0xfefefefeu)
-        x = make_uint4(__vsetgtu4(x.x, 0), __vsetgtu4(x.y, 0), __vsetgtu4(x.z, 0), __vsetgtu4(x.w, 0));
-    unsigned low = __dp4a(x.y, 0x80402010u, __dp4a(x.x, 0x08040201u, 0u));
-    unsigned high = __dp4a(x.w, 0x80402010u, __dp4a(x.z, 0x08040201u, 0u));
-    return low | high << 8;
+__device__ inline float2 widen_pair(unsigned x, __half) { return __half22float2(*(const __half2 *)&x); }
+__device__ inline float2 widen_pair(unsigned x, __nv_bfloat16) {
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
 }
+
+// 16 bytes that are 0 or not: the bits of bytes 2i, 2i + 1, 2i + 8 and 2i + 9 in byte i's lower half.
+__device__ inline unsigned bits_of_bytes(uint4 x) {
+    if ((x.x | x.y | x.z | x.w) & 0xfefefefeu) // they are 0 or 1 as a rule
+        x = make_uint4(__vsetgtu4(x.x, 0), __vsetgtu4(x.y, 0), __vsetgtu4(x.z, 0), __vsetgtu4(x.w, 0));
+    unsigned low = x.x | x.z << 2, high = x.y | x.w << 2; // bytes of lanes 0 0 1 1, and of 2 2 3 3
+    low |= low >> 7, high |= high >> 7;
+    return __byte_perm(low, high, 0x6420) & 0x0f0f0f0fu;
+}
+
+// Beyond causal and window: nothing; keys hidden by a key mask or a boolean mask; and scores changed by an additive mask,
+// a cap or a scale that is not positive.
+enum Kind { PLAIN, HIDDEN, CHANGED };
 
 // What is known of a stage of mask bits: some key shows, some does not.
 enum { SOME_SHOW = 1, SOME_HIDDEN = 2 };
-template <int ROWS, int KEYS> struct MaskStage {
-    uint4 bits[ROWS]; // of a row's keys
-    int state[4];     // a mask warp's each
+template <int KEYS> struct MaskStage {
+    unsigned bits[ROWS][4]; // of a row's keys: of every eight, two to each of the four lanes that have the row's scores
+    int state[4];           // a mask warp's each
 };
 
 // The bits of a tile of masks, by one of the MASK_WARPS warps.
-template <int ROWS, int KEYS>
-__device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<ROWS, KEYS> &item, int tile, int warp,
-                                 MaskStage<ROWS, KEYS> &stage) {
+template <int KEYS>
+__device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<KEYS> &item, int tile, int warp,
+                                 MaskStage<KEYS> &stage) {
     constexpr int LANES_OF_ROW = KEYS / 16, ROWS_AT_ONCE = WARP / LANES_OF_ROW; // a lane has 16 keys of a row
     int lane = threadIdx.x % WARP, part = lane % LANES_OF_ROW;
     int64_t first = item.begin + (int64_t)tile * KEYS + part * 16;
     const char *key_mask = key_mask_of(p, item.batch);
-    bool whole = first - part * 16 + KEYS <= p.kv_len;
-    unsigned visible = whole && !key_mask ? 0xffff : 0;
-    for (int j = whole && !key_mask ? 16 : 0; j < 16; j++) {
-        bool sees = first + j < p.kv_len;
-        if (key_mask && sees) sees = load_integer(key_mask + (first + j) * p.key_mask.stride[1], p.key_mask.dtype) != 0;
-        visible |= (unsigned)sees << j;
+    constexpr unsigned ALL = 0x0f0f0f0fu;
+    unsigned visible = ALL;
+    if (key_mask || first + 16 > p.kv_len) {
+        visible = 0;
+        for (int j = 0; j < 16; j++) {
+            bool sees = first + j < p.kv_len;
+            if (key_mask && sees)
+                sees = load_integer(key_mask + (first + j) * p.key_mask.stride[1], p.key_mask.dtype) != 0;
+            visible |= (unsigned)sees << (j % 8 / 2 * 8 + j % 2 + j / 8 * 2);
+        }
     }
     bool by_rows = p.mask.data && p.mask.dtype == BOOL; // else all rows are alike, and one stands for them
-    bool vectors = by_rows && whole && p.mask.stride[3] == 1 &&
+    bool vectors = by_rows && first + 16 <= p.kv_len && p.mask.stride[3] == 1 &&
                    (((uintptr_t)p.mask.data | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2]) & 15) == 0;
     const char *mask = by_rows ? mask_of(p, item.batch, item.head, item.first_query) + first * p.mask.stride[3] : NULL;
     constexpr int BATCH = 6; // rows whose masks are on their way together
@@ -87,20 +103,24 @@ __device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<RO
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             int row = from + i * MASK_WARPS * ROWS_AT_ONCE + lane / LANES_OF_ROW;
-            bool inside = row < ROWS && item.first_query + row < p.q_len;
-            unsigned own = inside || !by_rows ? visible : 0;
+            bool inside = row < ROWS && (!by_rows || item.first_query + row < p.q_len);
+            unsigned own = inside ? visible : 0;
             if (vectors) {
                 own &= bits_of_bytes(keys[i]);
             } else if (by_rows && inside) {
                 const char *at = mask + (int64_t)row * p.mask.stride[2];
                 for (int j = 0; j < 16; j++) {
-                    if (own >> j & 1 && *(const uint8_t *)(at + j * p.mask.stride[3]) == 0) own &= ~(1u << j);
+                    unsigned bit = 1u << (j % 8 / 2 * 8 + j % 2 + j / 8 * 2);
+                    if (own & bit && *(const uint8_t *)(at + j * p.mask.stride[3]) == 0) own &= ~bit;
                 }
             }
-            if (inside || !by_rows) state |= (own ? SOME_SHOW : 0) | (own != 0xffff ? SOME_HIDDEN : 0);
-            unsigned word = own << part % 2 * 16;
-            word |= __shfl_xor_sync(ALL_LANES, word, 1);
-            if (row < (by_rows ? ROWS : 1) && part % 2 == 0) ((unsigned *)&stage.bits[row])[part / 2] = word;
+            if (inside) state |= (own ? SOME_SHOW : 0) | (own != ALL ? SOME_HIDDEN : 0);
+            own |= __shfl_down_sync(ALL_LANES, own, 1) << 4;
+            if (row < ROWS && part % 2 == 0) {
+                unsigned char *to = (unsigned char *)stage.bits[row] + part / 2;
+                to[0] = own, to[4] = own >> 8, to[8] = own >> 16, to[12] = own >> 24;
+            }
+            if (!by_rows) break;
         }
     }
     state = __reduce_or_sync(ALL_LANES, state);
@@ -108,30 +128,38 @@ __device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<RO
 }
 
 // A tile of 16-bit features lies as blocks of 64 features, each row of a block 128 bytes.
-template <typename T, int KEY_DIM, int VALUE_DIM, int KEYS, int GROUPS, bool MASKED>
+template <typename T, int KEY_DIM, int VALUE_DIM, int KEYS, Kind KIND>
 __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &args) {
+    constexpr bool MASKED = KIND != PLAIN;
+    // Registers of a fetching thread; three groups have 504 a thread of each together.
+    constexpr int FETCHING = MASKED ? 72 : 40, BLOCK_REGISTERS = 504;
     const mtl_cuda_attention_args &p = args.attention;
-    constexpr int ROWS = GROUPS * GROUP_ROWS, ROW = 128; // bytes of a row of a block
+    // Groups take turns where the softmax takes as long as the products; elsewhere they find their places themselves.
+    constexpr bool TURNS = KEY_DIM <= 64;
+    constexpr int ROW = 128; // bytes of a row of a block
     constexpr int K_BLOCKS = (KEY_DIM + 63) / 64, V_BLOCKS = (VALUE_DIM + 63) / 64;
     constexpr int K_TILE = K_BLOCKS * KEYS * ROW, V_TILE = V_BLOCKS * KEYS * ROW, Q_TILE = K_BLOCKS * ROWS * ROW;
-    using Masks = MaskStage<ROWS, KEYS>;
+    using Masks = MaskStage<KEYS>;
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned q_tile = ((unsigned)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     unsigned k_tiles = q_tile + Q_TILE, v_tiles = k_tiles + STAGES * K_TILE, masks_at = v_tiles + STAGES * V_TILE;
     Masks *masks = (Masks *)(shared + (masks_at - (unsigned)__cvta_generic_to_shared(shared)));
-    __shared__ __align__(8) uint64_t barriers[1 + 4 * STAGES + 2 * MASK_STAGES];
-    unsigned q_full = (unsigned)__cvta_generic_to_shared(barriers);
-    unsigned k_full = q_full + 8, k_empty = k_full + 8 * STAGES, v_full = k_empty + 8 * STAGES,
+    __shared__ unsigned item_taken[STAGES];
+    __shared__ __align__(8) uint64_t barriers[2 + 6 * STAGES + 2 * MASK_STAGES];
+    unsigned q_full = (unsigned)__cvta_generic_to_shared(barriers), q_empty = q_full + 8;
+    unsigned item_full = q_empty + 8, item_empty = item_full + 8 * STAGES;
+    unsigned k_full = item_empty + 8 * STAGES, k_empty = k_full + 8 * STAGES, v_full = k_empty + 8 * STAGES,
              v_empty = v_full + 8 * STAGES, mask_full = v_empty + 8 * STAGES, mask_empty = mask_full + 8 * MASK_STAGES;
 
-    int group = threadIdx.x / GROUP - 1; // -1 fetches
+    int group = __shfl_sync(ALL_LANES, threadIdx.x / GROUP, 0) - 1; // -1 fetches
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
-    const Item<ROWS, KEYS> item(p);
+    const unsigned items = args.items;
     bool bits = MASKED && (p.key_mask.data || (p.mask.data && p.mask.dtype == BOOL));
 
     if (threadIdx.x == 0) {
-        barrier_init(q_full, 1);
+        barrier_init(q_full, 1), barrier_init(q_empty, GROUPS * 4);
         for (int i = 0; i < STAGES; i++) {
+            barrier_init(item_full + 8 * i, 1), barrier_init(item_empty + 8 * i, GROUPS * 4 + (bits ? MASK_WARPS : 0));
             barrier_init(k_full + 8 * i, 1), barrier_init(v_full + 8 * i, 1);
             barrier_init(k_empty + 8 * i, GROUPS * 4), barrier_init(v_empty + 8 * i, GROUPS * 4);
         }
@@ -157,86 +185,108 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         masks_seen++;
     };
 
+    // What the fetching thread took: the same items for all roles, and at last one that is not there.
+    unsigned taken = 0;
+    auto next_item = [&]() {
+        int stage = taken % STAGES;
+        barrier_wait(item_full + 8 * stage, taken++ / STAGES % 2);
+        unsigned index = item_taken[stage];
+        __syncwarp();
+        if (lane == 0) barrier_arrive(item_empty + 8 * stage);
+        return index;
+    };
+
     if (group < 0) {
         // Of the registers that the block starts with, 168 or 128 a thread: what is asked for beyond them never comes.
-        if constexpr (GROUPS == 3) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        else if constexpr (MASKED) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-        else asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        give_registers<FETCHING>();
         if (MASKED && warp > 0) {
             if (!bits) return;
-            for (int tile = 0; tile < item.tiles; tile++, masks_seen++) {
-                int stage = masks_seen % MASK_STAGES;
-                barrier_wait(mask_empty + 8 * stage, masks_seen / MASK_STAGES % 2 ^ 1);
-                make_bits<ROWS, KEYS>(p, item, tile, warp - 1, masks[stage]);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(mask_full + 8 * stage);
+            for (unsigned index; (index = next_item()) < items;) {
+                const Item<KEYS> item(p, index);
+                for (int tile = 0; tile < item.tiles; tile++, masks_seen++) {
+                    int stage = masks_seen % MASK_STAGES;
+                    barrier_wait(mask_empty + 8 * stage, masks_seen / MASK_STAGES % 2 ^ 1);
+                    make_bits<KEYS>(p, item, tile, warp - 1, masks[stage]);
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(mask_full + 8 * stage);
+                }
             }
             return;
         }
-        if (threadIdx.x != 0 || item.tiles == 0) return;
-        unsigned fetched = 0;
-        int kv_head = item.head / (int)p.group;
-        barrier_expect(q_full, Q_TILE);
-        for (int block = 0; block < K_BLOCKS; block++)
-            copy_box(q_tile + block * ROWS * ROW, args.q_map, q_full, block * 64, item.first_query, item.head,
-                     item.batch);
-        for (int tile = 0; tile < item.tiles; tile++) {
-            if (bits) {
-                int state = mask_state();
-                mask_done(true);
-                if (!shows(state)) continue;
+        if (threadIdx.x != 0) return;
+        unsigned fetched = 0, worked = 0;
+        for (;; taken++) {
+            unsigned index = taken == 0 ? blockIdx.x : args.next ? gridDim.x + atomicAdd(args.next, 1u) : items;
+            barrier_wait(item_empty + 8 * (taken % STAGES), taken / STAGES % 2 ^ 1);
+            item_taken[taken % STAGES] = index;
+            barrier_arrive(item_full + 8 * (taken % STAGES));
+            if (index >= items) return;
+            const Item<KEYS> item(p, index);
+            int kv_head = item.head / (int)p.group;
+            bool queries = false; // are on their way
+            for (int tile = 0; tile < item.tiles; tile++) {
+                if (bits) {
+                    int state = mask_state();
+                    mask_done(true);
+                    if (!shows(state)) continue;
+                }
+                int stage = fetched % STAGES, parity = fetched / STAGES % 2 ^ 1, key = item.begin + tile * KEYS;
+                fetched++;
+                barrier_wait(k_empty + 8 * stage, parity);
+                barrier_expect(k_full + 8 * stage, K_TILE);
+                for (int block = 0; block < K_BLOCKS; block++)
+                    copy_box(k_tiles + stage * K_TILE + block * KEYS * ROW, args.k_map, k_full + 8 * stage, block * 64,
+                             key, kv_head, item.batch);
+                if (!queries) {
+                    queries = true;
+                    barrier_wait(q_empty, worked++ % 2 ^ 1);
+                    barrier_expect(q_full, Q_TILE);
+                    for (int block = 0; block < K_BLOCKS; block++)
+                        copy_box(q_tile + block * ROWS * ROW, args.q_map, q_full, block * 64, item.first_query,
+                                 item.head, item.batch);
+                }
+                barrier_wait(v_empty + 8 * stage, parity);
+                barrier_expect(v_full + 8 * stage, V_TILE);
+                for (int block = 0; block < V_BLOCKS; block++)
+                    copy_box(v_tiles + stage * V_TILE + block * KEYS * ROW, args.v_map, v_full + 8 * stage, block * 64,
+                             key, kv_head, item.batch);
             }
-            int stage = fetched % STAGES, parity = fetched / STAGES % 2 ^ 1, key = (int)item.begin + tile * KEYS;
-            fetched++;
-            barrier_wait(k_empty + 8 * stage, parity);
-            barrier_expect(k_full + 8 * stage, K_TILE);
-            for (int block = 0; block < K_BLOCKS; block++)
-                copy_box(k_tiles + stage * K_TILE + block * KEYS * ROW, args.k_map, k_full + 8 * stage, block * 64, key,
-                         kv_head, item.batch);
-            barrier_wait(v_empty + 8 * stage, parity);
-            barrier_expect(v_full + 8 * stage, V_TILE);
-            for (int block = 0; block < V_BLOCKS; block++)
-                copy_box(v_tiles + stage * V_TILE + block * KEYS * ROW, args.v_map, v_full + 8 * stage, block * 64, key,
-                         kv_head, item.batch);
         }
-        return;
     }
-    if constexpr (GROUPS == 3) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    else if constexpr (MASKED) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-    else asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    take_registers<(BLOCK_REGISTERS - FETCHING) / GROUPS>();
 
     // Values in parts of at most 128 columns, as wide as one product.
     constexpr int PART = VALUE_DIM < 128 ? VALUE_DIM : 128, PARTS = VALUE_DIM / PART;
     float scores[KEYS / 2], values[PARTS][PART / 2], largest[2], sum[2], factor[2];
-    unsigned weights[KEYS / 4];
-    // Where nothing but visibility changes scores they are scaled within the exponential.
-    bool biased = MASKED && p.mask.data && p.mask.dtype != BOOL;
-    bool simple = !MASKED || (!biased && p.softcap == 0 && p.scale > 0);
-    float scale = simple ? p.scale * LOG2_E : 1;
-    unsigned multiplied = 0, weighted = 0; // tiles of keys, of values
+    unsigned weights[2][KEYS / 4] = {};                   // of a tile that is being multiplied, and of the next
+    float scale = KIND == CHANGED ? 1 : p.scale * LOG2_E; // within the exponential
+    unsigned multiplied = 0, weighted = 0;                // tiles of keys, of values
 
+    uint64_t queries = descriptor(q_tile + group * GROUP_ROWS * ROW, 16);
     auto multiply_keys = [&]() {
         int stage = multiplied % STAGES;
         barrier_wait(k_full + 8 * stage, multiplied / STAGES % 2);
+        uint64_t keys = descriptor(k_tiles + stage * K_TILE, 16);
         products_begin();
 #pragma unroll
         for (int step = 0; step < KEY_DIM / 16; step++) {
             int block = step / 4, inside = step % 4 * 32;
-            multiply_shared(scores, descriptor(q_tile + block * ROWS * ROW + group * GROUP_ROWS * ROW + inside, 16),
-                            descriptor(k_tiles + stage * K_TILE + block * KEYS * ROW + inside, 16), step > 0, T());
+            multiply_shared(scores, queries + ((block * ROWS * ROW + inside) >> 4),
+                            keys + ((block * KEYS * ROW + inside) >> 4), step > 0, T());
         }
         products_end();
     };
-    auto multiply_values = [&]() {
+    auto multiply_values = [&](const unsigned(&weights)[KEYS / 4]) {
         int stage = weighted % STAGES;
         barrier_wait(v_full + 8 * stage, weighted / STAGES % 2);
+        uint64_t tile_of_values = descriptor(v_tiles + stage * V_TILE, KEYS * ROW);
         products_begin();
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++) {
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
-                unsigned at = v_tiles + stage * V_TILE + part * (PART / 64) * KEYS * ROW + step * 16 * ROW;
-                multiply_registers(values[part], weights + 4 * step, descriptor(at, KEYS * ROW), 1, T());
+                multiply_registers(values[part], weights + 4 * step,
+                                   tile_of_values + ((part * (PART / 64) * KEYS * ROW + step * 16 * ROW) >> 4), 1, T());
             }
         }
         products_end();
@@ -249,221 +299,270 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         if (lane == 0) barrier_arrive(v_empty + 8 * (weighted % STAGES));
         weighted++;
     };
-    auto take_weights = [&]() {
-#pragma unroll
-        for (int i = 0; i < KEYS / 4; i++) weights[i] = narrow_pair(scores[2 * i], scores[2 * i + 1], T());
-    };
     auto settle_values = [&]() {
 #pragma unroll
         for (int part = 0; part < PARTS; part++) settle(values[part]);
     };
 
-    int query[2], group_first = item.first_query + group * GROUP_ROWS, state = 0;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        query[i] = group_first + warp * 16 + lane / 4 + 8 * i;
-        largest[i] = -INFINITY, sum[i] = 0;
-    }
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-        for (int i = 0; i < PART / 2; i++) values[part][i] = 0;
-    }
-
-    // The next tile of which something shows, from `tile` on; its bits stay where they are until mask_done.
-    auto next_tile = [&](int tile) {
-        if (!bits) return tile;
-        for (; tile < item.tiles; tile++) {
-            state = mask_state();
-            if (shows(state)) break;
-            mask_done(lane == 0);
-        }
-        return tile;
+    // Turns at the matrix units.
+    auto await_turn = [&]() {
+        if (TURNS) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
     };
-    auto softmax = [&](int tile) {
-        int64_t first = item.begin + (int64_t)tile * KEYS;
-        if (!simple) {
+    auto end_turn = [&]() {
+        if (TURNS) asm volatile("bar.arrive %0, 256;" ::"r"(1 + (group + 1) % GROUPS) : "memory");
+    };
+    if (group == GROUPS - 1) end_turn();
+    unsigned worked = 0; // items
+    for (unsigned index; (index = next_item()) < items;) {
+        const Item<KEYS> item(p, index);
+        int query[2], group_first = item.first_query + group * GROUP_ROWS, state = 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            query[i] = group_first + warp * 16 + lane / 4 + 8 * i;
+            largest[i] = query[i] < p.q_len ? -INFINITY : 0, sum[i] = 0;
+        }
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+            for (int i = 0; i < PART / 2; i++) values[part][i] = 0;
+        }
+
+        // The next tile of which something shows, from `tile` on; its bits stay where they are until mask_done.
+        auto next_tile = [&](int tile) {
+            if (!bits) return tile;
+            for (; tile < item.tiles; tile++) {
+                state = mask_state();
+                if (shows(state)) break;
+                mask_done(lane == 0);
+            }
+            return tile;
+        };
+        // Scores as the softmax takes them, by base 2: scaled, capped, with the mask added.
+        auto change = [&](int first) {
+            bool added = p.mask.data && p.mask.dtype != BOOL;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const char *mask = biased ? mask_of(p, item.batch, item.head, query[i]) : NULL;
-                bool inside = query[i] < p.q_len;
+                bool inside = added && query[i] < p.q_len;
+                const char *mask = mask_of(p, item.batch, item.head, inside ? query[i] : 0) +
+                                   (first + lane % 4 * 2) * p.mask.stride[3];
+                bool pairs = inside && p.mask.dtype == Element<T>::dtype && p.mask.stride[3] == (int)sizeof(T) &&
+                             ((uintptr_t)mask & 3) == 0 && first + KEYS <= item.kv_len;
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float &score = scores[4 * n + 2 * i + e];
-                        int64_t key = first + n * 8 + lane % 4 * 2 + e;
-                        float changed = capped(p, score);
-                        bool sees = inside && key < p.kv_len && passes_masks(p, changed, NULL, mask, key);
-                        score = sees ? changed * LOG2_E : -INFINITY;
+                    float x = capped(p, scores[4 * n + 2 * i]), y = capped(p, scores[4 * n + 2 * i + 1]);
+                    if (pairs) {
+                        float2 bias = widen_pair(*(const unsigned *)(mask + n * 8 * sizeof(T)), T());
+                        x = bias.x == -INFINITY ? bias.x : x + bias.x, y = bias.y == -INFINITY ? bias.y : y + bias.y;
+                    } else if (inside) {
+                        const char *at = mask + n * 8 * p.mask.stride[3];
+                        int64_t key = first + n * 8 + lane % 4 * 2;
+                        float bias = key < p.kv_len ? load_float(at, p.mask.dtype) : 0;
+                        x = bias == -INFINITY ? bias : x + bias;
+                        bias = key + 1 < p.kv_len ? load_float(at + p.mask.stride[3], p.mask.dtype) : 0;
+                        y = bias == -INFINITY ? bias : y + bias;
                     }
+                    scores[4 * n + 2 * i] = x * LOG2_E, scores[4 * n + 2 * i + 1] = y * LOG2_E;
                 }
             }
-        }
-        bool all_see_all = first + KEYS <= p.kv_len && first >= group_first + GROUP_ROWS - 1 + p.first_visible &&
-                           first + KEYS - 1 <= group_first + p.last_visible;
-        if (!all_see_all) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                // Of the tile's keys, those that causal and window show, as a lane's: less 2 (lane % 4).
-                int64_t low = query[i] + p.first_visible - first, high = query[i] + p.last_visible - first;
-                if (first + high >= p.kv_len) high = p.kv_len - first - 1;
-                int from = low < 0 ? 0 : low > KEYS ? KEYS : (int)low;
-                int to = high < 0 ? -1 : high > KEYS ? KEYS : (int)high;
-                if (query[i] >= p.q_len) to = -1;
-                from -= lane % 4 * 2, to -= lane % 4 * 2;
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        if (n * 8 + e < from || n * 8 + e > to) scores[4 * n + 2 * i + e] = -INFINITY;
-                    }
-                }
-            }
-        }
-        if (bits) {
-            if (state & SOME_HIDDEN) {
-                bool by_rows = p.mask.data && p.mask.dtype == BOOL;
+        };
+        auto hide = [&](int tile) {
+            int first = item.begin + tile * KEYS;
+            if constexpr (KIND == CHANGED) change(first);
+            bool all_see_all = first + KEYS <= item.kv_len &&
+                               first >= group_first + GROUP_ROWS - 1 + item.first_visible &&
+                               first + KEYS - 1 <= group_first + item.last_visible;
+            if (!all_see_all) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    int row = by_rows ? group * GROUP_ROWS + warp * 16 + lane / 4 + 8 * i : 0;
-                    uint4 of_row = masks[masks_seen % MASK_STAGES].bits[row];
-                    unsigned seen[4] = {of_row.x, of_row.y, of_row.z, of_row.w};
+                    // Of the tile's keys, those that causal and window show, as a lane's: less 2 (lane % 4).
+                    int from = query[i] + item.first_visible - first;
+                    int to = min(query[i] + item.last_visible, item.kv_len - 1) - first;
+                    if (query[i] >= p.q_len) to = -1;
+                    from -= lane % 4 * 2, to -= lane % 4 * 2;
 #pragma unroll
-                    for (int word = 0; word < KEYS / 32; word++) {
-                        seen[word] >>= lane % 4 * 2;
+                    for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
-                        for (int n = 0; n < 4; n++) {
-#pragma unroll
-                            for (int e = 0; e < 2; e++) {
-                                if (!(seen[word] & 1u << (n * 8 + e)))
-                                    scores[4 * (word * 4 + n) + 2 * i + e] = -INFINITY;
-                            }
+                        for (int e = 0; e < 2; e++) {
+                            if (n * 8 + e < from || n * 8 + e > to) scores[4 * n + 2 * i + e] = -INFINITY;
                         }
                     }
                 }
             }
-            __syncwarp();
-            mask_done(lane == 0);
-        }
+            if (bits) {
+                if (state & SOME_HIDDEN) {
+                    bool by_rows = p.mask.data && p.mask.dtype == BOOL;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float now = -INFINITY;
+                    for (int i = 0; i < 2; i++) {
+                        int row = by_rows ? group * GROUP_ROWS + warp * 16 + lane / 4 + 8 * i : 0;
+                        unsigned seen = masks[masks_seen % MASK_STAGES].bits[row][lane % 4];
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                now = larger(scores[4 * n + 2 * i], larger(scores[4 * n + 2 * i + 1], now));
-            now = larger(__shfl_xor_sync(ALL_LANES, now, 1), now);
-            now = larger(__shfl_xor_sync(ALL_LANES, now, 2), now);
-            now = larger(now * scale, largest[i]);
-            float base = now == -INFINITY ? 0 : now; // infinity - infinity would be NaN
-            factor[i] = power_of_2(largest[i] - base);
-            largest[i] = now;
-            float of_tile = 0;
+                        for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                            for (int e = 0; e < 2; e++) {
+                                if (!(seen & 1u << (2 * n + e))) scores[4 * n + 2 * i + e] = -INFINITY;
+                            }
+                        }
+                    }
+                }
+                __syncwarp();
+                mask_done(lane == 0);
+            }
+        };
+        // The weights of row i of the tile relative to `largest`; their sum.
+        auto weigh = [&](int i, unsigned(&weights)[KEYS / 4]) {
+            float base = largest[i] == -INFINITY ? 0 : largest[i], of_tile = 0; // infinity - infinity would be NaN
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
-                scores[4 * n + 2 * i] = power_of_2(fmaf(scores[4 * n + 2 * i], scale, -base));
-                scores[4 * n + 2 * i + 1] = power_of_2(fmaf(scores[4 * n + 2 * i + 1], scale, -base));
-                of_tile += scores[4 * n + 2 * i] + scores[4 * n + 2 * i + 1];
+                float x = power_of_2(fmaf(scores[4 * n + 2 * i], scale, -base));
+                float y = power_of_2(fmaf(scores[4 * n + 2 * i + 1], scale, -base));
+                of_tile += x;
+                of_tile += y;
+                weights[2 * n + i] = narrow_pair(x, y, T());
             }
-            sum[i] = sum[i] * factor[i] + of_tile;
-        }
-    };
+            return of_tile;
+        };
+        // Of a row's first tile `largest` is its maximum. It stays as long as weights relative to it are not too large,
+        // and there is no maximum to look for. Whether it changed, and with it, by `factor`, what the values count.
+        auto softmax = [&](unsigned(&weights)[KEYS / 4], bool first) {
+            float of_tile[2];
+            bool outgrown = first;
+            if (!first) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) of_tile[i] = weigh(i, weights);
+                bool fits =
+                    of_tile[0] <= MOST && of_tile[1] <= MOST && largest[0] != -INFINITY && largest[1] != -INFINITY;
+                outgrown = __any_sync(ALL_LANES, !fits);
+            }
+            if (outgrown) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float now = -INFINITY;
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++)
+                        now = larger(scores[4 * n + 2 * i], larger(scores[4 * n + 2 * i + 1], now));
+                    now = larger(__shfl_xor_sync(ALL_LANES, now, 1), now);
+                    now = larger(__shfl_xor_sync(ALL_LANES, now, 2), now);
+                    now = larger(now * scale, largest[i]);
+                    factor[i] = now == -INFINITY ? 1 : power_of_2(largest[i] - now);
+                    largest[i] = now;
+                    of_tile[i] = weigh(i, weights);
+                    sum[i] *= factor[i];
+                }
+            }
+            sum[0] += of_tile[0], sum[1] += of_tile[1];
+            return outgrown;
+        };
 
-    if (item.tiles > 0) barrier_wait(q_full, 0);
-    int tile = next_tile(0);
-    if (tile < item.tiles) {
-        multiply_keys();
-        products_wait<0>();
-        settle(scores);
-        keys_done();
-        softmax(tile);
-        take_weights();
-        for (tile = next_tile(tile + 1); tile < item.tiles; tile = next_tile(tile + 1)) {
+        int tile = next_tile(0);
+        if (tile < item.tiles) {
+            barrier_wait(q_full, worked % 2);
+            worked++;
+            await_turn();
             multiply_keys();
-            settle_values();
-            multiply_values();
-            products_wait<1>();
+            end_turn();
+            products_wait<0>();
             settle(scores);
             keys_done();
-            softmax(tile);
+            // The tile's weights, and on to the next tile if there is one: while they are multiplied, its weights are
+            // made in other registers.
+            auto work = [&](unsigned(&weights)[KEYS / 4], bool first) {
+                hide(tile);
+                bool changed = softmax(weights, first);
+                products_wait<0>();
+                settle_values();
+                if (!first) values_done();
+                if (changed) {
+#pragma unroll
+                    for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+                        for (int i = 0; i < PART / 2; i++) values[part][i] *= factor[i / 2 % 2];
+                    }
+                }
+                tile = next_tile(tile + 1);
+                if (tile >= item.tiles) {
+                    if (lane == 0) barrier_arrive(q_empty);
+                    await_turn();
+                    multiply_values(weights);
+                    end_turn();
+                    return false;
+                }
+                await_turn();
+                multiply_keys();
+                multiply_values(weights);
+                end_turn();
+                products_wait<1>();
+                settle(scores);
+                keys_done();
+                return true;
+            };
+            for (bool first = true; work(weights[0], first) && work(weights[1], false);) first = false;
             products_wait<0>();
             settle_values();
             values_done();
+            if (items == 0) keep(weights[0]), keep(weights[1]);
+        }
+
+        unsigned wrong = 0; // rows that came out NaN
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
+            sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
+            bool inside = query[i] < p.q_len;
+            float top = largest[i] / LOG2_E, by = 1; // in base e
+            if (p.sinks.data) {
+                float sink = load_float(p.sinks.data + item.head * p.sinks.stride, p.sinks.dtype) * LOG2_E;
+                float now = larger(sink, largest[i]);
+                if (now != -INFINITY) {
+                    by = power_of_2(largest[i] - now);
+                    sum[i] = sink == INFINITY ? INFINITY : sum[i] * by + power_of_2(sink - now);
+                    top = now / LOG2_E;
+                }
+            }
+            float inverse = sum[i] == 0 ? 0 : by / sum[i];
+            bool nan = sum[i] != sum[i];
+            char *out = (char *)place(p.out, item.batch, item.head, query[i]);
+            bool pairs = p.out.dtype == Element<T>::dtype && p.out.stride[3] == 2 && ((uintptr_t)out & 3) == 0;
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
 #pragma unroll
-                for (int i = 0; i < PART / 2; i++) values[part][i] *= factor[i / 2 % 2];
-            }
-            take_weights();
-        }
-        settle_values();
-        multiply_values();
-        products_wait<0>();
-        settle_values();
-        values_done();
-    }
-
-    unsigned wrong = 0; // rows that came out NaN
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
-        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
-        bool inside = query[i] < p.q_len;
-        float top = largest[i] / LOG2_E, by = 1; // in base e
-        if (p.sinks.data) {
-            float sink = load_float(p.sinks.data + item.head * p.sinks.stride, p.sinks.dtype) * LOG2_E;
-            float now = larger(sink, largest[i]);
-            if (now != -INFINITY) {
-                by = power_of_2(largest[i] - now);
-                sum[i] = sink == INFINITY ? INFINITY : sum[i] * by + power_of_2(sink - now);
-                top = now / LOG2_E;
-            }
-        }
-        float inverse = sum[i] == 0 ? 0 : by / sum[i];
-        bool nan = sum[i] != sum[i];
-        char *out = (char *)place(p.out, item.batch, item.head, query[i]);
-        bool pairs = p.out.dtype == Element<T>::dtype && p.out.stride[3] == 2 && ((uintptr_t)out & 3) == 0;
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-            for (int n = 0; n < PART / 8; n++) {
-                int column = part * PART + n * 8 + lane % 4 * 2;
-                float x = values[part][4 * n + 2 * i] * inverse, y = values[part][4 * n + 2 * i + 1] * inverse;
-                if (!inside || column >= p.value_dim) continue;
-                nan |= x != x || y != y;
-                if (pairs) {
-                    *(unsigned *)(out + column * 2) = narrow_pair(x, y, T());
-                } else {
-                    store_float(out + column * p.out.stride[3], p.out.dtype, x);
-                    store_float(out + (column + 1) * p.out.stride[3], p.out.dtype, y);
+                for (int n = 0; n < PART / 8; n++) {
+                    int column = part * PART + n * 8 + lane % 4 * 2;
+                    float x = values[part][4 * n + 2 * i] * inverse, y = values[part][4 * n + 2 * i + 1] * inverse;
+                    if (!inside || column >= p.value_dim) continue;
+                    nan |= x != x || y != y;
+                    if (pairs) {
+                        *(unsigned *)(out + column * 2) = narrow_pair(x, y, T());
+                    } else {
+                        store_float(out + column * p.out.stride[3], p.out.dtype, x);
+                        store_float(out + (column + 1) * p.out.stride[3], p.out.dtype, y);
+                    }
                 }
             }
+            if (inside && lane % 4 == 0 && p.logsumexp.data)
+                *(float *)place(p.logsumexp, item.batch, item.head, query[i]) =
+                    sum[i] == 0 ? -INFINITY : top + logf(sum[i]);
+            unsigned of_lanes = __ballot_sync(ALL_LANES, nan && inside);
+            for (int r = 0; r < 8; r++) wrong |= (of_lanes >> 4 * r & 15 ? 1u : 0u) << (r + 8 * i);
         }
-        if (inside && lane % 4 == 0 && p.logsumexp.data)
-            *(float *)place(p.logsumexp, item.batch, item.head, query[i]) =
-                sum[i] == 0 ? -INFINITY : top + logf(sum[i]);
-        unsigned of_lanes = __ballot_sync(ALL_LANES, nan && inside);
-        for (int r = 0; r < 8; r++) wrong |= (of_lanes >> 4 * r & 15 ? 1u : 0u) << (r + 8 * i);
+        __syncwarp();
+        for (; wrong; wrong &= wrong - 1)
+            attention_row(p, item.batch, item.head, group_first + warp * 16 + __ffs(wrong) - 1);
     }
-    __syncwarp();
-    for (; wrong; wrong &= wrong - 1)
-        attention_row(p, item.batch, item.head, group_first + warp * 16 + __ffs(wrong) - 1);
+    if (group == 0) await_turn();
 }
-#define BODY(type, key_dim, value_dim, keys, groups, masked) \
-    attention_groups<type, key_dim, value_dim, keys, groups, masked>(args)
+#define BODY(type, key_dim, value_dim, keys, kind) attention_groups<type, key_dim, value_dim, keys, kind>(args)
 #else
-#define BODY(type, key_dim, value_dim, keys, groups, masked) // the host takes attention.cu's kernels
+#define BODY(type, key_dim, value_dim, keys, kind) // the host takes attention.cu's kernels
 #endif
 
-#define ATTENTION_KERNEL(name, type, key_dim, value_dim, keys, groups, masked) \
-    extern "C" __global__ void __launch_bounds__((groups + 1) * GROUP, 1)      \
-        name(const __grid_constant__ mtl_cuda_attention_hopper_args args) {    \
-        BODY(type, key_dim, value_dim, keys, groups, masked);                  \
+#define ATTENTION_KERNEL(name, type, key_dim, value_dim, keys, kind)        \
+    extern "C" __global__ void __launch_bounds__((GROUPS + 1) * GROUP, 1)   \
+        name(const __grid_constant__ mtl_cuda_attention_hopper_args args) { \
+        BODY(type, key_dim, value_dim, keys, kind);                         \
     }
-// Masks take registers, of which three groups of 64 rows leave none.
-#define ATTENTION_KERNELS(name, type, masked)                                   \
-    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 128, (masked ? 2 : 3), masked) \
-    ATTENTION_KERNEL(name##_96_96, type, 96, 96, 128, 2, masked)                \
-    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 128, 2, masked)            \
-    ATTENTION_KERNEL(name##_192_128, type, 192, 128, 128, 2, masked)            \
-    ATTENTION_KERNEL(name##_256_256, type, 256, 256, 64, 2, masked)
+#define ATTENTION_KERNELS(name, type, kind)                     \
+    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 128, kind)     \
+    ATTENTION_KERNEL(name##_96_96, type, 96, 96, 128, kind)     \
+    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 128, kind) \
+    ATTENTION_KERNEL(name##_192_128, type, 192, 128, 128, kind) \
+    ATTENTION_KERNEL(name##_256_256, type, 256, 256, 64, kind)

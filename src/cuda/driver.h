@@ -19,19 +19,20 @@ enum {
 };
 
 /* One image a .cu file. */
-#define MTL_CUDA_IMAGES(X) \
-    X(rms_norm)            \
-    X(layer_norm)          \
-    X(rope)                \
-    X(swiglu)              \
-    X(geglu)               \
-    X(cross_entropy)       \
-    X(gated_delta)         \
-    X(gated_delta_chunks)  \
-    X(attention)           \
-    X(attention_decode)    \
-    X(attention_hopper)    \
-    X(attention_hopper_masked)
+#define MTL_CUDA_IMAGES(X)     \
+    X(rms_norm)                \
+    X(layer_norm)              \
+    X(rope)                    \
+    X(swiglu)                  \
+    X(geglu)                   \
+    X(cross_entropy)           \
+    X(gated_delta)             \
+    X(gated_delta_chunks)      \
+    X(attention)               \
+    X(attention_decode)        \
+    X(attention_hopper)        \
+    X(attention_hopper_masked) \
+    X(attention_hopper_changed)
 
 #define MTL_CUDA_IMAGE_ID(name) MTL_CUDA_IMAGE_##name,
 typedef enum mtl_cuda_image { MTL_CUDA_IMAGES(MTL_CUDA_IMAGE_ID) MTL_CUDA_IMAGE_COUNT } mtl_cuda_image;

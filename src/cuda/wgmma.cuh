@@ -21,10 +21,24 @@ __device__ inline void products_end() { asm volatile("wgmma.commit_group.sync.al
 template <int PENDING> __device__ inline void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
+// Registers of each thread of the group.
+template <int COUNT> __device__ inline void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ inline void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
 // Keeps the compiler from moving work on registers across a wait for the products that write them.
 template <int N> __device__ inline void settle(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Products read registers until they are waited for, of which the assembler knows nothing: it takes them for free once
+// the product is issued. Where a kernel could come to this after a loop (and never does), it has them in use throughout.
+template <int N> __device__ inline void keep(const unsigned (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("st.shared.u32 [%0], %1;" ::"r"(4 * i), "r"(x[i]) : "memory");
 }
 
 // Of a tile of rows of 64 16-bit elements under the 128-byte swizzle; `blocks` is the distance of two such tiles in
