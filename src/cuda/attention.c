@@ -174,7 +174,8 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     int kind = adds || attention->softcap > 0 || !(attention->scale > 0) ? CHANGED
                : args->mask.data || args->key_mask.data                  ? HIDDEN
                                                                          : PLAIN;
-    int at = hopper_dims_of(args), keys = kernels[at].keys, places = call->device->multiprocessors;
+    int at = hopper_dims_of(args), places = call->device->multiprocessors;
+    int keys = kind == PLAIN ? kernels[at].keys : kernels[at].keys / 2;
     int64_t items = (args->q_len + ROWS - 1) / ROWS * args->batch * args->q_heads;
     *done = false;
     if (args->q_len < LEAST_ROWS || items * 2 < places || items > INT32_MAX || args->q_len > MOST_LENGTH ||

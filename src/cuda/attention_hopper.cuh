@@ -42,6 +42,9 @@ template <int KEYS> struct Item {
     }
 };
 
+// To about 2^-22, which is enough for what is added to scores.
+__device__ inline float quick_tanh(float x) { return 1 - __fdividef(2, 1 + power_of_2(2 * LOG2_E * x)); }
+
 __device__ inline float2 widen_pair(unsigned x, __half) { return __half22float2(*(const __half2 *)&x); }
 __device__ inline float2 widen_pair(unsigned x, __nv_bfloat16) {
     return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
@@ -62,59 +65,78 @@ enum Kind { PLAIN, HIDDEN, CHANGED };
 
 // What is known of a stage of mask bits: some key shows, some does not.
 enum { SOME_SHOW = 1, SOME_HIDDEN = 2 };
-template <int KEYS> struct MaskStage {
+struct MaskStage {
     unsigned bits[ROWS][4]; // of a row's keys: of every eight, two to each of the four lanes that have the row's scores
     int state[4];           // a mask warp's each
 };
 
-// The bits of a tile of masks, by one of the MASK_WARPS warps.
-template <int KEYS>
-__device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<KEYS> &item, int tile, int warp,
-                                 MaskStage<KEYS> &stage) {
-    constexpr int LANES_OF_ROW = KEYS / 16, ROWS_AT_ONCE = WARP / LANES_OF_ROW; // a lane has 16 keys of a row
-    int lane = threadIdx.x % WARP, part = lane % LANES_OF_ROW;
-    int64_t first = item.begin + (int64_t)tile * KEYS + part * 16;
-    const char *key_mask = key_mask_of(p, item.batch);
-    constexpr unsigned ALL = 0x0f0f0f0fu;
-    unsigned visible = ALL;
-    if (key_mask || first + 16 > p.kv_len) {
-        visible = 0;
-        for (int j = 0; j < 16; j++) {
-            bool sees = first + j < p.kv_len;
-            if (key_mask && sees)
-                sees = load_integer(key_mask + (first + j) * p.key_mask.stride[1], p.key_mask.dtype) != 0;
-            visible |= (unsigned)sees << (j % 8 / 2 * 8 + j % 2 + j / 8 * 2);
+// The part of an item's masks that one of the MASK_WARPS warps makes bits of: of some rows all keys of a tile.
+template <int KEYS> struct MaskPart {
+    static constexpr int LANES_OF_ROW = KEYS / 16, ROWS_AT_ONCE = WARP / LANES_OF_ROW; // a lane has 16 keys of a row
+    static constexpr int STEP = MASK_WARPS * ROWS_AT_ONCE, PASSES = (ROWS + STEP - 1) / STEP;
+    static constexpr unsigned ALL = 0x0f0f0f0fu;
+    const mtl_cuda_attention_args &p;
+    const Item<KEYS> &item;
+    const char *key_mask, *mask; // mask: of the lane's first row and key 0
+    int part, first_row;
+    bool by_rows, vectors; // all rows are alike, and one stands for them, where there is no boolean mask
+
+    __device__ MaskPart(const mtl_cuda_attention_args &p, const Item<KEYS> &item, int warp)
+        : p(p), item(item), key_mask(key_mask_of(p, item.batch)), part(threadIdx.x % LANES_OF_ROW),
+          first_row(warp * ROWS_AT_ONCE + threadIdx.x % WARP / LANES_OF_ROW),
+          by_rows(p.mask.data && p.mask.dtype == BOOL) {
+        mask = by_rows ? mask_of(p, item.batch, item.head, item.first_query + first_row) : NULL;
+        vectors = by_rows && p.mask.stride[3] == 1 &&
+                  (((uintptr_t)p.mask.data | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2]) & 15) == 0;
+    }
+    __device__ int first_key(int tile) const { return item.begin + tile * KEYS + part * 16; }
+    __device__ bool inside(int pass) const {
+        int row = first_row + pass * STEP;
+        return row < ROWS && item.first_query + row < p.q_len;
+    }
+    __device__ bool by_vectors(int tile) const {
+        return vectors && tile < item.tiles && first_key(tile) + 16 <= item.kv_len;
+    }
+
+    // Asks for the bytes of a tile, where vectors serve.
+    __device__ void load(uint4 (&bytes)[PASSES], int tile) const {
+        const char *at = mask + first_key(tile);
+        bool there = by_vectors(tile);
+#pragma unroll
+        for (int pass = 0; pass < PASSES; pass++) {
+            bytes[pass] = make_uint4(0, 0, 0, 0);
+            if (there && inside(pass)) bytes[pass] = *(const uint4 *)(at + (int64_t)pass * STEP * p.mask.stride[2]);
         }
     }
-    bool by_rows = p.mask.data && p.mask.dtype == BOOL; // else all rows are alike, and one stands for them
-    bool vectors = by_rows && first + 16 <= p.kv_len && p.mask.stride[3] == 1 &&
-                   (((uintptr_t)p.mask.data | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2]) & 15) == 0;
-    const char *mask = by_rows ? mask_of(p, item.batch, item.head, item.first_query) + first * p.mask.stride[3] : NULL;
-    constexpr int BATCH = 6; // rows whose masks are on their way together
-    int state = 0;
-    for (int from = warp * ROWS_AT_ONCE; from < (by_rows ? ROWS : 1); from += BATCH * MASK_WARPS * ROWS_AT_ONCE) {
-        uint4 keys[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            int row = from + i * MASK_WARPS * ROWS_AT_ONCE + lane / LANES_OF_ROW;
-            bool inside = row < ROWS && item.first_query + row < p.q_len;
-            if (vectors) keys[i] = *(const uint4 *)(mask + (inside ? row : 0) * p.mask.stride[2]);
+    __device__ void make_bits(const uint4 (&bytes)[PASSES], int tile, int warp, MaskStage &stage) const {
+        int first = first_key(tile);
+        unsigned visible = ALL;
+        if (key_mask || first + 16 > item.kv_len) {
+            visible = 0;
+            for (int j = 0; j < 16; j++) {
+                bool sees = first + j < item.kv_len;
+                if (key_mask && sees)
+                    sees = load_integer(key_mask + (first + j) * p.key_mask.stride[1], p.key_mask.dtype) != 0;
+                visible |= (unsigned)sees << bit_of_key(j);
+            }
         }
+        bool there = by_vectors(tile);
+        int state = 0;
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            int row = from + i * MASK_WARPS * ROWS_AT_ONCE + lane / LANES_OF_ROW;
-            bool inside = row < ROWS && (!by_rows || item.first_query + row < p.q_len);
-            unsigned own = inside ? visible : 0;
-            if (vectors) {
-                own &= bits_of_bytes(keys[i]);
-            } else if (by_rows && inside) {
-                const char *at = mask + (int64_t)row * p.mask.stride[2];
+        for (int pass = 0; pass < PASSES; pass++) {
+            int row = first_row + pass * STEP;
+            bool counts = by_rows ? inside(pass) : row == 0;
+            unsigned own = counts ? visible : 0;
+            if (there) {
+                own &= bits_of_bytes(bytes[pass]);
+            } else if (by_rows && counts) {
+                const char *at = mask + (int64_t)pass * STEP * p.mask.stride[2] + first * p.mask.stride[3];
                 for (int j = 0; j < 16; j++) {
-                    unsigned bit = 1u << (j % 8 / 2 * 8 + j % 2 + j / 8 * 2);
+                    unsigned bit = 1u << bit_of_key(j);
                     if (own & bit && *(const uint8_t *)(at + j * p.mask.stride[3]) == 0) own &= ~bit;
                 }
             }
-            if (inside) state |= (own ? SOME_SHOW : 0) | (own != ALL ? SOME_HIDDEN : 0);
+            if (counts) state |= (own ? SOME_SHOW : 0) | (own != ALL ? SOME_HIDDEN : 0);
             own |= __shfl_down_sync(ALL_LANES, own, 1) << 4;
             if (row < ROWS && part % 2 == 0) {
                 unsigned char *to = (unsigned char *)stage.bits[row] + part / 2;
@@ -122,28 +144,29 @@ __device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<KE
             }
             if (!by_rows) break;
         }
+        state = __reduce_or_sync(ALL_LANES, state);
+        if (threadIdx.x % WARP == 0) stage.state[warp] = state;
     }
-    state = __reduce_or_sync(ALL_LANES, state);
-    if (lane == 0) stage.state[warp] = state;
-}
+    // Where a lane's key has its bit among what bits_of_bytes makes.
+    __device__ static int bit_of_key(int j) { return j % 8 / 2 * 8 + j % 2 + j / 8 * 2; }
+};
 
 // A tile of 16-bit features lies as blocks of 64 features, each row of a block 128 bytes.
 template <typename T, int KEY_DIM, int VALUE_DIM, int KEYS, Kind KIND>
 __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &args) {
     constexpr bool MASKED = KIND != PLAIN;
     // Registers of a fetching thread; three groups have 504 a thread of each together.
-    constexpr int FETCHING = MASKED ? 72 : 40, BLOCK_REGISTERS = 504;
+    constexpr int FETCHING = MASKED ? 104 : 40, BLOCK_REGISTERS = 504;
     const mtl_cuda_attention_args &p = args.attention;
     // Groups take turns where the softmax takes as long as the products; elsewhere they find their places themselves.
     constexpr bool TURNS = KEY_DIM <= 64;
     constexpr int ROW = 128; // bytes of a row of a block
     constexpr int K_BLOCKS = (KEY_DIM + 63) / 64, V_BLOCKS = (VALUE_DIM + 63) / 64;
     constexpr int K_TILE = K_BLOCKS * KEYS * ROW, V_TILE = V_BLOCKS * KEYS * ROW, Q_TILE = K_BLOCKS * ROWS * ROW;
-    using Masks = MaskStage<KEYS>;
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned q_tile = ((unsigned)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     unsigned k_tiles = q_tile + Q_TILE, v_tiles = k_tiles + STAGES * K_TILE, masks_at = v_tiles + STAGES * V_TILE;
-    Masks *masks = (Masks *)(shared + (masks_at - (unsigned)__cvta_generic_to_shared(shared)));
+    MaskStage *masks = (MaskStage *)(shared + (masks_at - (unsigned)__cvta_generic_to_shared(shared)));
     __shared__ unsigned item_taken[STAGES];
     __shared__ __align__(8) uint64_t barriers[2 + 6 * STAGES + 2 * MASK_STAGES];
     unsigned q_full = (unsigned)__cvta_generic_to_shared(barriers), q_empty = q_full + 8;
@@ -203,12 +226,18 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             if (!bits) return;
             for (unsigned index; (index = next_item()) < items;) {
                 const Item<KEYS> item(p, index);
+                const MaskPart<KEYS> part(p, item, warp - 1);
+                uint4 bytes[part.PASSES], next[part.PASSES];
+                part.load(bytes, 0);
                 for (int tile = 0; tile < item.tiles; tile++, masks_seen++) {
                     int stage = masks_seen % MASK_STAGES;
+                    part.load(next, tile + 1);
                     barrier_wait(mask_empty + 8 * stage, masks_seen / MASK_STAGES % 2 ^ 1);
-                    make_bits<KEYS>(p, item, tile, warp - 1, masks[stage]);
+                    part.make_bits(bytes, tile, warp - 1, masks[stage]);
                     __syncwarp();
                     if (lane == 0) barrier_arrive(mask_full + 8 * stage);
+#pragma unroll
+                    for (int i = 0; i < part.PASSES; i++) bytes[i] = next[i];
                 }
             }
             return;
@@ -313,6 +342,8 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     };
     if (group == GROUPS - 1) end_turn();
     unsigned worked = 0; // items
+    unsigned added_pairs[2][KEYS / 8];
+    bool added = KIND == CHANGED && p.mask.data && p.mask.dtype != BOOL, pairs = false;
     for (unsigned index; (index = next_item()) < items;) {
         const Item<KEYS> item(p, index);
         int query[2], group_first = item.first_query + group * GROUP_ROWS, state = 0;
@@ -337,31 +368,40 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             }
             return tile;
         };
-        // Scores as the softmax takes them, by base 2: scaled, capped, with the mask added.
-        auto change = [&](int first) {
-            bool added = p.mask.data && p.mask.dtype != BOOL;
+        // An additive mask's values for a tile, asked for while its scores are being multiplied, where pairs serve.
+        auto load_added = [&](int tile) {
+            if (KIND != CHANGED || !added) return;
+            int first = item.begin + tile * KEYS;
+            pairs = p.mask.dtype == Element<T>::dtype && p.mask.stride[3] == (int)sizeof(T) &&
+                    first + KEYS <= item.kv_len &&
+                    (((uintptr_t)p.mask.data | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2]) & 3) == 0;
+            if (!pairs) return;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                bool inside = added && query[i] < p.q_len;
-                const char *mask = mask_of(p, item.batch, item.head, inside ? query[i] : 0) +
-                                   (first + lane % 4 * 2) * p.mask.stride[3];
-                bool pairs = inside && p.mask.dtype == Element<T>::dtype && p.mask.stride[3] == (int)sizeof(T) &&
-                             ((uintptr_t)mask & 3) == 0 && first + KEYS <= item.kv_len;
+                int row = query[i] < p.q_len ? query[i] : 0;
+                const char *at = mask_of(p, item.batch, item.head, row) + (first + lane % 4 * 2) * (int)sizeof(T);
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++) added_pairs[i][n] = *(const unsigned *)(at + n * 8 * sizeof(T));
+            }
+        };
+        // Scores as the softmax takes them, by base 2: scaled, capped, with the mask added.
+        auto change = [&](int first) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const char *mask =
+                    added && !pairs && query[i] < p.q_len ? mask_of(p, item.batch, item.head, query[i]) : NULL;
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++) {
-                    float x = capped(p, scores[4 * n + 2 * i]), y = capped(p, scores[4 * n + 2 * i + 1]);
-                    if (pairs) {
-                        float2 bias = widen_pair(*(const unsigned *)(mask + n * 8 * sizeof(T)), T());
-                        x = bias.x == -INFINITY ? bias.x : x + bias.x, y = bias.y == -INFINITY ? bias.y : y + bias.y;
-                    } else if (inside) {
-                        const char *at = mask + n * 8 * p.mask.stride[3];
-                        int64_t key = first + n * 8 + lane % 4 * 2;
-                        float bias = key < p.kv_len ? load_float(at, p.mask.dtype) : 0;
-                        x = bias == -INFINITY ? bias : x + bias;
-                        bias = key + 1 < p.kv_len ? load_float(at + p.mask.stride[3], p.mask.dtype) : 0;
-                        y = bias == -INFINITY ? bias : y + bias;
+                    float2 bias = pairs ? widen_pair(added_pairs[i][n], T()) : make_float2(0, 0);
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float &score = scores[4 * n + 2 * i + e], of_key = e ? bias.y : bias.x;
+                        int key = first + n * 8 + lane % 4 * 2 + e;
+                        if (mask && key < item.kv_len) of_key = load_float(mask + key * p.mask.stride[3], p.mask.dtype);
+                        float changed = score * p.scale;
+                        if (p.softcap > 0) changed = p.softcap * quick_tanh(changed / p.softcap);
+                        score = of_key == -INFINITY ? -INFINITY : (changed + of_key) * LOG2_E;
                     }
-                    scores[4 * n + 2 * i] = x * LOG2_E, scores[4 * n + 2 * i + 1] = y * LOG2_E;
                 }
             }
         };
@@ -460,6 +500,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             await_turn();
             multiply_keys();
             end_turn();
+            load_added(tile);
             products_wait<0>();
             settle(scores);
             keys_done();
@@ -490,6 +531,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                 multiply_keys();
                 multiply_values(weights);
                 end_turn();
+                load_added(tile);
                 products_wait<1>();
                 settle(scores);
                 keys_done();
@@ -560,9 +602,10 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         name(const __grid_constant__ mtl_cuda_attention_hopper_args args) { \
         BODY(type, key_dim, value_dim, keys, kind);                         \
     }
-#define ATTENTION_KERNELS(name, type, kind)                     \
-    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 128, kind)     \
-    ATTENTION_KERNEL(name##_96_96, type, 96, 96, 128, kind)     \
-    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 128, kind) \
-    ATTENTION_KERNEL(name##_192_128, type, 192, 128, 128, kind) \
-    ATTENTION_KERNEL(name##_256_256, type, 256, 256, 64, kind)
+// The bits of masks, and what is added, take registers: fewer keys at once leave them.
+#define ATTENTION_KERNELS(name, type, kind)                                            \
+    ATTENTION_KERNEL(name##_64_64, type, 64, 64, (kind == PLAIN ? 128 : 64), kind)     \
+    ATTENTION_KERNEL(name##_96_96, type, 96, 96, (kind == PLAIN ? 128 : 64), kind)     \
+    ATTENTION_KERNEL(name##_128_128, type, 128, 128, (kind == PLAIN ? 128 : 64), kind) \
+    ATTENTION_KERNEL(name##_192_128, type, 192, 128, (kind == PLAIN ? 128 : 64), kind) \
+    ATTENTION_KERNEL(name##_256_256, type, 256, 256, (kind == PLAIN ? 64 : 32), kind)
