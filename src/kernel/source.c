@@ -604,8 +604,12 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
     if (layout.shapes_at) mtl_text_format(out, "    int shapes[%d];\n", (int)MTL_CUDA_EXTENTS);
     mtl_text_format(out,
                     "};\nstatic_assert(sizeof(mtl_launch) == %d, \"\");\n"
-                    "extern \"C\" __global__ void __launch_bounds__(%d) mtl_kernel(",
+                    "extern \"C\" __global__ void __launch_bounds__(%d",
                     layout.size, options->most_threads);
+    /* Products of matrices want registers more than threads: left alone, the compiler saves registers by loading tiles late. 512
+     * threads of 128 registers each fill a multiprocessor. */
+    if (mentions->simdgroup_matrices) mtl_text_format(out, ", %d", options->most_threads < 512 ? 2 : 1);
+    mtl_text_add_string(out, ") mtl_kernel(");
     for (int i = 0; i < inputs; i++) {
         mtl_text_format(out, "const %s *__restrict__ __mtl_in_%d, ", mtl_metal_type(types->inputs[i].dtype), i);
     }
@@ -808,6 +812,7 @@ static void add_signature(mtl_text *out, const mtl_definition *definition, const
 bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types, const mtl_unit_options *given) {
     mtl_unit_options options = *given;
+    options.types = types;
     options.halves = has_halves(definition, mentions, types);
     bool threads = mentions->lanes_meet || options.count_iterations;
     mtl_names meeting = {0};

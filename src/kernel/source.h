@@ -88,6 +88,7 @@ typedef struct mtl_unit_options {
     bool count_iterations;    /* CPU */
     int most_threads;         /* CUDA: of a threadgroup */
     int line;                 /* CUDA: mtl_cuda_line */
+    const mtl_types *types;   /* CUDA: of the call */
     bool halves;              /* 16-bit floats are in play */
     bool lockstep;            /* CPU: lanes that meet in lockstep, where the source allows it */
     const mtl_names *meeting; /* where threads have stacks: the functions at which lanes meet; else NULL */

@@ -350,6 +350,7 @@ static void translate_token(translation *t, size_t i) {
         else if (mtl_is(t, i, "kernel") && mtl_is_identifier(t, mtl_after(t, i))) mtl_blank(t, i);
         else if (t->options->count_iterations && (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do")))
             count_iterations(t, i);
+        else if (t->options->line && mtl_is(t, i, "for")) mtl_unroll(t, i);
         break;
     default: break;
     }

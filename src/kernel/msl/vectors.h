@@ -68,66 +68,66 @@ template <class V, class T, int Width, int... I> struct swizzle {
 #define MSL_AT_3              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : z) : e[i])
 #define MSL_AT_4              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : i == 2 ? z : w) : e[i])
 
-#define MSL_VEC_ARITHMETIC(EACH, op)                                                                             \
-    friend MSL_FN constexpr vec operator op(const vec &a, const vec &b) { return vec(EACH(T, MSL_BINARY, op)); } \
-    friend MSL_FN constexpr vec operator op(const vec &a, T b) { return a op vec(b); }                           \
-    friend MSL_FN constexpr vec operator op(T a, const vec &b) { return vec(a) op b; }                           \
+#define MSL_VEC_ARITHMETIC(EACH, op)                                                               \
+    friend MSL_FN constexpr vec operator op(vec a, vec b) { return vec(EACH(T, MSL_BINARY, op)); } \
+    friend MSL_FN constexpr vec operator op(vec a, T b) { return a op vec(b); }                    \
+    friend MSL_FN constexpr vec operator op(T a, vec b) { return vec(a) op b; }                    \
     template <class A> MSL_FN constexpr vec &operator op##=(const A &b) { return *this = *this op b; }
-#define MSL_VEC_COMPARISON(N, EACH, op)                                                         \
-    friend MSL_FN constexpr vec<bool, N> operator op(const vec &a, const vec &b) {              \
-        return vec<bool, N>(EACH(bool, MSL_BINARY, op));                                        \
-    }                                                                                           \
-    friend MSL_FN constexpr vec<bool, N> operator op(const vec &a, T b) { return a op vec(b); } \
-    friend MSL_FN constexpr vec<bool, N> operator op(T a, const vec &b) { return vec(a) op b; }
-#define MSL_VEC_COMMON(N, EACH)                                                                                     \
-    using scalar_type = T;                                                                                          \
-    static constexpr int width = N;                                                                                 \
-    vec() = default;                                                                                                \
-    constexpr vec(const vec &) = default;                                                                           \
-    MSL_FN constexpr vec &operator=(const vec &b) {                                                                 \
-        if (__builtin_is_constant_evaluated()) MSL_ASSIGN_##N;                                                      \
-        else whole = b.whole;                                                                                       \
-        return *this;                                                                                               \
-    }                                                                                                               \
-    template <class U> MSL_FN constexpr explicit vec(const vec<U, N> &b) : vec(EACH(T, MSL_CONVERT, )) {}           \
-    template <class V, class U, int W, int... I>                                                                    \
-    MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(b.operator V()) {}                   \
-    template <class V> MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(b.operator V()) {}               \
-    MSL_FN constexpr T &operator[](int i) { return e[i]; }                                                          \
-    MSL_FN constexpr T operator[](int i) const { return MSL_AT_##N; }                                               \
-    MSL_VEC_ARITHMETIC(EACH, +)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, -)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, *)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, /)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, %)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, &)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, |)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, ^)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, <<)                                                                                    \
-    MSL_VEC_ARITHMETIC(EACH, >>)                                                                                    \
-    MSL_VEC_COMPARISON(N, EACH, ==)                                                                                 \
-    MSL_VEC_COMPARISON(N, EACH, !=)                                                                                 \
-    MSL_VEC_COMPARISON(N, EACH, <)                                                                                  \
-    MSL_VEC_COMPARISON(N, EACH, <=)                                                                                 \
-    MSL_VEC_COMPARISON(N, EACH, >)                                                                                  \
-    MSL_VEC_COMPARISON(N, EACH, >=)                                                                                 \
-    MSL_VEC_COMPARISON(N, EACH, &&)                                                                                 \
-    MSL_VEC_COMPARISON(N, EACH, ||)                                                                                 \
-    friend MSL_FN constexpr vec operator-(const vec &a) { return vec(EACH(T, MSL_UNARY, -)); }                      \
-    friend MSL_FN constexpr vec operator+(const vec &a) { return a; }                                               \
-    friend MSL_FN constexpr vec operator~(const vec &a) { return vec(EACH(T, MSL_UNARY, ~)); }                      \
-    friend MSL_FN constexpr vec<bool, N> operator!(const vec &a) { return vec<bool, N>(EACH(bool, MSL_UNARY, !)); } \
-    MSL_FN constexpr vec &operator++() { return *this = *this + T(1); }                                             \
-    MSL_FN constexpr vec &operator--() { return *this = *this - T(1); }                                             \
-    MSL_FN constexpr vec operator++(int) {                                                                          \
-        vec old = *this;                                                                                            \
-        ++*this;                                                                                                    \
-        return old;                                                                                                 \
-    }                                                                                                               \
-    MSL_FN constexpr vec operator--(int) {                                                                          \
-        vec old = *this;                                                                                            \
-        --*this;                                                                                                    \
-        return old;                                                                                                 \
+#define MSL_VEC_COMPARISON(N, EACH, op)                                                  \
+    friend MSL_FN constexpr vec<bool, N> operator op(vec a, vec b) {                     \
+        return vec<bool, N>(EACH(bool, MSL_BINARY, op));                                 \
+    }                                                                                    \
+    friend MSL_FN constexpr vec<bool, N> operator op(vec a, T b) { return a op vec(b); } \
+    friend MSL_FN constexpr vec<bool, N> operator op(T a, vec b) { return vec(a) op b; }
+#define MSL_VEC_COMMON(N, EACH)                                                                              \
+    using scalar_type = T;                                                                                   \
+    static constexpr int width = N;                                                                          \
+    vec() = default;                                                                                         \
+    constexpr vec(const vec &) = default;                                                                    \
+    MSL_FN constexpr vec &operator=(const vec &b) {                                                          \
+        if (__builtin_is_constant_evaluated()) MSL_ASSIGN_##N;                                               \
+        else whole = b.whole;                                                                                \
+        return *this;                                                                                        \
+    }                                                                                                        \
+    template <class U> MSL_FN constexpr explicit vec(vec<U, N> b) : vec(EACH(T, MSL_CONVERT, )) {}           \
+    template <class V, class U, int W, int... I>                                                             \
+    MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(b.operator V()) {}            \
+    template <class V> MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(b.operator V()) {}        \
+    MSL_FN constexpr T &operator[](int i) { return e[i]; }                                                   \
+    MSL_FN constexpr T operator[](int i) const { return MSL_AT_##N; }                                        \
+    MSL_VEC_ARITHMETIC(EACH, +)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, -)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, *)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, /)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, %)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, &)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, |)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, ^)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, <<)                                                                             \
+    MSL_VEC_ARITHMETIC(EACH, >>)                                                                             \
+    MSL_VEC_COMPARISON(N, EACH, ==)                                                                          \
+    MSL_VEC_COMPARISON(N, EACH, !=)                                                                          \
+    MSL_VEC_COMPARISON(N, EACH, <)                                                                           \
+    MSL_VEC_COMPARISON(N, EACH, <=)                                                                          \
+    MSL_VEC_COMPARISON(N, EACH, >)                                                                           \
+    MSL_VEC_COMPARISON(N, EACH, >=)                                                                          \
+    MSL_VEC_COMPARISON(N, EACH, &&)                                                                          \
+    MSL_VEC_COMPARISON(N, EACH, ||)                                                                          \
+    friend MSL_FN constexpr vec operator-(vec a) { return vec(EACH(T, MSL_UNARY, -)); }                      \
+    friend MSL_FN constexpr vec operator+(vec a) { return a; }                                               \
+    friend MSL_FN constexpr vec operator~(vec a) { return vec(EACH(T, MSL_UNARY, ~)); }                      \
+    friend MSL_FN constexpr vec<bool, N> operator!(vec a) { return vec<bool, N>(EACH(bool, MSL_UNARY, !)); } \
+    MSL_FN constexpr vec &operator++() { return *this = *this + T(1); }                                      \
+    MSL_FN constexpr vec &operator--() { return *this = *this - T(1); }                                      \
+    MSL_FN constexpr vec operator++(int) {                                                                   \
+        vec old = *this;                                                                                     \
+        ++*this;                                                                                             \
+        return old;                                                                                          \
+    }                                                                                                        \
+    MSL_FN constexpr vec operator--(int) {                                                                   \
+        vec old = *this;                                                                                     \
+        --*this;                                                                                             \
+        return old;                                                                                          \
     }
 
 template <class T> struct alignas(sizeof(T) * 2) vec<T, 2> {
@@ -172,8 +172,8 @@ template <class T> struct alignas(sizeof(T) * 4) vec<T, 3> {
     MSL_FN constexpr vec(T a, T b, T c) : x(a), y(b), z(c) {}
     template <class A, class B, class C, class = msl_::if_scalars<A, B, C>>
     MSL_FN constexpr vec(A a, B b, C c) : x(T(a)), y(T(b)), z(T(c)) {}
-    MSL_FN constexpr vec(T a, const vec<T, 2> &b) : x(a), y(b.x), z(b.y) {}
-    MSL_FN constexpr vec(const vec<T, 2> &a, T b) : x(a.x), y(a.y), z(b) {}
+    MSL_FN constexpr vec(T a, vec<T, 2> b) : x(a), y(b.x), z(b.y) {}
+    MSL_FN constexpr vec(vec<T, 2> a, T b) : x(a.x), y(a.y), z(b) {}
     MSL_VEC_COMMON(3, MSL_EACH_3)
 };
 
@@ -197,12 +197,12 @@ template <class T> struct alignas(sizeof(T) * 4) vec<T, 4> {
     MSL_FN constexpr vec(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
     template <class A, class B, class C, class D, class = msl_::if_scalars<A, B, C, D>>
     MSL_FN constexpr vec(A a, B b, C c, D d) : x(T(a)), y(T(b)), z(T(c)), w(T(d)) {}
-    MSL_FN constexpr vec(T a, T b, const vec<T, 2> &c) : x(a), y(b), z(c.x), w(c.y) {}
-    MSL_FN constexpr vec(T a, const vec<T, 2> &b, T c) : x(a), y(b.x), z(b.y), w(c) {}
-    MSL_FN constexpr vec(T a, const vec<T, 3> &b) : x(a), y(b.x), z(b.y), w(b.z) {}
-    MSL_FN constexpr vec(const vec<T, 2> &a, T b, T c) : x(a.x), y(a.y), z(b), w(c) {}
-    MSL_FN constexpr vec(const vec<T, 2> &a, const vec<T, 2> &b) : x(a.x), y(a.y), z(b.x), w(b.y) {}
-    MSL_FN constexpr vec(const vec<T, 3> &a, T b) : x(a.x), y(a.y), z(a.z), w(b) {}
+    MSL_FN constexpr vec(T a, T b, vec<T, 2> c) : x(a), y(b), z(c.x), w(c.y) {}
+    MSL_FN constexpr vec(T a, vec<T, 2> b, T c) : x(a), y(b.x), z(b.y), w(c) {}
+    MSL_FN constexpr vec(T a, vec<T, 3> b) : x(a), y(b.x), z(b.y), w(b.z) {}
+    MSL_FN constexpr vec(vec<T, 2> a, T b, T c) : x(a.x), y(a.y), z(b), w(c) {}
+    MSL_FN constexpr vec(vec<T, 2> a, vec<T, 2> b) : x(a.x), y(a.y), z(b.x), w(b.y) {}
+    MSL_FN constexpr vec(vec<T, 3> a, T b) : x(a.x), y(a.y), z(a.z), w(b) {}
     MSL_VEC_COMMON(4, MSL_EACH_4)
 };
 #undef MSL_VEC_COMMON
