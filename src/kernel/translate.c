@@ -340,7 +340,7 @@ static void translate_token(translation *t, size_t i) {
     case MTL_TOKEN_INCLUDE: translate_include(t, i); break;
     case MTL_TOKEN_PUNCTUATION:
         if (mtl_is(t, i, "[") && mtl_is(t, i + 1, "[")) translate_attribute(t, i);
-        else if (mtl_is(t, i, "?") && t->options->halves) translate_condition(t, i);
+        else if (mtl_is(t, i, "?") && t->options->arms) translate_condition(t, i);
         else if (mtl_is(t, i, "::")) translate_global(t, i);
         break;
     case MTL_TOKEN_IDENTIFIER:

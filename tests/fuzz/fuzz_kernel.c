@@ -24,7 +24,7 @@ static size_t lines_of(const char *text) {
 static void translate_in_lockstep(const char *text) {
     static const char *const inputs[] = {"x"}, *const outputs[] = {"y"};
     const mtl_definition definition = {"k", 1, 1, inputs, outputs, text, "", false};
-    const mtl_unit_options options = {.halves = true};
+    const mtl_unit_options options = {.arms = true};
     mtl_mentions mentions;
     expect(mtl_find_mentions(&mentions, &definition), "no memory");
     mtl_text out = {0};
@@ -39,7 +39,7 @@ static void translate(const char *text, mtl_region region, bool count_iterations
                                        .header = region == MTL_REGION_HEADER ? text : ""};
     mtl_names meeting = {0};
     expect(mtl_find_meeting_functions(&meeting, &definition), "no memory");
-    const mtl_unit_options options = {.count_iterations = count_iterations, .halves = true, .meeting = &meeting};
+    const mtl_unit_options options = {.count_iterations = count_iterations, .arms = true, .meeting = &meeting};
     mtl_text out = {0};
     mtl_translate(&out, text, region, &options);
     expect(!out.failed, "no memory");

@@ -322,10 +322,26 @@ template <class T> struct vec_elements : integral_constant<ushort, 1> {};
 template <class T, int N> struct vec_elements<vec<T, N>> : integral_constant<ushort, N> {};
 
 namespace msl_ {
+// An arm of ?: that a scalar may stand beside.
+template <class V> struct vector_arm : V {
+    using T = typename V::scalar_type;
+    MSL_FN constexpr vector_arm(const V &v) : V(v) {}
+    template <class A, class = if_scalars<A>> MSL_FN constexpr vector_arm(A a) : V(T(a)) {}
+    MSL_FN constexpr vector_arm(arm<T> a) : V(T(a)) {}
+};
+} // namespace msl_
+template <int N> MSL_FN constexpr msl_::vector_arm<vec<half, N>> arm(vec<half, N> v) { return v; }
+template <int N> MSL_FN constexpr msl_::vector_arm<vec<bfloat, N>> arm(vec<bfloat, N> v) { return v; }
+template <class V, class T, int W, int... I> MSL_FN constexpr auto arm(msl_::swizzle<V, T, W, I...> s) {
+    return arm(V(s));
+}
+
+namespace msl_ {
 // What a function's argument counts as: a scalar, or the vector that a swizzle or a packed vector stands for.
 template <class T, class = void> struct number {};
 template <class T> struct number<T, enable_if_t<(scalar<T>::kind > 0)>> { using type = T; };
 template <class H> struct number<arm<H>> { using type = H; };
+template <class V> struct number<vector_arm<V>> { using type = V; };
 template <class T, int N> struct number<vec<T, N>> { using type = vec<T, N>; };
 template <class V, class T, int W, int... I> struct number<swizzle<V, T, W, I...>> { using type = V; };
 template <class V> struct number<packed_vec<V>> { using type = V; };
