@@ -51,6 +51,19 @@ template <class V, class T, int Width, int... I> struct swizzle {
 };
 } // namespace msl_
 
+#if MSL_GPU
+#define MSL_VEC(T, N, alignment) alignas(alignment) vec<T, N>
+#define MSL_WHOLE(alignment)     alignas(alignment)
+#else
+// Aligned by a base, not by a word of its own: structs are laid out as Metal lays them out, but behind a pointer no more than 8 bytes are
+// counted on (-fmax-type-align, which such a word overrules), so that vectors may lie in arrays that begin anywhere: slices, and MLX's.
+namespace msl_ {
+template <size_t Bytes> struct alignas(Bytes) aligned {};
+} // namespace msl_
+#define MSL_VEC(T, N, alignment) vec<T, N> : msl_::aligned<alignment>
+#define MSL_WHOLE(alignment)
+#endif
+
 #define MSL_S2(name, ...)     msl_::swizzle<vec<T, 2>, T, MSL_WIDTH, __VA_ARGS__> name;
 #define MSL_S3(name, ...)     msl_::swizzle<vec<T, 3>, T, MSL_WIDTH, __VA_ARGS__> name;
 #define MSL_S4(name, ...)     msl_::swizzle<vec<T, 4>, T, MSL_WIDTH, __VA_ARGS__> name;
@@ -130,7 +143,7 @@ template <class V, class T, int Width, int... I> struct swizzle {
         return old;                                                                                          \
     }
 
-template <class T> struct alignas(sizeof(T) * 2) vec<T, 2> {
+template <class T> struct MSL_VEC(T, 2, sizeof(T) * 2) {
     union {
         struct {
             T x, y;
@@ -139,7 +152,7 @@ template <class T> struct alignas(sizeof(T) * 2) vec<T, 2> {
             T r, g;
         };
         T e[2];
-        struct alignas(sizeof(T) * 2) {
+        struct MSL_WHOLE(sizeof(T) * 2) {
             T e[2];
         } whole; // one store
 #define MSL_WIDTH 2
@@ -152,7 +165,7 @@ template <class T> struct alignas(sizeof(T) * 2) vec<T, 2> {
     MSL_VEC_COMMON(2, MSL_EACH_2)
 };
 
-template <class T> struct alignas(sizeof(T) * 4) vec<T, 3> {
+template <class T> struct MSL_VEC(T, 3, sizeof(T) * 4) {
     union {
         struct {
             T x, y, z;
@@ -161,7 +174,7 @@ template <class T> struct alignas(sizeof(T) * 4) vec<T, 3> {
             T r, g, b;
         };
         T e[3];
-        struct alignas(sizeof(T) * 4) {
+        struct MSL_WHOLE(sizeof(T) * 4) {
             T e[3];
         } whole; // one store
 #define MSL_WIDTH 3
@@ -177,7 +190,7 @@ template <class T> struct alignas(sizeof(T) * 4) vec<T, 3> {
     MSL_VEC_COMMON(3, MSL_EACH_3)
 };
 
-template <class T> struct alignas(sizeof(T) * 4) vec<T, 4> {
+template <class T> struct MSL_VEC(T, 4, sizeof(T) * 4) {
     union {
         struct {
             T x, y, z, w;
@@ -186,7 +199,7 @@ template <class T> struct alignas(sizeof(T) * 4) vec<T, 4> {
             T r, g, b, a;
         };
         T e[4];
-        struct alignas(sizeof(T) * 4) {
+        struct MSL_WHOLE(sizeof(T) * 4) {
             T e[4];
         } whole; // one store
 #define MSL_WIDTH 4
@@ -205,6 +218,8 @@ template <class T> struct alignas(sizeof(T) * 4) vec<T, 4> {
     MSL_FN constexpr vec(vec<T, 3> a, T b) : x(a.x), y(a.y), z(a.z), w(b) {}
     MSL_VEC_COMMON(4, MSL_EACH_4)
 };
+#undef MSL_VEC
+#undef MSL_WHOLE
 #undef MSL_VEC_COMMON
 #undef MSL_VEC_ARITHMETIC
 #undef MSL_VEC_COMPARISON
