@@ -201,13 +201,14 @@ static void translate_threadgroup(translation *t, size_t i) {
 
 /* ---- attributes and directives ----------------------------------------------------------------------------------------------------- */
 
-/* [[...]]: what C++ has an opinion about stays. */
+/* [[...]]: what C++ has an opinion about stays. A function constant is a value that its pipeline would give, and there is none. */
 static void translate_attribute(translation *t, size_t i) {
     static const char *const standard[] = {"maybe_unused", "nodiscard", "fallthrough", "noreturn",
                                            "deprecated",   "likely",    "unlikely",    NULL};
     size_t first = mtl_after(t, i + 1);
     if (mtl_is_one_of(t, first, standard) || mtl_is(t, mtl_after(t, first), "::")) return;
     mtl_blank_range(t, i, mtl_behind_bracket(t, i));
+    if (mtl_is(t, first, "function_constant")) mtl_add_before(t, i, "= metal::msl_::function_constant() ");
 }
 
 /* Metal's own headers are always there. */
