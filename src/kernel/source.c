@@ -623,11 +623,10 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                         inputs, inputs, inputs);
     }
     if (layout.strides_at) mtl_text_format(out, "    long strides[%d];\n", (int)MTL_CUDA_EXTENTS);
-    if (layout.shapes_at) mtl_text_format(out, "    int shapes[%d];\n", (int)MTL_CUDA_EXTENTS);
-    mtl_text_format(out,
-                    "};\nstatic_assert(sizeof(mtl_launch) == %d, \"\");\n"
-                    "extern \"C\" __global__ void __launch_bounds__(%d",
-                    layout.size, options->most_threads);
+    /* Both begin at a multiple of 8, as in mtl_cuda_layout_of. */
+    if (layout.shapes_at) mtl_text_format(out, "    alignas(8) int shapes[%d];\n", (int)MTL_CUDA_EXTENTS);
+    mtl_text_format(out, "};\nstatic_assert(sizeof(mtl_launch) == %d, \"\");\n", layout.size);
+    mtl_text_format(out, "extern \"C\" __global__ void __launch_bounds__(%d", options->most_threads);
     /* Products of matrices want registers more than threads: left alone, the compiler saves registers by loading tiles late. 512
      * threads of 128 registers each fill a multiprocessor. */
     if (mentions->simdgroup_matrices) mtl_text_format(out, ", %d", options->most_threads < 512 ? 2 : 1);

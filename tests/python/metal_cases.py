@@ -1020,6 +1020,28 @@ case(
     rtol=0,
     atol=0,
 )
+for _count in (1, 2, 3):
+    _arrays = [np.zeros((2 + k, 7 + k, 3), f32) for k in range(_count)]
+    for _words, _values in (
+        (("shape",), lambda a: a.shape),
+        (("strides",), lambda a: [s // 4 for s in a.strides]),
+        (("ndim",), lambda a: [a.ndim]),
+        (("shape", "strides", "ndim"), lambda a: [*a.shape, *(s // 4 for s in a.strides), a.ndim]),
+    ):
+        _reads = [
+            f"{n}_{w}" + ("" if w == "ndim" else f"[{i}]")
+            for n in "abc"[:_count]
+            for w in _words
+            for i in range(1 if w == "ndim" else 3)
+        ]
+        case(
+            f"{' '.join(_words)} of {_count}",
+            "".join(f"out0[{i}] = {read};" for i, read in enumerate(_reads)),
+            _arrays,
+            [np.array([v for a in _arrays for v in _values(a)], np.int64)],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+        )
 _t = X[:32].astype(np.float64)
 case(
     "scalars beside 16-bit vectors in ?:, swizzles of other components",
