@@ -10,13 +10,13 @@
  * What is not understood is left alone. */
 #include "kernel/translation.h"
 
-enum { MOST_ROUNDS = 16, DEEPEST = 8 };
+enum { MOST_ROUNDS = 16, DEEPEST = 8, MOST_NAMES = 64 };
 
 /* Tokens up to `end` as a constant expression; `known`: it is one. */
 typedef struct reader {
     const translation *t;
     size_t at, end;
-    int depth;
+    int depth, *names; /* names: how many more are looked up */
     bool known;
 } reader;
 
@@ -25,7 +25,8 @@ static int64_t read_sum(reader *r);
 /* What the only assignment to this name in the text gives it: T name = value; */
 static int64_t value_of(reader *r, const mtl_token *name) {
     const translation *t = r->t;
-    reader value = {.t = t, .at = t->count, .end = t->count, .depth = r->depth + 1, .known = r->depth < DEEPEST};
+    reader value = {
+        .t = t, .at = t->count, .end = t->count, .depth = r->depth + 1, .names = r->names, .known = r->depth < DEEPEST};
     for (size_t i = 0; i < t->count && value.known; i++) {
         const mtl_token *token = &t->token[i];
         if (token->kind != MTL_TOKEN_IDENTIFIER || !mtl_is_named(token, name->text, name->length)) continue;
@@ -63,7 +64,8 @@ static int64_t read_name(reader *r) {
         r->at = mtl_after(t, member);
         return t->options->line;
     }
-    return value_of(r, name);
+    if (--*r->names < 0) r->known = false;
+    return r->known ? value_of(r, name) : 0;
 }
 
 static int64_t read_factor(reader *r) {
@@ -126,7 +128,8 @@ static int64_t read_sum(reader *r) {
 
 /* The value of [begin, end), or 0. */
 static int64_t evaluate(const translation *t, size_t begin, size_t end) {
-    reader r = {.t = t, .at = begin, .end = end, .known = true};
+    int names = MOST_NAMES;
+    reader r = {.t = t, .at = begin, .end = end, .names = &names, .known = true};
     int64_t value = read_sum(&r);
     return r.known && r.at == end && value > 0 ? value : 0;
 }

@@ -33,6 +33,16 @@ static void translate_in_lockstep(const char *text) {
     mtl_text_free(&out);
 }
 
+static void translate_for_a_gpu(const char *text) {
+    const mtl_template_value value = {.name = "N", .kind = METALLOID_TEMPLATE_INT, .integer = 100};
+    const mtl_types types = {.template_count = 1, .template_values = &value};
+    const mtl_unit_options options = {.target = MTL_TARGET_CUDA, .line = 32, .types = &types};
+    mtl_text out = {0};
+    mtl_translate(&out, text, MTL_REGION_BODY, &options);
+    expect(!out.failed, "no memory");
+    mtl_text_free(&out);
+}
+
 static void translate(const char *text, mtl_region region, bool count_iterations) {
     const mtl_definition definition = {.name = "k",
                                        .source = region == MTL_REGION_BODY ? text : "",
@@ -47,6 +57,7 @@ static void translate(const char *text, mtl_region region, bool count_iterations
     mtl_text_free(&out);
     free(meeting.name);
     if (region == MTL_REGION_BODY) translate_in_lockstep(text);
+    if (region == MTL_REGION_BODY) translate_for_a_gpu(text);
 
     mtl_tokens tokens;
     expect(mtl_tokenize(&tokens, text, strlen(text)), "no memory");
