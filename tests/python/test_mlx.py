@@ -358,6 +358,11 @@ def test_a_custom_kernel(square, capsys):
         factor = 1 if s is True else 2
         assert square(x, s, stream=mx.gpu).tolist() == [factor * i * i for i in range(6)]
     assert square(x.reshape(2, 3).T).tolist() == [[0, 9], [1, 16], [4, 25]]
+    y = square(x.reshape(2, 3))
+    assert y.T.tolist() == [[0, 9], [1, 16], [4, 25]]
+    assert (y.T + 1).reshape(6).tolist() == [1, 10, 2, 17, 5, 26]
+    assert (y.T @ mx.ones((2, 1))).tolist() == [[9], [17], [29]]
+    assert y[:, 1:].flatten().tolist() == [1, 4, 16, 25]
     assert square(x, output_shapes=[(8,)], init_value=7).tolist() == [0, 1, 4, 9, 16, 25, 7, 7]
     assert square(mx.array([1j, 2], mx.complex64)).tolist() == [-1, 4]
     mx.eval(square(x, verbose=True))

@@ -248,7 +248,10 @@ class Kernel : public mx::Primitive {
         room.set_data(mx::allocator::malloc(output.nbytes() + alignment));
         size_t beyond = reinterpret_cast<uintptr_t>(room.data<char>()) % alignment;
         size_t offset = beyond ? alignment - beyond : 0;
-        output.copy_shared_buffer(room, output.strides(), room.flags(), output.size(),
+        auto flags = room.flags();
+        flags.col_contiguous = output.size() <= 1;
+        for (auto extent : output.shape()) flags.col_contiguous |= static_cast<size_t>(extent) == output.size();
+        output.copy_shared_buffer(room, output.strides(), flags, output.size(),
                                   offset % item ? 0 : static_cast<int64_t>(offset / item));
     }
 
