@@ -429,8 +429,8 @@ static metalloid_status run(const mtl_cuda_call *call, metalloid_kernel *kernel,
     int alignment = kernel->language == METALLOID_KERNEL_METAL ? kernel->mentions.vector_bytes : 0;
     metalloid_status status = get_function(call, kernel, launch, &function);
     for (int i = 0; i < input_count && !status; i++) {
-        status = strided[i] ? copy_to_rows(call, &inputs[i], &copies[i])
-                            : align(call, &inputs[i], alignment, &copies[i]);
+        status =
+            strided[i] ? copy_to_rows(call, &inputs[i], &copies[i]) : align(call, &inputs[i], alignment, &copies[i]);
     }
     for (int i = 0; i < output_count; i++) own[i] = outputs[i].data;
     for (int i = 0; i < output_count && !status; i++) {

@@ -290,23 +290,26 @@ static const mtl_variant *find_variant(const metalloid_kernel *kernel, uint64_t 
     return NULL;
 }
 
-static metalloid_status get_variant(metalloid_kernel *kernel, const mtl_launch *launch, const mtl_variant **found) {
+/* NULL: `status` says what failed. */
+static const mtl_variant *get_variant(metalloid_kernel *kernel, const mtl_launch *launch, metalloid_status *status) {
     uint64_t hash = hash_of(launch->key, launch->key_length);
-    *found = find_variant(kernel, hash, launch);
-    if (*found) return METALLOID_OK;
+    const mtl_variant *found = find_variant(kernel, hash, launch);
+    if (found) return found;
     mtl_variant *variant = malloc(sizeof *variant + launch->key_length);
-    if (!variant) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
+    if (!variant) {
+        *status = mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
+        return NULL;
+    }
     *variant = (mtl_variant){.hash = hash, .key_length = launch->key_length, .key = (unsigned char *)(variant + 1)};
     memcpy(variant + 1, launch->key, launch->key_length);
-    metalloid_status status = build(kernel, &launch->types, variant);
-    if (status) {
+    *status = build(kernel, &launch->types, variant);
+    if (*status) {
         free(variant);
-        return status;
+        return NULL;
     }
     variant->next = atomic_load(&kernel->variants);
     while (!atomic_compare_exchange_weak(&kernel->variants, &variant->next, variant)) continue;
-    *found = variant;
-    return METALLOID_OK;
+    return variant;
 }
 
 /* ---- run ---------------------------------------------------------------------------------------------------------------------- */
@@ -426,8 +429,9 @@ static metalloid_status run(const metalloid_context *context, const metalloid_ke
 
 metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metalloid_kernel *kernel,
                                        const mtl_launch *launch) {
-    const mtl_variant *variant;
-    MTL_TRY(get_variant(kernel, launch, &variant));
+    metalloid_status status = METALLOID_OK;
+    const mtl_variant *variant = get_variant(kernel, launch, &status);
+    if (!variant) return status;
     int inputs = kernel->definition.input_count, outputs = kernel->definition.output_count;
     mtl_dispatch dispatch = {.most_iterations = (unsigned long)kernel->most_iterations};
     unsigned long total = 1;
