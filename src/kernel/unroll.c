@@ -144,8 +144,10 @@ static size_t find(const translation *t, size_t begin, size_t end, const char *w
 }
 
 void mtl_unroll(translation *t, size_t i) {
-    size_t open = mtl_after(t, i);
+    size_t open = mtl_after(t, i), before = mtl_before(t, i);
     if (t->token[i].in_directive || !mtl_is(t, open, "(")) return;
+    if (before != SIZE_MAX && t->token[before].kind == MTL_TOKEN_VERBATIM)
+        return; /* #pragma: the author has a word in it */
     size_t close = mtl_before(t, mtl_behind_bracket(t, open));
     if (close == SIZE_MAX || close <= open || !mtl_is(t, close, ")")) return;
     size_t begin = mtl_after(t, open), first = find(t, begin, close, ";");

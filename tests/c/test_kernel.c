@@ -159,6 +159,8 @@ static void loops_over_a_share_are_unrolled(void **state) {
          "uint n = 256; n += k; for (uint i = lid; i < N; i += n) a();"},
         {"uint n = n; for (uint i = lid; i < N; i += n) a();", "uint n = n; for (uint i = lid; i < N; i += n) a();"},
         {"for (uint i = lid; i < N / 0; i += 256) a();", "for (uint i = lid; i < N / 0; i += 256) a();"},
+        {"#pragma unroll 1\nfor (uint i = lid; i < N; i += 256) a();",
+         "#pragma unroll 1\nfor (uint i = lid; i < N; i += 256) a();"},
         {"for (uint i = lid; i < N; i += (256", "for (uint i = lid; i < N; i += (256"},
         {"for (", "for ("},
     };
