@@ -372,6 +372,20 @@ def test_a_custom_kernel(square, capsys):
 
 
 @has_clang
+def test_template_arguments_that_are_equal_are_told_apart(mode):
+    with mm.installed():
+        kernel = mx.fast.metal_kernel(
+            name="size", input_names=[], output_names=["y"], source="y[0] = sizeof(N) + y[0];"
+        )
+        how = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1), "output_shapes": [(1,)], "output_dtypes": [mx.float32]}
+        for value, size in ((1, 4), (True, 1), (1, 4)):
+            assert kernel(inputs=[], template=[("N", value)], init_value=0, **how)[0].item() == size
+        source = "y[0] = 1 / y[0];"
+        inverse = mx.fast.metal_kernel(name="inverse", input_names=[], output_names=["y"], source=source)
+        assert [inverse(inputs=[], init_value=i, **how)[0].item() for i in (0.0, -0.0)] == [np.inf, -np.inf]
+
+
+@has_clang
 def test_a_custom_kernel_under_compile(square):
     x, calls = mx.arange(4, dtype=mx.float32), []
     compiled = mx.compile(lambda x, y=None: calls.append(0) or square(x + 1) * 2)

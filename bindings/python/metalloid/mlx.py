@@ -561,7 +561,10 @@ def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
     from metalloid import fast
 
     kernel: Any = fast.metal_kernel(*args, **keywords)
-    prepared = functools.lru_cache(maxsize=256)(kernel._native.prepare)
+
+    @functools.lru_cache(maxsize=256)
+    def prepared(told_apart: object, *arguments: Any) -> tuple[Any, str]:
+        return kernel._native.prepare(*arguments)
 
     def call(
         *,
@@ -592,7 +595,9 @@ def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
         arrays = [x if isinstance(x, mx.array) else mx.array(_kernel._scalar(x)) for x in inputs]
         described = tuple((array.shape, _DTYPES[array.dtype]) for array in arrays)
         results = tuple(zip(shapes, names, strict=True))
-        launch, source = prepared(described, results, *sizes, values, _kernel._initial(init_value))
+        initial = _kernel._initial(init_value)
+        told_apart = tuple(type(value) for _, value in values), str(initial)  # True and 1, 0.0 and -0.0
+        launch, source = prepared(told_apart, described, results, *sizes, values, initial)
         if verbose:
             print(f"Generated source code for `{kernel._name}`:\n```\n{source}\n```")
         if stream is None and _default_device().type != mx.cpu:
