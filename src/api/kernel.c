@@ -556,7 +556,7 @@ static metalloid_status launch_cuda(metalloid_context *context, metalloid_kernel
     }
     metalloid_status status = lay_out_extents(kernel, call, c);
     for (int i = 0; i < call->input_count; i++) c->copies[i] = NULL;
-    return status ? status : mtl_kernel_launch_cuda(context, kernel, &c->launch, strided, c->inputs);
+    return status ? status : mtl_kernel_launch_cuda(context, kernel, &c->launch, strided, c->inputs, c->outputs);
 #else
     (void)context, (void)kernel, (void)call, (void)c;
     return mtl_fail(METALLOID_UNSUPPORTED, "%s: the tensors are on a CUDA device, and this build has no CUDA backend",

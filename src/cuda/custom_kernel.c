@@ -217,6 +217,21 @@ static metalloid_status copy_to_rows(const mtl_cuda_call *call, mtl_view *view, 
     return METALLOID_OK;
 }
 
+/* ---- buffers that are not aligned --------------------------------------------------------------------------------------------- */
+
+/* A float4 is loaded and stored whole, at a multiple of its size, and a slice begins anywhere: where a kernel may have vectors in it, the
+ * view moves to a copy. */
+static metalloid_status align(const mtl_cuda_call *call, mtl_view *view, int alignment, CUdeviceptr *memory) {
+    size_t unit = alignment ? (size_t)alignment : 1;
+    if ((uintptr_t)view->data % unit == 0 || view->high == view->low || view->device.device_type == kDLCPU)
+        return METALLOID_OK;
+    size_t lead = ((size_t)-view->low + unit - 1) / unit * unit, length = (size_t)(view->high - view->low);
+    MTL_TRY(mtl_cuda_allocate(call, lead + (size_t)view->high, memory));
+    char *from = view->data + view->low;
+    view->data = (char *)*memory + lead;
+    return mtl_cuda_copy(call, (CUdeviceptr)(view->data + view->low), (CUdeviceptr)from, length);
+}
+
 /* ---- launches ------------------------------------------------------------------------------------------------------------------ */
 
 static metalloid_status fill(const mtl_cuda_call *call, const mtl_view *output, double value) {
@@ -406,28 +421,42 @@ static metalloid_status launch_whole_blocks(const mtl_cuda_call *call, const met
 }
 
 static metalloid_status run(const mtl_cuda_call *call, metalloid_kernel *kernel, const mtl_launch *launch,
-                            const bool *strided, mtl_view *inputs) {
+                            const bool *strided, mtl_view *inputs, mtl_view *outputs) {
     CUfunction function;
-    CUdeviceptr copies[MTL_MOST_BUFFERS] = {0};
+    CUdeviceptr copies[2 * MTL_MOST_BUFFERS] = {0}; /* of inputs, then of outputs */
+    char *own[MTL_MOST_BUFFERS];
+    int input_count = kernel->definition.input_count, output_count = kernel->definition.output_count;
+    int alignment = kernel->language == METALLOID_KERNEL_METAL ? kernel->mentions.vector_bytes : 0;
     metalloid_status status = get_function(call, kernel, launch, &function);
-    for (int i = 0; i < kernel->definition.input_count && !status; i++) {
-        if (strided[i]) status = copy_to_rows(call, &inputs[i], &copies[i]);
+    for (int i = 0; i < input_count && !status; i++) {
+        status =
+            strided[i] ? copy_to_rows(call, &inputs[i], &copies[i]) : align(call, &inputs[i], alignment, &copies[i]);
     }
-    for (int i = 0; i < kernel->definition.output_count && launch->has_init_value && !status; i++)
-        status = fill(call, &launch->outputs[i], launch->init_value);
+    for (int i = 0; i < output_count; i++) own[i] = outputs[i].data;
+    for (int i = 0; i < output_count && !status; i++) {
+        if (launch->has_init_value) status = fill(call, &outputs[i], launch->init_value);
+        if (!status) status = align(call, &outputs[i], alignment, &copies[input_count + i]);
+    }
     if (!status) {
         status = kernel->language == METALLOID_KERNEL_METAL ? launch_metal(call, kernel, launch, function)
                                                             : launch_whole_blocks(call, kernel, launch, function);
     }
-    for (int i = 0; i < kernel->definition.input_count; i++) {
+    for (int i = 0; i < output_count && !status; i++) {
+        const mtl_view *view = &outputs[i];
+        if (view->data != own[i])
+            status = mtl_cuda_copy(call, (CUdeviceptr)(own[i] + view->low), (CUdeviceptr)(view->data + view->low),
+                                   (size_t)(view->high - view->low));
+    }
+    for (int i = 0; i < input_count + output_count; i++) {
         if (copies[i]) mtl_cuda_release(call, copies[i]);
     }
     return status;
 }
 
 metalloid_status mtl_kernel_launch_cuda(const metalloid_context *context, metalloid_kernel *kernel,
-                                        const mtl_launch *launch, const bool *strided, mtl_view *inputs) {
+                                        const mtl_launch *launch, const bool *strided, mtl_view *inputs,
+                                        mtl_view *outputs) {
     mtl_cuda_call call;
     MTL_TRY(mtl_cuda_begin(&call, context, op, launch->outputs[0].device, false));
-    return mtl_cuda_end(&call, run(&call, kernel, launch, strided, inputs));
+    return mtl_cuda_end(&call, run(&call, kernel, launch, strided, inputs, outputs));
 }

@@ -27,6 +27,7 @@
     X(cuOccupancyMaxActiveClusters)      \
     X(cuMemAllocAsync)                   \
     X(cuMemFreeAsync)                    \
+    X(cuMemcpyDtoDAsync)                 \
     X(cuMemsetD8Async)                   \
     X(cuMemsetD16Async)                  \
     X(cuMemsetD32Async)                  \
@@ -351,6 +352,11 @@ metalloid_status mtl_cuda_fill(const mtl_cuda_call *call, CUdeviceptr memory, in
         if (result == CUDA_SUCCESS) result = driver.cuMemsetD2D32Async(memory + 4, 8, high, 1, count, call->stream);
     }
     DRIVER_TRY(call->op, "fill", result);
+    return METALLOID_OK;
+}
+
+metalloid_status mtl_cuda_copy(const mtl_cuda_call *call, CUdeviceptr to, CUdeviceptr from, size_t bytes) {
+    DRIVER_TRY(call->op, "copy", driver.cuMemcpyDtoDAsync(to, from, bytes, call->stream));
     return METALLOID_OK;
 }
 

@@ -102,6 +102,8 @@ int mtl_cuda_parameter_size(CUfunction function, int index);
 metalloid_status mtl_cuda_fill(const mtl_cuda_call *call, CUdeviceptr memory, int64_t elements, int size,
                                uint64_t bits);
 
+metalloid_status mtl_cuda_copy(const mtl_cuda_call *call, CUdeviceptr to, CUdeviceptr from, size_t bytes);
+
 /* ---- arguments for kernels --------------------------------------------------------------------------------------- */
 
 static inline mtl_cuda_row mtl_cuda_row_of(mtl_row row) { return (mtl_cuda_row){row.data, row.stride, (int)row.dtype}; }

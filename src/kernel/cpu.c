@@ -109,6 +109,7 @@ static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, ch
         "-Wno-everything",
         "-fno-color-diagnostics",
         "-ferror-limit=20",
+        "-fmax-type-align=8", /* of what pointers point to: vectors in any array (msl/vectors.h) */
         "-Werror=frame-larger-than",
 #if defined(__x86_64__)
         "-mno-red-zone",
@@ -289,54 +290,26 @@ static const mtl_variant *find_variant(const metalloid_kernel *kernel, uint64_t 
     return NULL;
 }
 
-static metalloid_status get_variant(metalloid_kernel *kernel, const mtl_launch *launch, const mtl_variant **found) {
+/* NULL: `status` says what failed. */
+static const mtl_variant *get_variant(metalloid_kernel *kernel, const mtl_launch *launch, metalloid_status *status) {
     uint64_t hash = hash_of(launch->key, launch->key_length);
-    *found = find_variant(kernel, hash, launch);
-    if (*found) return METALLOID_OK;
+    const mtl_variant *found = find_variant(kernel, hash, launch);
+    if (found) return found;
     mtl_variant *variant = malloc(sizeof *variant + launch->key_length);
-    if (!variant) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
+    if (!variant) {
+        *status = mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
+        return NULL;
+    }
     *variant = (mtl_variant){.hash = hash, .key_length = launch->key_length, .key = (unsigned char *)(variant + 1)};
     memcpy(variant + 1, launch->key, launch->key_length);
-    metalloid_status status = build(kernel, &launch->types, variant);
-    if (status) {
+    *status = build(kernel, &launch->types, variant);
+    if (*status) {
         free(variant);
-        return status;
+        return NULL;
     }
     variant->next = atomic_load(&kernel->variants);
     while (!atomic_compare_exchange_weak(&kernel->variants, &variant->next, variant)) continue;
-    *found = variant;
-    return METALLOID_OK;
-}
-
-/* ---- buffers that are not aligned --------------------------------------------------------------------------------------------- */
-
-/* A float4 is loaded and stored whole, at a multiple of its size, which Metal's buffers are. Slices begin anywhere, and MLX's arrays
- * in CPU memory 8 bytes behind a multiple of 16: where a kernel may have vectors in them, it gets copies. */
-typedef struct stand_in {
-    void *memory;
-    const mtl_view *view;
-    char *data; /* in memory, what view->data is */
-} stand_in;
-
-static metalloid_status stand_in_for(stand_in *s, const mtl_view *view, int alignment) {
-    size_t unit = alignment ? (size_t)alignment : 1;
-    *s = (stand_in){.view = view, .data = view->data};
-    if ((uintptr_t)view->data % unit == 0 || view->high == view->low) return METALLOID_OK;
-    size_t lead = ((size_t)-view->low + unit - 1) / unit * unit;
-    s->memory = aligned_alloc(unit, (lead + (size_t)view->high + unit - 1) / unit * unit);
-    if (!s->memory) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: no memory for a copy of %s", op, view->name);
-    s->data = (char *)s->memory + lead;
-    return METALLOID_OK;
-}
-
-static void copy_in(const stand_in *s) {
-    const mtl_view *view = s->view;
-    if (s->memory) memcpy(s->data + view->low, view->data + view->low, (size_t)(view->high - view->low));
-}
-
-static void copy_out(const stand_in *s) {
-    const mtl_view *view = s->view;
-    if (s->memory) memcpy(view->data + view->low, s->data + view->low, (size_t)(view->high - view->low));
+    return variant;
 }
 
 /* ---- run ---------------------------------------------------------------------------------------------------------------------- */
@@ -405,7 +378,7 @@ static void block_signals(sigset_t *before) {
 }
 
 static metalloid_status run(const metalloid_context *context, const metalloid_kernel *kernel, const mtl_launch *launch,
-                            const stand_in *stand_ins, job *j) {
+                            job *j) {
     enum { MOST_WORKERS = 256 };
     mtl_workspace *workspaces[MOST_WORKERS];
     int bits = j->variant->stack_bits, workers = 1;
@@ -415,7 +388,6 @@ static metalloid_status run(const metalloid_context *context, const metalloid_ke
 
     for (int i = 0; i < kernel->definition.output_count && launch->has_init_value; i++)
         mtl_kernel_fill(&launch->outputs[i], launch->init_value);
-    for (int i = 0; i < kernel->definition.input_count + kernel->definition.output_count; i++) copy_in(&stand_ins[i]);
 
     sigset_t signals;
     if (bits) block_signals(&signals);
@@ -457,8 +429,9 @@ static metalloid_status run(const metalloid_context *context, const metalloid_ke
 
 metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metalloid_kernel *kernel,
                                        const mtl_launch *launch) {
-    const mtl_variant *variant;
-    MTL_TRY(get_variant(kernel, launch, &variant));
+    metalloid_status status = METALLOID_OK;
+    const mtl_variant *variant = get_variant(kernel, launch, &status);
+    if (!variant) return status;
     int inputs = kernel->definition.input_count, outputs = kernel->definition.output_count;
     mtl_dispatch dispatch = {.most_iterations = (unsigned long)kernel->most_iterations};
     unsigned long total = 1;
@@ -471,26 +444,16 @@ metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metallo
             return mtl_fail(METALLOID_INVALID_ARGUMENT, "%s: grid has too many threadgroups", op);
     }
 
-    stand_in stand_ins[2 * MTL_MOST_BUFFERS];
     void *pointers[(MTL_POINTERS_OF_INPUT + 1) * MTL_MOST_BUFFERS];
-    metalloid_status status = METALLOID_OK;
-    int count = 0, made = 0;
-    for (int i = 0; i < inputs + outputs && !status; i++) {
-        const mtl_view *view = i < inputs ? &launch->inputs[i] : &launch->outputs[i - inputs];
-        status = stand_in_for(&stand_ins[i], view, kernel->mentions.vector_bytes);
-        made += !status;
-        pointers[count++] = stand_ins[i].data;
-        if (i >= inputs) continue;
+    int count = 0;
+    for (int i = 0; i < inputs; i++) {
+        pointers[count++] = launch->inputs[i].data;
         pointers[count++] = (void *)(uintptr_t)launch->shapes[i];
         pointers[count++] = (void *)(uintptr_t)launch->strides[i];
         pointers[count++] = (void *)(uintptr_t)&launch->ranks[i];
     }
-    if (!status) {
-        dispatch.pointers = pointers;
-        job j = {.variant = variant, .dispatch = &dispatch, .end = total};
-        status = run(context, kernel, launch, stand_ins, &j);
-        for (int i = inputs; i < inputs + outputs && !status; i++) copy_out(&stand_ins[i]);
-    }
-    for (int i = 0; i < made; i++) free(stand_ins[i].memory);
-    return status;
+    for (int i = 0; i < outputs; i++) pointers[count++] = launch->outputs[i].data;
+    dispatch.pointers = pointers;
+    job j = {.variant = variant, .dispatch = &dispatch, .end = total};
+    return run(context, kernel, launch, &j);
 }

@@ -55,8 +55,9 @@ void mtl_kernel_fill(const mtl_view *output, double value);
 metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metalloid_kernel *kernel,
                                        const mtl_launch *launch);
 
-/* Inputs that are `strided` are copied first; `inputs` are the launch's. A scalar may be in CPU memory. */
+/* Inputs that are `strided` are copied first; `inputs` and `outputs` are the launch's. A scalar may be in CPU memory. */
 metalloid_status mtl_kernel_launch_cuda(const metalloid_context *context, metalloid_kernel *kernel,
-                                        const mtl_launch *launch, const bool *strided, mtl_view *inputs);
+                                        const mtl_launch *launch, const bool *strided, mtl_view *inputs,
+                                        mtl_view *outputs);
 
 #endif

@@ -60,10 +60,6 @@ typedef struct lockstep {
 
 static void refuse(lockstep *l) { l->refused = true; }
 
-static bool name_is(const mtl_token *token, const char *name, size_t length) {
-    return token->length == length && memcmp(token->text, name, length) == 0;
-}
-
 /* ---- what tokens say --------------------------------------------------------------------------------------------- */
 
 /* Whether lanes meet in the call whose name is at `i`. */
@@ -81,41 +77,9 @@ static bool any_meeting(const translation *t, size_t begin, size_t end) {
     return false;
 }
 
-/* Operators come as single characters. */
-static bool is_pair(const translation *t, size_t i, const char *first, const char *second) {
-    return mtl_is(t, i, first) && mtl_is(t, i + 1, second);
-}
-
-static bool is_assignment(const translation *t, size_t i) {
-    static const char *const operators[] = {"+", "-", "*", "/", "%", "&", "|", "^", NULL};
-    if (mtl_is(t, i, "=")) return !mtl_is(t, i + 1, "=");
-    if (mtl_is_one_of(t, i, operators) && mtl_is(t, i + 1, "=")) return true;
-    if (is_pair(t, i, "<", "<") || is_pair(t, i, ">", ">")) return mtl_is(t, i + 2, "=");
-    return is_pair(t, i, "+", "+") || is_pair(t, i, "-", "-");
-}
-
-/* Whether tokens [begin, end) may change what has this name: assign to it or a part of it, or take its address. */
-static bool is_changed(const translation *t, size_t begin, size_t end, const char *name, size_t length) {
-    for (size_t i = begin; i < end; i++) {
-        if (t->token[i].kind != MTL_TOKEN_IDENTIFIER || !name_is(&t->token[i], name, length)) continue;
-        size_t before = mtl_before(t, i), behind = mtl_after(t, i);
-        if (before != SIZE_MAX && (mtl_is(t, before, ".") || mtl_is(t, before, "->"))) continue;
-        if (before != SIZE_MAX && before > 0) {
-            if (is_pair(t, before - 1, "+", "+") || is_pair(t, before - 1, "-", "-")) return true;
-            if (mtl_is(t, before, "&") && !mtl_is(t, before - 1, "&")) return true; /* a & b too, to be sure */
-        }
-        while (mtl_is(t, behind, ".") || mtl_is(t, behind, "[")) {
-            if (mtl_is(t, behind, "[")) break; /* what a pointer points to */
-            behind = mtl_after(t, mtl_after(t, behind));
-        }
-        if (is_assignment(t, behind)) return true;
-    }
-    return false;
-}
-
 static const variable *find_variable(const lockstep *l, const mtl_token *token) {
     for (int i = l->variable_count - 1; i >= 0; i--) {
-        if (name_is(token, l->variables[i].name, l->variables[i].length)) return &l->variables[i];
+        if (mtl_is_named(token, l->variables[i].name, l->variables[i].length)) return &l->variables[i];
     }
     return NULL;
 }
@@ -140,7 +104,7 @@ static void write(lockstep *l, mtl_text *out, size_t begin, size_t end, const va
         size_t before = mtl_before(t, i);
         bool is_member = before != SIZE_MAX && (mtl_is(t, before, ".") || mtl_is(t, before, "->"));
         for (int r = 0; r < renames && token->kind == MTL_TOKEN_IDENTIFIER && !is_member; r++) {
-            if (name_is(token, renamed[r].name, renamed[r].length)) mtl_text_add_string(out, "__mtl_new_");
+            if (mtl_is_named(token, renamed[r].name, renamed[r].length)) mtl_text_add_string(out, "__mtl_new_");
         }
         mtl_write_token(out, token);
     }
@@ -198,7 +162,7 @@ static void meet(lockstep *l, size_t begin, size_t end) {
     bool conditional = false;
     for (size_t i = begin; i < end && !l->refused; i++) {
         if (t->token[i].in_directive) refuse(l);
-        conditional |= mtl_is(t, i, "?") || is_pair(t, i, "&", "&") || is_pair(t, i, "|", "|");
+        conditional |= mtl_is(t, i, "?") || mtl_is_pair(t, i, "&", "&") || mtl_is_pair(t, i, "|", "|");
         if (!is_meeting(t, i)) continue;
         size_t open = mtl_after(t, i), behind = mtl_behind_bracket(t, open), first = i;
         size_t before = mtl_before(t, i);
@@ -305,8 +269,8 @@ static bool is_in_threadgroup(const translation *t, const mtl_token *token) {
     static const char type[] = "__mtl_";
     for (size_t i = 0; i < t->count; i++) {
         const mtl_token *other = &t->token[i];
-        if (other->kind == MTL_TOKEN_IDENTIFIER && other->replacement && name_is(other, token->text, token->length) &&
-            strncmp(other->replacement, type, sizeof type - 1) == 0)
+        if (other->kind == MTL_TOKEN_IDENTIFIER && other->replacement &&
+            mtl_is_named(other, token->text, token->length) && strncmp(other->replacement, type, sizeof type - 1) == 0)
             return true;
     }
     return false;
@@ -324,12 +288,12 @@ static bool is_moved(const lockstep *l, const mtl_token *name) {
     for (size_t i = 0; i < t->count; i++) {
         depth += mtl_is(t, i, "{") || mtl_is(t, i, "(");
         depth -= mtl_is(t, i, "}") || mtl_is(t, i, ")");
-        if (!name_is(&t->token[i], name->text, name->length)) continue;
+        if (!mtl_is_named(&t->token[i], name->text, name->length)) continue;
         size_t before = mtl_before(t, i), plus = mtl_after(t, i);
-        if (depth == 0 && is_pair(t, plus, "+", "=") &&
+        if (depth == 0 && mtl_is_pair(t, plus, "+", "=") &&
             (before == SIZE_MAX || mtl_is(t, before, ";") || mtl_is(t, before, "}")))
             found = true;
-        else if (is_changed(t, i, i + 1, name->text, name->length)) return false;
+        else if (mtl_is_changed(t, i, i + 1, name->text, name->length)) return false;
     }
     return found;
 }
@@ -347,7 +311,7 @@ static kind kind_of(const lockstep *l, size_t begin, size_t end, const mtl_token
         size_t before = mtl_before(t, at), behind = mtl_after(t, at);
         if (l->calls[at].behind || token->in_directive) return KEPT;
         bool compares = mtl_is(t, at, "=") && at > begin && mtl_is_one_of(t, at - 1, comparisons);
-        if (mtl_is(t, at, "[") || mtl_is(t, at, "->") || mtl_is(t, at, "&") || (!compares && is_assignment(t, at)))
+        if (mtl_is(t, at, "[") || mtl_is(t, at, "->") || mtl_is(t, at, "&") || (!compares && mtl_is_assignment(t, at)))
             return KEPT;
         /* What a pointer points to, unless it is a product. */
         if (mtl_is(t, at, "*") && (at == begin || !(mtl_is_identifier(t, before) || mtl_is(t, before, ")") ||
@@ -358,7 +322,7 @@ static kind kind_of(const lockstep *l, size_t begin, size_t end, const mtl_token
             return KEPT;
         if (token->kind != MTL_TOKEN_IDENTIFIER || (before != SIZE_MAX && mtl_is(t, before, "."))) continue;
         if (mtl_is(t, behind, "(") && !is_builtin_type(t, at) && !mtl_is_one_of(t, at, pure)) return KEPT;
-        if (own && name_is(token, own->text, own->length)) continue;
+        if (own && mtl_is_named(token, own->text, own->length)) continue;
         const variable *v = find_variable(l, token);
         if (is_in_threadgroup(t, token) || (v && !v->remade)) return KEPT;
         if (v || mtl_is_lane_attribute(token)) found = REMADE;
@@ -395,7 +359,7 @@ static void declare(lockstep *l, size_t type, size_t type_end, size_t begin, siz
     const variable *first = &declared[0];
     size_t equals = mtl_after(t, names[0]);
     kind found = count > 1 || is_reference || !mtl_is(t, equals, "=") || find_variable(l, &t->token[names[0]]) ||
-                         mtl_is(t, type, "static") || is_changed(t, equals, t->count, first->name, first->length)
+                         mtl_is(t, type, "static") || mtl_is_changed(t, equals, t->count, first->name, first->length)
                      ? KEPT
                      : kind_of(l, equals + 1, end, NULL);
     if (found != KEPT) {
@@ -466,7 +430,7 @@ static bool is_within(const translation *t, size_t begin, size_t i, bool loops, 
 static bool add_move(lockstep *l, size_t begin, size_t end) {
     const translation *t = l->t;
     size_t plus = mtl_after(t, begin), semicolon = mtl_before(t, end);
-    if (!is_moved(l, &t->token[begin]) || !is_pair(t, plus, "+", "=")) return false;
+    if (!is_moved(l, &t->token[begin]) || !mtl_is_pair(t, plus, "+", "=")) return false;
     if (kind_of(l, plus + 2, semicolon, NULL) != UNIFORM) {
         l->moved_by_lane = true;
         refuse(l);
@@ -502,10 +466,10 @@ static bool add_strided_loop(lockstep *l, size_t begin, size_t behind) {
         return false;
     if (kind_of(l, equals + 1, ends[0], NULL) != REMADE || kind_of(l, ends[0] + 1, ends[1], name) != UNIFORM)
         return false;
-    if (!name_is(&t->token[step], name->text, name->length) || !is_pair(t, mtl_after(t, step), "+", "=") ||
+    if (!mtl_is_named(&t->token[step], name->text, name->length) || !mtl_is_pair(t, mtl_after(t, step), "+", "=") ||
         kind_of(l, mtl_after(t, step) + 2, close, NULL) != UNIFORM)
         return false;
-    if (is_changed(t, body, behind, name->text, name->length)) return false;
+    if (mtl_is_changed(t, body, behind, name->text, name->length)) return false;
     size_t nothing;
     for (size_t at = body; at < behind; at++) {
         if (mtl_is_one_of(t, at, others) || t->token[at].in_directive || mtl_is_body(t, at, &nothing)) return false;
@@ -778,7 +742,7 @@ static bool is_unordered(const translation *t, size_t begin, size_t end, const s
     for (int i = 0; i < count; i++) {
         const mtl_token *name = &t->token[names[i]];
         for (size_t at = names[i] + 1; at < end; at++) {
-            if (t->token[at].kind == MTL_TOKEN_IDENTIFIER && name_is(&t->token[at], name->text, name->length))
+            if (t->token[at].kind == MTL_TOKEN_IDENTIFIER && mtl_is_named(&t->token[at], name->text, name->length))
                 return false;
         }
     }
@@ -851,7 +815,7 @@ static void add_buffer(lockstep *l, int pointer, const char *name, const char *s
     const char *kept = mtl_keep(l->t, &joined);
     size_t length = joined.length;
     mtl_text_free(&joined);
-    if (!is_changed(l->t, 0, l->t->count, kept, length)) {
+    if (!mtl_is_changed(l->t, 0, l->t->count, kept, length)) {
         mtl_text_format(l->out, " const auto &%s = __mtl_%d;", kept, pointer);
     } else if (is_moved(l, &(mtl_token){.kind = MTL_TOKEN_IDENTIFIER, .text = kept, .length = length})) {
         mtl_text_format(l->out, " auto __mtl_moved_%s = __mtl_%d; const auto &%s = __mtl_moved_%s;", kept, pointer,

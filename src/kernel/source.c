@@ -102,18 +102,40 @@ static bool begins_with(const mtl_token *token, const char *beginning) {
     return token->length >= length && memcmp(token->text, beginning, length) == 0;
 }
 
+/* v.xyz: the components as bits 0 to 3 of `used` and as numbers; how many, or 0 where it is no swizzle. */
+static int read_swizzle(const mtl_token *token, int component[4], unsigned *used) {
+    static const char *const letters[] = {"xyzw", "rgba"};
+    if (token->kind != MTL_TOKEN_IDENTIFIER || token->length < 2 || token->length > 4) return 0;
+    for (int set = 0; set < 2; set++) {
+        size_t i = 0;
+        *used = 0;
+        for (; i < token->length; i++) {
+            const char *found = memchr(letters[set], token->text[i], 4);
+            if (!found) break;
+            component[i] = (int)(found - letters[set]);
+            *used |= 1u << component[i];
+        }
+        if (i == token->length) return (int)token->length;
+    }
+    return 0;
+}
+
 /* half, float16_t, bfloat4, ... ; float3x3, matrix, transpose, ... */
 static void find_types(mtl_mentions *mentions, const mtl_token *token) {
     static const char *const halves[] = {"half", "packed_half", "bfloat", "packed_bfloat", "float16"};
     static const char *const matrices[] = {"matrix", "determinant", "transpose"};
+    static const char *const simdgroup_matrices[] = {
+        "simdgroup_matrix", "simdgroup_float8x8", "simdgroup_half8x8",     "simdgroup_bfloat8x8",    "simdgroup_load",
+        "simdgroup_store",  "simdgroup_multiply", "make_filled_simdgroup", "make_diagonal_simdgroup"};
     for (size_t i = 0; i < sizeof halves / sizeof halves[0]; i++) mentions->halves |= begins_with(token, halves[i]);
     for (size_t i = 0; i < sizeof matrices / sizeof matrices[0]; i++)
         mentions->matrices |= mtl_token_is(token, matrices[i]);
     if (token->length > 3 && token->text[token->length - 2] == 'x') mentions->matrices = true;
-    if ((begins_with(token, "simdgroup_") && !mtl_token_is(token, "simdgroup_barrier") &&
-         !mtl_token_is(token, "simdgroup_index_in_threadgroup")) ||
-        begins_with(token, "make_filled_simdgroup") || begins_with(token, "make_diagonal_simdgroup"))
-        mentions->simdgroup_matrices = true;
+    for (size_t i = 0; i < sizeof simdgroup_matrices / sizeof simdgroup_matrices[0]; i++)
+        mentions->simdgroup_matrices |= begins_with(token, simdgroup_matrices[i]);
+    int component[4];
+    unsigned used;
+    mentions->swizzles |= read_swizzle(token, component, &used) > 0;
     if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
 }
 
@@ -601,11 +623,14 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                         inputs, inputs, inputs);
     }
     if (layout.strides_at) mtl_text_format(out, "    long strides[%d];\n", (int)MTL_CUDA_EXTENTS);
-    if (layout.shapes_at) mtl_text_format(out, "    int shapes[%d];\n", (int)MTL_CUDA_EXTENTS);
-    mtl_text_format(out,
-                    "};\nstatic_assert(sizeof(mtl_launch) == %d, \"\");\n"
-                    "extern \"C\" __global__ void __launch_bounds__(%d) mtl_kernel(",
-                    layout.size, options->most_threads);
+    /* Both begin at a multiple of 8, as in mtl_cuda_layout_of. */
+    if (layout.shapes_at) mtl_text_format(out, "    alignas(8) int shapes[%d];\n", (int)MTL_CUDA_EXTENTS);
+    mtl_text_format(out, "};\nstatic_assert(sizeof(mtl_launch) == %d, \"\");\n", layout.size);
+    mtl_text_format(out, "extern \"C\" __global__ void __launch_bounds__(%d", options->most_threads);
+    /* Products of matrices want registers more than threads: left alone, the compiler saves registers by loading tiles late. 512
+     * threads of 128 registers each fill a multiprocessor. */
+    if (mentions->simdgroup_matrices) mtl_text_format(out, ", %d", options->most_threads < 512 ? 2 : 1);
+    mtl_text_add_string(out, ") mtl_kernel(");
     for (int i = 0; i < inputs; i++) {
         mtl_text_format(out, "const %s *__restrict__ __mtl_in_%d, ", mtl_metal_type(types->inputs[i].dtype), i);
     }
@@ -697,24 +722,6 @@ static bool is_part_of(const char *name, const mtl_mentions *mentions, const mtl
     return true;
 }
 
-/* v.xyz: the components as bits 0 to 3 of `used` and as numbers; how many, or 0 where it is no swizzle. */
-static int read_swizzle(const mtl_token *token, int component[4], unsigned *used) {
-    static const char *const letters[] = {"xyzw", "rgba"};
-    if (token->kind != MTL_TOKEN_IDENTIFIER || token->length < 2 || token->length > 4) return 0;
-    for (int set = 0; set < 2; set++) {
-        size_t i = 0;
-        *used = 0;
-        for (; i < token->length; i++) {
-            const char *found = memchr(letters[set], token->text[i], 4);
-            if (!found) break;
-            component[i] = (int)(found - letters[set]);
-            *used |= 1u << component[i];
-        }
-        if (i == token->length) return (int)token->length;
-    }
-    return 0;
-}
-
 static void add_swizzle(mtl_text lists[3], const mtl_token *token) {
     int component[4];
     unsigned used;
@@ -779,8 +786,8 @@ static void add_prelude(mtl_text *out, const mtl_definition *definition, const m
     }
 }
 
-static bool has_halves(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types) {
-    bool found = mentions->halves;
+static bool has_arms(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types) {
+    bool found = mentions->halves || mentions->swizzles;
     for (int i = 0; i < definition->input_count; i++) {
         mtl_dtype dtype = types->inputs[i].dtype;
         found |= dtype == MTL_F16 || dtype == MTL_BF16;
@@ -808,7 +815,8 @@ static void add_signature(mtl_text *out, const mtl_definition *definition, const
 bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                           const mtl_types *types, const mtl_unit_options *given) {
     mtl_unit_options options = *given;
-    options.halves = has_halves(definition, mentions, types);
+    options.types = types;
+    options.arms = has_arms(definition, mentions, types);
     bool threads = mentions->lanes_meet || options.count_iterations;
     mtl_names meeting = {0};
     if (threads && options.target == MTL_TARGET_CPU) {

@@ -28,11 +28,11 @@ typedef struct mtl_definition {
 enum { MTL_MENTIONS_SHAPE = 1, MTL_MENTIONS_STRIDES = 2, MTL_MENTIONS_RANK = 4 };
 
 typedef struct mtl_mentions {
-    unsigned attributes;                                        /* bit i: attribute i of mtl_attributes */
-    unsigned char input[MTL_MOST_BUFFERS];                      /* MTL_MENTIONS_* of it */
-    bool lanes_meet;                                            /* barriers, or exchanges in a simdgroup */
-    bool halves, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
-    bool relative;                                              /* anything that depends on the cut into threadgroups */
+    unsigned attributes;                                                  /* bit i: attribute i of mtl_attributes */
+    unsigned char input[MTL_MOST_BUFFERS];                                /* MTL_MENTIONS_* of it */
+    bool lanes_meet;                                                      /* barriers, or exchanges in a simdgroup */
+    bool halves, swizzles, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
+    bool relative;       /* anything that depends on the cut into threadgroups */
     int vector_bytes;    /* the alignment of vectors that may be read from and written to buffers; 0: none */
     bool no_contraction; /* #pragma clang fp contract(off): a product and a sum are rounded each */
 } mtl_mentions;
@@ -84,12 +84,13 @@ typedef struct mtl_names {
 typedef struct mtl_unit_options {
     mtl_target target;
     metalloid_math_mode math_mode;
-    int stack_bits;           /* CPU: log2 of a thread's stack */
-    bool count_iterations;    /* CPU */
-    int most_threads;         /* CUDA: of a threadgroup */
-    int line;                 /* CUDA: mtl_cuda_line */
-    bool halves;              /* 16-bit floats are in play */
-    bool lockstep;            /* CPU: lanes that meet in lockstep, where the source allows it */
+    int stack_bits;         /* CPU: log2 of a thread's stack */
+    bool count_iterations;  /* CPU */
+    int most_threads;       /* CUDA: of a threadgroup */
+    int line;               /* CUDA: mtl_cuda_line */
+    const mtl_types *types; /* CUDA: of the call */
+    bool arms;              /* those of ?: may have types that C++ finds none in common for: 16-bit floats, swizzles */
+    bool lockstep;          /* CPU: lanes that meet in lockstep, where the source allows it */
     const mtl_names *meeting; /* where threads have stacks: the functions at which lanes meet; else NULL */
 } mtl_unit_options;
 

@@ -201,13 +201,14 @@ static void translate_threadgroup(translation *t, size_t i) {
 
 /* ---- attributes and directives ----------------------------------------------------------------------------------------------------- */
 
-/* [[...]]: what C++ has an opinion about stays. */
+/* [[...]]: what C++ has an opinion about stays. A function constant is a value that its pipeline would give, and there is none. */
 static void translate_attribute(translation *t, size_t i) {
     static const char *const standard[] = {"maybe_unused", "nodiscard", "fallthrough", "noreturn",
                                            "deprecated",   "likely",    "unlikely",    NULL};
     size_t first = mtl_after(t, i + 1);
     if (mtl_is_one_of(t, first, standard) || mtl_is(t, mtl_after(t, first), "::")) return;
     mtl_blank_range(t, i, mtl_behind_bracket(t, i));
+    if (mtl_is(t, first, "function_constant")) mtl_add_before(t, i, "= metal::msl_::function_constant() ");
 }
 
 /* Metal's own headers are always there. */
@@ -340,7 +341,7 @@ static void translate_token(translation *t, size_t i) {
     case MTL_TOKEN_INCLUDE: translate_include(t, i); break;
     case MTL_TOKEN_PUNCTUATION:
         if (mtl_is(t, i, "[") && mtl_is(t, i + 1, "[")) translate_attribute(t, i);
-        else if (mtl_is(t, i, "?") && t->options->halves) translate_condition(t, i);
+        else if (mtl_is(t, i, "?") && t->options->arms) translate_condition(t, i);
         else if (mtl_is(t, i, "::")) translate_global(t, i);
         break;
     case MTL_TOKEN_IDENTIFIER:
@@ -350,6 +351,7 @@ static void translate_token(translation *t, size_t i) {
         else if (mtl_is(t, i, "kernel") && mtl_is_identifier(t, mtl_after(t, i))) mtl_blank(t, i);
         else if (t->options->count_iterations && (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do")))
             count_iterations(t, i);
+        else if (t->options->line && mtl_is(t, i, "for")) mtl_unroll(t, i);
         break;
     default: break;
     }

@@ -48,6 +48,40 @@ bool mtl_is_identifier(const translation *t, size_t i) {
     return i < t->count && t->token[i].kind == MTL_TOKEN_IDENTIFIER;
 }
 
+bool mtl_is_named(const mtl_token *token, const char *name, size_t length) {
+    return token->length == length && memcmp(token->text, name, length) == 0;
+}
+
+bool mtl_is_pair(const translation *t, size_t i, const char *first, const char *second) {
+    return mtl_is(t, i, first) && mtl_is(t, i + 1, second);
+}
+
+bool mtl_is_assignment(const translation *t, size_t i) {
+    static const char *const operators[] = {"+", "-", "*", "/", "%", "&", "|", "^", NULL};
+    if (mtl_is(t, i, "=")) return !mtl_is(t, i + 1, "=");
+    if (mtl_is_one_of(t, i, operators) && mtl_is(t, i + 1, "=")) return true;
+    if (mtl_is_pair(t, i, "<", "<") || mtl_is_pair(t, i, ">", ">")) return mtl_is(t, i + 2, "=");
+    return mtl_is_pair(t, i, "+", "+") || mtl_is_pair(t, i, "-", "-");
+}
+
+bool mtl_is_changed(const translation *t, size_t begin, size_t end, const char *name, size_t length) {
+    for (size_t i = begin; i < end; i++) {
+        if (t->token[i].kind != MTL_TOKEN_IDENTIFIER || !mtl_is_named(&t->token[i], name, length)) continue;
+        size_t before = mtl_before(t, i), behind = mtl_after(t, i);
+        if (before != SIZE_MAX && (mtl_is(t, before, ".") || mtl_is(t, before, "->"))) continue;
+        if (before != SIZE_MAX && before > 0) {
+            if (mtl_is_pair(t, before - 1, "+", "+") || mtl_is_pair(t, before - 1, "-", "-")) return true;
+            if (mtl_is(t, before, "&") && !mtl_is(t, before - 1, "&")) return true; /* a & b too, to be sure */
+        }
+        while (mtl_is(t, behind, ".") || mtl_is(t, behind, "[")) {
+            if (mtl_is(t, behind, "[")) break; /* what a pointer points to */
+            behind = mtl_after(t, mtl_after(t, behind));
+        }
+        if (mtl_is_assignment(t, behind)) return true;
+    }
+    return false;
+}
+
 /* Behind the bracket that closes the one at `i`; t->count where none does. Brackets of the other kinds nest. */
 size_t mtl_behind_bracket(const translation *t, size_t i) {
     long depth = 0;

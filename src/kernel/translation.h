@@ -33,6 +33,14 @@ size_t mtl_before(const translation *t, size_t i); /* SIZE_MAX at the beginning 
 bool mtl_is(const translation *t, size_t i, const char *text);
 bool mtl_is_one_of(const translation *t, size_t i, const char *const *words); /* ends with a NULL */
 bool mtl_is_identifier(const translation *t, size_t i);
+bool mtl_is_named(const mtl_token *token, const char *name, size_t length);
+
+/* Operators come as single characters: whether there are these two, or one that assigns, ++ and -- among them. */
+bool mtl_is_pair(const translation *t, size_t i, const char *first, const char *second);
+bool mtl_is_assignment(const translation *t, size_t i);
+
+/* Whether tokens [begin, end) may change what has this name: assign to it or a part of it, or take its address. */
+bool mtl_is_changed(const translation *t, size_t begin, size_t end, const char *name, size_t length);
 
 /* Behind the bracket that closes the one at `i`; t->count where none does. Brackets of the other kinds nest. */
 size_t mtl_behind_bracket(const translation *t, size_t i);
@@ -74,6 +82,11 @@ void mtl_mark_places(translation *t);
 
 /* The translated tokens of a body as statements of a simdgroup. False: it has to be run thread by thread. */
 bool mtl_write_lockstep(translation *t, mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions);
+
+/* ---- unroll.c ---- */
+
+/* Asks for the loop at `i` (for) to be unrolled if it goes over a threadgroup's share of few elements. */
+void mtl_unroll(translation *t, size_t i);
 
 /* ---- overloads.c ---- */
 

@@ -138,7 +138,36 @@ static void arms_are_wrapped(void **state) {
         {"x = a ? b : c ? d : e;", "x = a ? metal::arm(b) : metal::arm(c ? metal::arm(d) : metal::arm(e));"},
         {"#if A ? B : C\n", "#if A ? B : C\n"},
     };
-    const mtl_unit_options options = {.halves = true};
+    const mtl_unit_options options = {.arms = true};
+    expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
+}
+
+static void loops_over_a_share_are_unrolled(void **state) {
+    (void)state;
+#define UNROLLED "_Pragma(\"unroll\") "
+    static const pair pairs[] = {
+        {"for (uint i = lid; i < N; i += threads_per_threadgroup.x) a();",
+         UNROLLED "for (uint i = lid; i < N; i += threads_per_threadgroup.x) a();"},
+        {"uint n = threads_per_threadgroup.x, m = N / 4; for (uint i = lid; i < m; i += n) a();",
+         "uint n = threads_per_threadgroup.x, m = N / 4; " UNROLLED "for (uint i = lid; i < m; i += n) a();"},
+        {"for (i = 2 * lid; i < uint(2 * (N + 1)) - 4u; i += 256 * 2) a();",
+         UNROLLED "for (i = 2 * lid; i < uint(2 * (N + 1)) - 4u; i += 256 * 2) a();"},
+        {"for (uint i = lid; i < M; i += 256) a();", "for (uint i = lid; i < M; i += 256) a();"}, /* 17 rounds */
+        {"for (uint i = lid; i < N; i += 32) a();", "for (uint i = lid; i < N; i += 32) a();"},
+        {"for (uint i = lid; i < x_shape[0]; i += 256) a();", "for (uint i = lid; i < x_shape[0]; i += 256) a();"},
+        {"uint n = 256; n += k; for (uint i = lid; i < N; i += n) a();",
+         "uint n = 256; n += k; for (uint i = lid; i < N; i += n) a();"},
+        {"uint n = n; for (uint i = lid; i < N; i += n) a();", "uint n = n; for (uint i = lid; i < N; i += n) a();"},
+        {"for (uint i = lid; i < N / 0; i += 256) a();", "for (uint i = lid; i < N / 0; i += 256) a();"},
+        {"#pragma unroll 1\nfor (uint i = lid; i < N; i += 256) a();",
+         "#pragma unroll 1\nfor (uint i = lid; i < N; i += 256) a();"},
+        {"for (uint i = lid; i < N; i += (256", "for (uint i = lid; i < N; i += (256"},
+        {"for (", "for ("},
+    };
+    static const mtl_template_value values[] = {{.name = "N", .kind = METALLOID_TEMPLATE_INT, .integer = 4096},
+                                                {.name = "M", .kind = METALLOID_TEMPLATE_INT, .integer = 4097}};
+    const mtl_types types = {.template_count = 2, .template_values = values};
+    const mtl_unit_options options = {.target = MTL_TARGET_CUDA, .line = 256, .types = &types};
     expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
 }
 
@@ -186,6 +215,7 @@ int main(void) {
         cmocka_unit_test(metal_becomes_cxx),
         cmocka_unit_test(overloads_are_left_out),
         cmocka_unit_test(arms_are_wrapped),
+        cmocka_unit_test(loops_over_a_share_are_unrolled),
         cmocka_unit_test(places_are_marked),
         cmocka_unit_test(digests_are_the_standards),
     };

@@ -135,7 +135,7 @@ def norms():
         took = seconds([functools.partial(run, "rms_norm", x, w, 1e-5, ours)])
         print(f"rms_norm {str(dtype)[6:]:9} metalloid          {took * 1e6:8.1f} us")
         for name, body in (("by elements", BY_ELEMENTS), ("by fours", BY_FOURS)):
-            for threads in (256, 1024):
+            for threads in (256, 512, 1024):
                 source = RMS_NORM.replace("BODY", body)
                 function = launcher(
                     source, {"x": x, "w": w}, {"out": y}, (rows * threads, 1, 1), (threads, 1, 1), T=dtype, N=length

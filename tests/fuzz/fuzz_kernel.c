@@ -24,11 +24,21 @@ static size_t lines_of(const char *text) {
 static void translate_in_lockstep(const char *text) {
     static const char *const inputs[] = {"x"}, *const outputs[] = {"y"};
     const mtl_definition definition = {"k", 1, 1, inputs, outputs, text, "", false};
-    const mtl_unit_options options = {.halves = true};
+    const mtl_unit_options options = {.arms = true};
     mtl_mentions mentions;
     expect(mtl_find_mentions(&mentions, &definition), "no memory");
     mtl_text out = {0};
     mtl_translate_in_lockstep(&out, &definition, &mentions, &options);
+    expect(!out.failed, "no memory");
+    mtl_text_free(&out);
+}
+
+static void translate_for_a_gpu(const char *text) {
+    const mtl_template_value value = {.name = "N", .kind = METALLOID_TEMPLATE_INT, .integer = 100};
+    const mtl_types types = {.template_count = 1, .template_values = &value};
+    const mtl_unit_options options = {.target = MTL_TARGET_CUDA, .line = 32, .types = &types};
+    mtl_text out = {0};
+    mtl_translate(&out, text, MTL_REGION_BODY, &options);
     expect(!out.failed, "no memory");
     mtl_text_free(&out);
 }
@@ -39,7 +49,7 @@ static void translate(const char *text, mtl_region region, bool count_iterations
                                        .header = region == MTL_REGION_HEADER ? text : ""};
     mtl_names meeting = {0};
     expect(mtl_find_meeting_functions(&meeting, &definition), "no memory");
-    const mtl_unit_options options = {.count_iterations = count_iterations, .halves = true, .meeting = &meeting};
+    const mtl_unit_options options = {.count_iterations = count_iterations, .arms = true, .meeting = &meeting};
     mtl_text out = {0};
     mtl_translate(&out, text, region, &options);
     expect(!out.failed, "no memory");
@@ -47,6 +57,7 @@ static void translate(const char *text, mtl_region region, bool count_iterations
     mtl_text_free(&out);
     free(meeting.name);
     if (region == MTL_REGION_BODY) translate_in_lockstep(text);
+    if (region == MTL_REGION_BODY) translate_for_a_gpu(text);
 
     mtl_tokens tokens;
     expect(mtl_tokenize(&tokens, text, strlen(text)), "no memory");

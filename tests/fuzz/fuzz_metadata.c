@@ -42,14 +42,15 @@ static bool damage(argument *a, source *from) {
  * knows and that is not zero. cross_entropy's stand for all: they hold no tensors. */
 static bool resize_options(call *c, source *from, unsigned char *options, bool *refused) {
     const size_t known = sizeof c->cross_entropy;
-    size_t extra = (size_t)take(from) + 1, size = known + extra;
+    size_t extra = 8 * (size_t)(1 + take(from) % 32), size = known + extra; /* every version's is a multiple of 8 */
     if (strcmp(c->name, "cross_entropy") != 0) return false;
     memset(options, 0, known + extra);
     memcpy(options, &c->cross_entropy, known);
-    switch (take_below(from, 4)) {
+    switch (take_below(from, 5)) {
     case 0: *refused = false; break;
     case 1: options[known + take(from) % extra] = 1; break;
-    case 2: size = take(from) % sizeof size; break;
+    case 2: size -= 1 + (size_t)take_below(from, 7); break;
+    case 3: size = take(from) % sizeof size; break;
     default: size = (size_t)(take_bits(from) | 1u << 20); break;
     }
     memcpy(options, &size, sizeof size);
@@ -83,8 +84,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t count) {
         status = call_run(&c);
         call_expect_sane(&c, status);
         if (refused != (status != METALLOID_OK)) {
-            fprintf(stderr, "%s: status %d of a call that is %s\n", c.name, (int)status,
-                    refused ? "impossible" : "fine");
+            fprintf(stderr, "%s: status %d of a call that is %s: %s\n", c.name, (int)status,
+                    refused ? "impossible" : "fine", metalloid_last_error());
             abort();
         }
     }

@@ -900,6 +900,171 @@ case(
     rtol=0,
     atol=0,
 )
+TK = rng.permutation(4 * 512).reshape(4, 512).astype(f32)
+_order = np.argsort(-TK, axis=1)[:, :16]
+case(
+    "top-k by bitonic merges",
+    """
+    threadgroup Item best[N / 32][32];
+    uint row = threadgroup_position_in_grid.y, lane = thread_index_in_simdgroup, g = simdgroup_index_in_threadgroup;
+    uint column = thread_position_in_threadgroup.x;
+    Item mine = {a[row * N + column], column};
+    for (ushort size = 2; size <= 32; size <<= 1)
+        for (ushort step = size >> 1; step > 0; step >>= 1) mine = compare(mine, step, ((lane & size) == 0) == ((lane & step) == 0));
+    best[g][lane] = mine;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint half_ = N / 64; half_ > 0; half_ /= 2) {
+        Item merged = mine;
+        if (g < half_) {
+            Item theirs = best[g + half_][31 - lane];  // the other way round: a bitonic sequence
+            merged = theirs < mine ? mine : theirs;
+            for (ushort step = 16; step > 0; step >>= 1) merged = compare(merged, step, (lane & step) == 0);
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        best[g][lane] = mine = merged;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    if (g == 0 && lane < K) { out0[row * K + lane] = mine.value; out1[row * K + lane] = mine.index; }""",
+    [TK],
+    [np.take_along_axis(TK, _order, 1), _order.astype(u32)],
+    header="""
+    struct Item {
+        float value;
+        uint index;
+        bool operator<(Item other) const { return value < other.value || (value == other.value && index > other.index); }
+    };
+    METAL_FUNC Item compare(Item mine, ushort step, bool larger) {
+        Item other = {simd_shuffle_xor(mine.value, step), simd_shuffle_xor(mine.index, step)};
+        return (mine < other) == larger ? other : mine;
+    }""",
+    grid=(512, 4, 1),
+    threadgroup=(512, 1, 1),
+    template=[("N", 512), ("K", 16)],
+)
+
+_H, _T, _D = 2, 9, 32
+RW = {n: rng.uniform(-1, 1, (_T, _H, _D)).astype(f16) for n in "rkv"}
+RWd, RWu = np.exp(-np.exp(rng.uniform(-1, 1, (_H, _D)))).astype(f32), rng.uniform(-1, 1, (_H, _D)).astype(f32)
+RWs = rng.uniform(-1, 1, (_H, _D, _D)).astype(f32)
+_state, _rows = RWs.astype(np.float64), []
+for _t in range(_T):
+    _r, _k, _v = (RW[n][_t].astype(np.float64) for n in "rkv")
+    _kv = _k[:, :, None] * _v[:, None, :]
+    _rows.append(np.einsum("hi,hij->hj", _r, _state + RWu[:, :, None].astype(np.float64) * _kv))
+    _state = _state * RWd[:, :, None].astype(np.float64) + _kv
+case(
+    "a linear recurrence with decay",
+    """
+    constexpr int V = D / 4;
+    threadgroup float4 r4[V], k4[V], u4[V], w4[V];
+    const uint h = threadgroup_position_in_grid.x, j = thread_index_in_threadgroup;
+    float4 s[V];
+    for (int i = 0; i < V; i++) for (int e = 0; e < 4; e++) s[i][e] = f[(h * D + 4 * i + e) * D + j];
+    ((threadgroup float*)u4)[j] = e[h * D + j];
+    ((threadgroup float*)w4)[j] = d[h * D + j];
+    for (uint t = 0; t < T; t++) {
+        const uint at = (t * threadgroups_per_grid.x + h) * D + j;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        reinterpret_cast<threadgroup float*>(r4)[j] = static_cast<float>(a[at]);
+        reinterpret_cast<threadgroup float*>(k4)[j] = static_cast<float>(b[at]);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        const float v = c[at];
+        float4 y = 0;
+        #pragma clang loop unroll(full)
+        for (int i = 0; i < V; i++) {
+            const float4 kv = k4[i] * v;
+            y += r4[i] * fma(u4[i], kv, s[i]);
+            s[i] = fma(w4[i], s[i], kv);
+        }
+        out0[at] = half((y.x + y.y) + (y.z + y.w));
+    }
+    for (int i = 0; i < V; i++) for (int e = 0; e < 4; e++) out1[(h * D + 4 * i + e) * D + j] = s[i][e];""",
+    [RW["r"], RW["k"], RW["v"], RWd, RWu, RWs],
+    [np.stack(_rows).astype(f16), _state.astype(f32)],
+    grid=(_H * _D, 1, 1),
+    threadgroup=(_D, 1, 1),
+    template=[("T", _T), ("D", _D)],
+    rtol=2e-3,
+    atol=2e-3,
+)
+
+
+def _philox(counter, key, rounds=10):
+    c, k = [np.uint64(x) + np.zeros(counter[0].shape, np.uint64) for x in counter], [np.uint64(x) for x in key]
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(rounds):
+        p, q = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(q >> np.uint64(32)) ^ c[1] ^ k[0], q & low, (p >> np.uint64(32)) ^ c[3] ^ k[1], p & low]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+    return [x.astype(u32) for x in c]
+
+
+_words = _philox([np.arange(100), np.uint64(7), np.uint64(0), np.uint64(0)], [20, 11])
+_uniform = (np.stack(_words[:3], 1) >> u32(9) | u32(0x3F800000)).view(f32) - 1
+case(
+    "random numbers by Philox",
+    """
+    uint4 c = uint4(thread_position_in_grid.x, seed.z, 0, 0);
+    uint2 k = seed.xy;
+    for (int i = 0; i < 10; i++, k += uint2(0x9E3779B9u, 0xBB67AE85u)) {
+        const uint2 low = c.xz * M, high = mulhi(c.xz, M);
+        c = uint4(high.y ^ c.y ^ k.x, low.y, high.x ^ c.w ^ k.y, low.x);
+    }
+    reinterpret_cast<device packed_float3*>(out0)[thread_position_in_grid.x] = as_type<float3>(c.xyz >> 9 | 0x3F800000u) - 1;
+    out1[thread_position_in_grid.x] = as_type<uchar4>(c.w).z;""".replace("seed", "(*(constant packed_uint3*)a)"),
+    [np.array([20, 11, 7], u32)],
+    [_uniform, (_words[3] >> u32(16) & u32(255)).astype(np.uint8)],
+    header="constant constexpr uint2 M = uint2(0xD2511F53u, 0xCD9E8D57u);",
+    grid=(100, 1, 1),
+    threadgroup=(32, 1, 1),
+    rtol=0,
+    atol=0,
+)
+for _count in (1, 2, 3):
+    _arrays = [np.zeros((2 + k, 7 + k, 3), f32) for k in range(_count)]
+    for _words, _values in (
+        (("shape",), lambda a: a.shape),
+        (("strides",), lambda a: [s // 4 for s in a.strides]),
+        (("ndim",), lambda a: [a.ndim]),
+        (("shape", "strides", "ndim"), lambda a: [*a.shape, *(s // 4 for s in a.strides), a.ndim]),
+    ):
+        _reads = [
+            f"{n}_{w}" + ("" if w == "ndim" else f"[{i}]")
+            for n in "abc"[:_count]
+            for w in _words
+            for i in range(1 if w == "ndim" else 3)
+        ]
+        case(
+            f"{' '.join(_words)} of {_count}",
+            "".join(f"out0[{i}] = {read};" for i, read in enumerate(_reads)),
+            _arrays,
+            [np.array([v for a in _arrays for v in _values(a)], np.int64)],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+        )
+_t = X[:32].astype(np.float64)
+case(
+    "scalars beside 16-bit vectors in ?:, swizzles of other components",
+    f"""{ID}
+    half4 v = half4(a[i], 1, 2, 3); float4 f = float4(v); bfloat4 g = bfloat4(f);
+    half4 w = a[i] > 0 ? v : 0.0f; half2 u = a[i] > 0 ? v.zw : 1.0h; half s = 5; half3 t = a[i] > 0 ? s : v.yzw;
+    bfloat4 b4 = a[i] > 0 ? 0 : g; float2 p = a[i] > 0 ? f.xy : f.wz; w += a[i] > 1 ? v : 0.5f;
+    uint2 q = i > 4 ? thread_position_in_grid.xy : thread_position_in_grid.yx;
+    auto m = max(a[i] > 0 ? v.yzw : 1.5h, half3(0)) * 2.0h;
+    ((device float4*)out0)[i] = float4(float(w.y) + float(u.x), float(t.z) + float(b4.w), p.y + q.x, m.z);""",
+    [X[:32]],
+    [
+        np.stack(
+            [
+                np.where(_t > 0, 1, 0) + np.where(_t > 1, 1, 0.5) + np.where(_t > 0, 2, 1),
+                np.where(_t > 0, 5 + 0, 3 + 3),
+                np.where(_t > 0, 1, 2) + np.where(np.arange(32) > 4, np.arange(32), 0),
+                np.where(_t > 0, 6, 3),
+            ],
+            1,
+        ).astype(f32)
+    ],
+)
 _S = np.arange(24, dtype=f32).reshape(4, 6)
 case(
     "complex numbers",

@@ -40,10 +40,13 @@ def test_kernel_agrees_with_numpy(case):
         ("sampler s;", "samplers"),
         ("visible_function_table<void()> t;", "function tables"),
         ("raytracing::intersector<int> i;", "ray tracing"),
+        ("constant bool fast_path [[function_constant(0)]];\n", "function constants.*template argument"),
+        ("constant int width [[function_constant(3)]], height = 2;\n", "function constants.*template argument"),
     ],
 )
 def test_what_is_not_supported_says_so(source, what):
-    kernel = metalloid.fast.metal_kernel("unsupported", [], ["out"], source)
+    header, body = (source, "out[0] = 1;") if source.endswith("\n") else ("", source)
+    kernel = metalloid.fast.metal_kernel("unsupported", [], ["out"], body, header=header)
     with pytest.raises(RuntimeError, match=what):
         kernel(inputs=[], output_shapes=[(1,)], output_dtypes=[np.float32], grid=(1, 1, 1), threadgroup=(1, 1, 1))
 

@@ -288,62 +288,199 @@ def test_install_and_uninstall(mode):
 
 
 def test_a_program_that_asks_for_metal_first():
-    has_kernels = hasattr(metalloid.fast, "metal_kernel")
+    own = mx.gpu
     with mm.installed():
-        assert mx.metal.is_available() == has_kernels
-        assert mx.is_available(mx.gpu) == has_kernels
+        assert mx.metal.is_available()
+        assert mx.is_available(mx.gpu)
         assert mx.is_available(mx.cpu)
-        assert (mx.default_device() == mx.gpu) == has_kernels
-        assert (mx.default_device() != mx.gpu) != has_kernels
+        assert mx.default_device() == mx.gpu
+        assert mx.default_device() == mx.Device(mx.gpu)
+        assert mx.default_device().type == mx.gpu
         assert mx.default_device() == mx.cpu
-        with mx.stream(mx.new_stream(mx.default_device())):
-            assert mx.add(1, 2).item() == 3
+        assert str(mx.gpu) == "DeviceType.cpu", "no program is told that there is a GPU"
+    assert mx.gpu is own
     assert not mx.metal.is_available()
     assert mx.default_device() != mx.gpu
 
 
-def test_a_custom_kernel_has_no_gradient_and_no_trace(monkeypatch):
-    """The routing to metalloid.fast.metal_kernel, with a stand-in for it."""
-
-    def metal_kernel(name, **_):
-        def kernel(*, inputs, output_shapes, output_dtypes, **_):
-            x, factor = inputs
-            assert factor == 2.0
-            mx.eval(x)
-            return [mx.array(np.exp(np.array(x)))]
-
-        return kernel
-
-    monkeypatch.setattr(metalloid.fast, "metal_kernel", metal_kernel, raising=False)
+def test_a_program_that_chooses_the_gpu(mode):
+    """As it stands on a Mac, device by device and stream by stream; what runs, runs on the CPU."""
+    x = mx.arange(4, dtype=mx.float32)
     with mm.installed():
-        kernel = mx.fast.metal_kernel(name="exp", input_names=["x"], output_names=["y"], source="")
+        for where in (mx.gpu, mx.Device(mx.gpu), mx.default_stream(mx.gpu), mx.new_stream(mx.gpu)):
+            assert mx.add(x, 1, stream=where).tolist() == [1, 2, 3, 4]
+            assert mx.fast.rms_norm(x, None, 1e-5, stream=where).shape == (4,)
+            assert mx.random.normal((2, 3), stream=where).shape == (2, 3)
+            with mx.stream(where):
+                assert (x + x).tolist() == [0, 2, 4, 6]
+                assert mx.fast.rms_norm(x, None, 1e-5).shape == (4,)
+        mx.set_default_device(mx.gpu)
+        mx.set_default_stream(mx.default_stream(mx.gpu))
+        assert (x + x).tolist() == [0, 2, 4, 6]
+        assert mx.default_device() == mx.gpu
+        mx.synchronize(mx.default_stream(mx.gpu))
+        limit = mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(limit)
+        assert mx.device_info()["memory_size"] > mx.device_info(mx.gpu)["max_recommended_working_set_size"] > 0
+    with pytest.raises(ValueError, match="gpu"):
+        mx.set_default_device(mx.gpu)
 
-        def run(x):
-            return kernel(
-                inputs=[x, 2.0], grid=(4, 1, 1), threadgroup=(4, 1, 1), output_shapes=[(4,)], output_dtypes=[x.dtype]
-            )[0]
 
-        x = mx.arange(4, dtype=mx.float32)
-        np.testing.assert_allclose(np.array(run(x)), np.exp(np.arange(4)), rtol=1e-6)
-        for traced in (
-            lambda: mx.grad(lambda x: run(x).sum())(x),
-            lambda: mx.jvp(run, [x], [x]),
-            lambda: mx.vmap(run)(mx.stack([x, x])),
-            lambda: mx.compile(run, inputs=[x])(x),
-        ):
-            with pytest.raises((ValueError, RuntimeError)):
-                mx.eval(traced())
-        calls = []
-        compiled = mx.compile(lambda x, y=None: calls.append(0) or run(x + 1) * 2)
-        for _ in range(3):
-            np.testing.assert_allclose(np.array(compiled(x)), 2 * np.exp(np.arange(4) + 1), rtol=1e-6)
-            np.testing.assert_allclose(np.array(compiled(x, y=x)), 2 * np.exp(np.arange(4) + 1), rtol=1e-6)
-        assert len(calls) == 7, "traced once, in vain"
-        with pytest.raises(ZeroDivisionError):
-            mx.compile(lambda x: run(x) / (1 // 0))(x)
-        outer = mx.compile(lambda x: compiled(x) - 1)
-        np.testing.assert_allclose(np.array(outer(x)), 2 * np.exp(np.arange(4) + 1) - 1, rtol=1e-6)
-    assert mx.compile(lambda x: x + 1)(x).tolist() == [1, 2, 3, 4]
+# ---- custom kernels
+
+has_clang = pytest.mark.skipif(
+    not (shutil.which("clang++") or shutil.which("clang")) and "METALLOID_CXX" not in os.environ, reason="no clang"
+)
+
+
+@pytest.fixture
+def square(mode):
+    """s * x * x by a kernel that mx.fast makes."""
+    with mm.installed():
+        kernel = mx.fast.metal_kernel(
+            name="square",
+            input_names=["x", "s"],
+            output_names=["y"],
+            source="uint i = thread_position_in_grid.x; y[i] = s * x[i] * x[i];",
+        )
+
+        def run(x, s=1.0, **more):
+            how = {"grid": (x.size, 1, 1), "threadgroup": (64, 1, 1), "output_shapes": [x.shape], **more}
+            return kernel(inputs=[x, s], output_dtypes=[x.dtype], **how)[0]
+
+        yield run
+
+
+@has_clang
+def test_a_custom_kernel(square, capsys):
+    x = mx.arange(6, dtype=mx.float32)
+    for s in (2, 2.0, mx.array(2.0), mx.array(2), True):
+        factor = 1 if s is True else 2
+        assert square(x, s, stream=mx.gpu).tolist() == [factor * i * i for i in range(6)]
+    assert square(x.reshape(2, 3).T).tolist() == [[0, 9], [1, 16], [4, 25]]
+    y = square(x.reshape(2, 3))
+    assert y.T.tolist() == [[0, 9], [1, 16], [4, 25]]
+    assert (y.T + 1).reshape(6).tolist() == [1, 10, 2, 17, 5, 26]
+    assert (y.T @ mx.ones((2, 1))).tolist() == [[9], [17], [29]]
+    assert y[:, 1:].flatten().tolist() == [1, 4, 16, 25]
+    assert square(x, output_shapes=[(8,)], init_value=7).tolist() == [0, 1, 4, 9, 16, 25, 7, 7]
+    assert square(mx.array([1j, 2], mx.complex64)).tolist() == [-1, 4]
+    mx.eval(square(x, verbose=True))
+    assert "custom_kernel_square" in capsys.readouterr().out
+    results = [square(x + i) for i in range(300)]
+    assert results[-1].tolist() == [(i + 299) ** 2 for i in range(6)]
+
+
+@has_clang
+def test_template_arguments_that_are_equal_are_told_apart(mode):
+    with mm.installed():
+        kernel = mx.fast.metal_kernel(
+            name="size", input_names=[], output_names=["y"], source="y[0] = sizeof(N) + y[0];"
+        )
+        how = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1), "output_shapes": [(1,)], "output_dtypes": [mx.float32]}
+        for value, size in ((1, 4), (True, 1), (1, 4)):
+            assert kernel(inputs=[], template=[("N", value)], init_value=0, **how)[0].item() == size
+        source = "y[0] = 1 / y[0];"
+        inverse = mx.fast.metal_kernel(name="inverse", input_names=[], output_names=["y"], source=source)
+        assert [inverse(inputs=[], init_value=i, **how)[0].item() for i in (0.0, -0.0)] == [np.inf, -np.inf]
+
+
+@has_clang
+def test_a_custom_kernel_under_compile(square):
+    x, calls = mx.arange(4, dtype=mx.float32), []
+    compiled = mx.compile(lambda x, y=None: calls.append(0) or square(x + 1) * 2)
+    for _ in range(3):
+        assert compiled(x).tolist() == [2, 8, 18, 32]
+    outer = mx.compile(lambda x: compiled(x) - 1)
+    assert outer(x).tolist() == [1, 7, 17, 31]
+    with pytest.raises(ZeroDivisionError):
+        mx.compile(lambda x: square(x) / (1 // 0))(x)
+    if mm.mode() == "evaluating":
+        assert len(calls) > 3, "traced once, in vain"
+        with pytest.raises((ValueError, RuntimeError)):
+            mx.eval(mx.compile(square, inputs=[x])(x))
+        return
+    assert len(calls) <= 2, "once for each signature and tracing"
+    state = [mx.ones(4)]
+
+    def step(x):
+        state[0] = square(state[0] + x)
+        return state[0].sum()
+
+    step = mx.compile(step, inputs=state, outputs=state)
+    assert step(x).item() == 1 + 4 + 9 + 16
+    assert step(x).item() == 1 + 25 + 121 + 361
+    assert state[0].tolist() == [1, 25, 121, 361]
+
+
+@has_clang
+def test_a_custom_kernel_in_a_custom_function(square):
+    """Where a Mac has them: gradients, also compiled and under vmap; a kernel alone has none, and says so."""
+    x = mx.arange(4, dtype=mx.float32)
+
+    @mx.custom_function
+    def f(x):
+        return square(x)
+
+    @f.vjp
+    def f_vjp(x, cotangent, _):
+        return 2 * x * cotangent
+
+    def gradient(x):
+        return mx.grad(lambda x: (f(x) * 3).sum())(x)
+
+    assert f(x).tolist() == [0, 1, 4, 9]
+    assert gradient(x).tolist() == [0, 6, 12, 18]
+    assert mx.value_and_grad(lambda x: f(x).sum())(x)[0].item() == 14
+    assert mx.grad(lambda x: mx.checkpoint(f)(x).sum())(x).tolist() == [0, 2, 4, 6]
+    if mm.mode() == "primitive":
+        assert mx.compile(gradient)(x).tolist() == [0, 6, 12, 18]
+        assert mx.vmap(gradient)(mx.stack([x, x])).tolist() == [[0, 6, 12, 18]] * 2
+    for traced in (
+        lambda: mx.grad(lambda x: square(x).sum())(x),
+        lambda: mx.jvp(square, [x], [x]),
+        lambda: mx.vmap(square)(mx.stack([x, x])),
+    ):
+        with pytest.raises(ValueError, match=r"custom kernel.*(mx\.custom_function|traced)"):
+            mx.eval(traced())
+
+
+@has_clang
+def test_a_custom_kernel_that_is_wrong(square):
+    x = mx.ones(4)
+    wrong = mx.fast.metal_kernel(name="wrong", input_names=["x"], output_names=["y"], source="\ny[0] = nowhere;")
+    how = {"output_shapes": [(4,)], "output_dtypes": [mx.float32], "threadgroup": (4, 1, 1)}
+    with pytest.raises(RuntimeError, match=r"(?s)wrong.*source:2.*nowhere"):
+        mx.eval(wrong(inputs=[x], grid=(4, 1, 1), **how))
+    for bad in (
+        {"inputs": [x, x], "grid": (4, 1, 1)},
+        {"inputs": [x], "grid": (0, 1, 1)},
+        {"inputs": [x], "grid": (4, 1)},
+        {"inputs": [x], "grid": (4096, 1, 1), "threadgroup": (2048, 1, 1)},
+        {"inputs": [x], "grid": (4, 1, 1), "output_shapes": [(-1,)]},
+        {"inputs": [x], "grid": (4, 1, 1), "template": [("T", float)]},
+    ):
+        with pytest.raises(ValueError, match="metal_kernel"):
+            mx.eval(wrong(**{**how, **bad}))
+    assert square(x).tolist() == [1] * 4
+    barrier = "if (x[0] > 0 && thread_position_in_grid.x) threadgroup_barrier(mem_flags::mem_none); y[0] = 1;"
+    stuck = mx.fast.metal_kernel(name="stuck", input_names=["x"], output_names=["y"], source=barrier)
+    with pytest.raises(RuntimeError, match="barrier"):
+        mx.eval(stuck(inputs=[x], grid=(4, 1, 1), **how))
+
+
+@has_clang
+def test_vectors_in_mlx_arrays(mode):
+    """MLX's memory begins 8 bytes behind a multiple of 16; slices anywhere."""
+    source = "uint i = thread_position_in_grid.x; ((device float4*)y)[i] = 2 * ((const device float4*)x)[i];"
+    with mm.installed():
+        kernel = mx.fast.metal_kernel(name="twice", input_names=["x"], output_names=["y"], source=source)
+        whole = mx.random.normal((1029,))
+        for first in range(5):
+            x = whole[first : first + 1024]
+            how = {"output_shapes": [x.shape], "output_dtypes": [x.dtype]}
+            (y,) = kernel(inputs=[x], grid=(256, 1, 1), threadgroup=(64, 1, 1), **how)
+            assert (y == 2 * x).all()
 
 
 # ---- the primitive's file

@@ -159,7 +159,7 @@ class MetalKernel:
     def __repr__(self) -> str:
         return f"<metal_kernel {self._name}>"
 
-    def _prepare(
+    def _checked(
         self,
         inputs: Sequence[Any],
         output_shapes: Sequence[Sequence[int]],
@@ -167,8 +167,8 @@ class MetalKernel:
         grid: Sequence[int],
         threadgroup: Sequence[int],
         template: Sequence[tuple[str, Any]] | None,
-        init_value: float | None,
-    ) -> tuple[_Arguments, str, Any]:
+    ) -> tuple[list[tuple[int, ...]], list[str], tuple[_Three, _Three], tuple[tuple[str, int | str], ...]]:
+        """What is refused without looking at arrays; shapes and dtypes of the outputs, sizes, template arguments."""
         for what, given, wanted in (
             ("inputs", inputs, self._inputs),
             ("output_shapes", output_shapes, self._outputs),
@@ -176,17 +176,6 @@ class MetalKernel:
         ):
             if len(given) != wanted:
                 raise ValueError(f"metal_kernel: {what} must have {wanted} entries for {self._name}, got {len(given)}")
-        arrays, library, like = [], "numpy", None
-        for value in inputs:
-            array = _scalar(value)
-            if array is value and (like is None or (_leads(array) and not _leads(like))):
-                like, library = array, _library(array)
-            arrays.append(array)
-        if like is None and output_dtypes and _library(output_dtypes[0]) in ("torch", "mlx"):
-            library = _library(output_dtypes[0])
-        if library == "mlx":
-            sys.modules["mlx.core"].eval([array for array in arrays if _library(array) == "mlx"])
-
         values: list[tuple[str, int | str]] = []
         for name, value in template or ():
             if isinstance(value, (bool, np.bool_)):
@@ -195,8 +184,6 @@ class MetalKernel:
                 values.append((name, int(value)))
             else:
                 values.append((name, _name_of(value)))
-
-        # What the library refuses without looking at arrays is refused before there is memory for results.
         names = [_name_of(dtype) for dtype in output_dtypes]
         shapes = [_shape(shape) for shape in output_shapes]
         for name in names:
@@ -207,11 +194,34 @@ class MetalKernel:
             raise ValueError(f"metal_kernel: grid and threadgroup are too large: {grid!r} and {threadgroup!r}")
         if min(sizes[0]) < 1 or min(sizes[1]) < 1:
             raise ValueError(f"metal_kernel: grid and threadgroup must be at least 1, got {grid!r} and {threadgroup!r}")
+        return shapes, names, sizes, tuple(values)
+
+    def _prepare(
+        self,
+        inputs: Sequence[Any],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[Any],
+        grid: Sequence[int],
+        threadgroup: Sequence[int],
+        template: Sequence[tuple[str, Any]] | None,
+        init_value: float | None,
+    ) -> tuple[_Arguments, str, Any]:
+        shapes, names, sizes, values = self._checked(inputs, output_shapes, output_dtypes, grid, threadgroup, template)
+        arrays, library, like = [], "numpy", None
+        for value in inputs:
+            array = _scalar(value)
+            if array is value and (like is None or (_leads(array) and not _leads(like))):
+                like, library = array, _library(array)
+            arrays.append(array)
+        if like is None and output_dtypes and _library(output_dtypes[0]) in ("torch", "mlx"):
+            library = _library(output_dtypes[0])
+        if library == "mlx":
+            sys.modules["mlx.core"].eval([array for array in arrays if _library(array) == "mlx"])
         outputs = tuple(
             _allocate(library, like, shape, dtype, name)
             for shape, dtype, name in zip(shapes, output_dtypes, names, strict=True)
         )
-        return (tuple(arrays), outputs, *sizes, tuple(values), _initial(init_value)), library, like
+        return (tuple(arrays), outputs, *sizes, values, _initial(init_value)), library, like
 
     def _run(self, arguments: _Arguments, library: str, like: Any, scalars: tuple[Any, ...] = ()) -> list[Any]:
         self._native.launch(*arguments, scalars)

@@ -1,4 +1,4 @@
-// A primitive of MLX that runs Metalloid's operations. SPDX-License-Identifier: MIT
+// Primitives of MLX that run Metalloid's operations and custom kernels. SPDX-License-Identifier: MIT
 //
 // MLX has no stable binary interface, so this file is part of the package as it is and is compiled where it is used, against the MLX
 // that is installed (see mlx.py). It reaches Metalloid through the table of functions in metalloid._native, knows nothing of any one
@@ -11,8 +11,8 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include <mlx/mlx.h>
 #include <mlx/backend/cpu/encoder.h>
+#include <mlx/mlx.h>
 #include <mlx/primitives.h>
 
 #include "operations.h"
@@ -68,8 +68,8 @@ struct View {
           strides(of.strides().begin(), of.strides().end()) {}
 
     mtl_operand operand() {
-        static constexpr uint8_t signed_code = 0, unsigned_code = 1, float_code = 2, bfloat_code = 4, bool_code = 6,
-                                 other_code = 255;
+        static constexpr uint8_t signed_code = 0, unsigned_code = 1, float_code = 2, bfloat_code = 4, complex_code = 5,
+                                 bool_code = 6, other_code = 255;
         uint8_t code = other_code;
         switch (array.dtype()) {
         case mx::int8:
@@ -85,6 +85,7 @@ struct View {
         case mx::float64: code = float_code; break;
         case mx::bfloat16: code = bfloat_code; break;
         case mx::bool_: code = bool_code; break;
+        case mx::complex64: code = complex_code; break;
         default: break;
         }
         mtl_operand result{};
@@ -98,6 +99,29 @@ struct View {
     }
 };
 
+// Does `run` when the stream comes to it; its status is an exception where the outputs are waited for.
+template <class Run> void queue(mx::Stream stream, const Arrays &inputs, Arrays &outputs, Run run) {
+    auto &encoder = mx::cpu::get_command_encoder(stream);
+    std::vector<View> read(inputs.begin(), inputs.end()), written(outputs.begin(), outputs.end());
+    for (const auto &input : inputs) encoder.set_input_array(input);
+    for (auto &output : outputs) encoder.set_output_array(output);
+    encoder.dispatch([run = std::move(run), read = std::move(read), written = std::move(written)]() mutable {
+        std::vector<mtl_operand> operands;
+        operands.reserve(read.size() + written.size());
+        for (auto &view : read) operands.push_back(view.operand());
+        for (auto &view : written) operands.push_back(view.operand());
+        mtl_operands arguments{};
+        arguments.inputs = operands.data();
+        arguments.outputs = operands.data() + read.size();
+        arguments.input_count = static_cast<int32_t>(read.size());
+        arguments.output_count = static_cast<int32_t>(written.size());
+        constexpr int invalid_argument = 1; // METALLOID_INVALID_ARGUMENT
+        int status = run(arguments);
+        if (status == invalid_argument) throw std::invalid_argument(operations->last_error());
+        if (status != 0) throw std::runtime_error(operations->last_error());
+    });
+}
+
 class Operation : public mx::Primitive {
   public:
     Operation(mx::Stream stream, std::string name, Call call, Formula formula)
@@ -106,24 +130,11 @@ class Operation : public mx::Primitive {
 
     void eval_cpu(const Arrays &inputs, Arrays &outputs) override {
         for (auto &output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
-        auto &encoder = mx::cpu::get_command_encoder(stream());
-        std::vector<View> read(inputs.begin(), inputs.end()), written(outputs.begin(), outputs.end());
-        for (const auto &input : inputs) encoder.set_input_array(input);
-        for (auto &output : outputs) encoder.set_output_array(output);
-        encoder.dispatch([call = call_, read = std::move(read), written = std::move(written)]() mutable {
-            std::vector<mtl_operand> operands;
-            operands.reserve(read.size() + written.size());
-            for (auto &view : read) operands.push_back(view.operand());
-            for (auto &view : written) operands.push_back(view.operand());
-            mtl_operands arguments{};
-            arguments.inputs = operands.data();
-            arguments.outputs = operands.data() + read.size();
+        queue(stream(), inputs, outputs, [call = call_](mtl_operands &arguments) {
             arguments.given = call.given;
-            arguments.input_count = static_cast<int32_t>(read.size());
-            arguments.output_count = static_cast<int32_t>(written.size());
             arguments.reals = call.reals.data();
             arguments.integers = call.integers.data();
-            if (operations->run(call.operation, &arguments) != 0) throw std::invalid_argument(operations->last_error());
+            return operations->run(call.operation, &arguments);
         });
     }
 
@@ -186,6 +197,68 @@ class Operation : public mx::Primitive {
     Formula formula_;
 };
 
+// A custom kernel's call, which a capsule holds. As MLX's own kernels it is traced and compiled, and has no gradient.
+class Kernel : public mx::Primitive {
+  public:
+    Kernel(mx::Stream stream, nb::capsule call)
+        : Primitive(stream), call_(call.data(MTL_KERNEL_CALL_CAPSULE)),
+          owner_(new nb::capsule(std::move(call)), release) {}
+
+    void eval_cpu(const Arrays &inputs, Arrays &outputs) override {
+        for (auto &output : outputs) allocate(output);
+        queue(stream(), inputs, outputs,
+              [call = call_, owner = owner_](mtl_operands &arguments) { return operations->launch(call, &arguments); });
+    }
+
+    void eval_gpu(const Arrays &, Arrays &) override {
+        throw std::runtime_error("Metalloid's kernels on MLX arrays run on the CPU");
+    }
+
+    std::vector<mx::array> vjp(const Arrays &, const Arrays &, const std::vector<int> &, const Arrays &) override {
+        throw std::invalid_argument("a custom kernel has no gradient: give it one with mx.custom_function and its vjp");
+    }
+
+    std::vector<mx::array> jvp(const Arrays &, const Arrays &, const std::vector<int> &) override {
+        throw std::invalid_argument("a custom kernel has no jvp: give it one with mx.custom_function and its jvp");
+    }
+
+    std::pair<std::vector<mx::array>, std::vector<int>> vmap(const Arrays &, const std::vector<int> &) override {
+        throw std::invalid_argument("a custom kernel has no vmap: give it one with mx.custom_function and its vmap");
+    }
+
+    const char *name() const override { return "CustomKernel"; }
+
+  private:
+    // Where the stream's thread is the last to hold it, Python's does it later: whoever waits for the stream may have the GIL.
+    static void release(nb::capsule *call) {
+        auto drop = [](void *dropped) {
+            delete static_cast<nb::capsule *>(dropped);
+            return 0;
+        };
+        if (!Py_IsInitialized()) return; // the interpreter is gone, and the capsule with it
+        if (PyGILState_Check()) drop(call);
+        else Py_AddPendingCall(drop, call);
+    }
+
+    // Begins at a multiple of 32 bytes, as vectors in it must: MLX's memory begins 8 bytes behind one of 16.
+    static void allocate(mx::array &output) {
+        constexpr size_t alignment = 32;
+        size_t item = mx::size_of(output.dtype());
+        mx::array room(mx::Shape{static_cast<int>(alignment / item)}, output.dtype(), nullptr, {});
+        room.set_data(mx::allocator::malloc(output.nbytes() + alignment));
+        size_t beyond = reinterpret_cast<uintptr_t>(room.data<char>()) % alignment;
+        size_t offset = beyond ? alignment - beyond : 0;
+        auto flags = room.flags();
+        flags.col_contiguous = output.size() <= 1;
+        for (auto extent : output.shape()) flags.col_contiguous |= static_cast<size_t>(extent) == output.size();
+        output.copy_shared_buffer(room, output.strides(), flags, output.size(),
+                                  offset % item ? 0 : static_cast<int64_t>(offset / item));
+    }
+
+    const void *call_;
+    std::shared_ptr<nb::capsule> owner_;
+};
+
 } // namespace
 
 NB_MODULE(METALLOID_MODULE, module) {
@@ -193,7 +266,8 @@ NB_MODULE(METALLOID_MODULE, module) {
     nb::object capsule = nb::module_::import_("metalloid._native").attr("operations");
     operations = static_cast<const mtl_operations *>(PyCapsule_GetPointer(capsule.ptr(), MTL_OPERATIONS_CAPSULE));
     if (!operations) throw nb::python_error();
-    if (operations->size < sizeof(mtl_operations)) throw std::runtime_error("metalloid._native is older than this file");
+    if (operations->size < sizeof(mtl_operations))
+        throw std::runtime_error("metalloid._native is older than this file");
 
     module.def(
         "apply",
@@ -203,12 +277,24 @@ NB_MODULE(METALLOID_MODULE, module) {
             int operation = operations->find(name.c_str());
             if (operation < 0) throw std::invalid_argument("there is no operation " + name);
             Call call{operation, given, std::move(reals), std::move(integers)};
-            auto primitive = std::make_shared<Operation>(mx::to_stream(stream), name, std::move(call),
-                                                         Formula(std::move(formula)));
+            auto primitive =
+                std::make_shared<Operation>(mx::to_stream(stream), name, std::move(call), Formula(std::move(formula)));
             std::vector<mx::Shape> extents;
             for (const auto &shape : shapes) extents.emplace_back(shape.begin(), shape.end());
             return mx::array::make_arrays(std::move(extents), dtypes, primitive, inputs);
         },
         nb::arg("name"), nb::arg("given"), nb::arg("reals"), nb::arg("integers"), nb::arg("inputs"), nb::arg("shapes"),
         nb::arg("dtypes"), nb::arg("formula"), nb::arg("stream").none() = nb::none());
+
+    module.def(
+        "launch",
+        [](nb::capsule call, const Arrays &inputs, const std::vector<std::vector<int>> &shapes,
+           const std::vector<mx::Dtype> &dtypes, mx::StreamOrDevice stream) {
+            auto primitive = std::make_shared<Kernel>(mx::to_stream(stream), std::move(call));
+            std::vector<mx::Shape> extents;
+            for (const auto &shape : shapes) extents.emplace_back(shape.begin(), shape.end());
+            return mx::array::make_arrays(std::move(extents), dtypes, primitive, inputs);
+        },
+        nb::arg("call"), nb::arg("inputs"), nb::arg("shapes"), nb::arg("dtypes"),
+        nb::arg("stream").none() = nb::none());
 }

@@ -61,6 +61,16 @@ class Kernel:
         translated: bool = False,
         /,
     ) -> str: ...
+    def prepare(
+        self,
+        inputs: tuple[tuple[tuple[int, ...], str], ...],
+        outputs: tuple[tuple[tuple[int, ...], str], ...],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: tuple[tuple[str, int | bool | str], ...],
+        init_value: float | None,
+        /,
+    ) -> tuple[object, str]: ...
 
 @overload
 def rms_norm(

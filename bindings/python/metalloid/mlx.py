@@ -43,7 +43,7 @@ except ImportError as error:
     raise ImportError(f"metalloid.mlx needs MLX with a back-end, pip install 'mlx[cpu]': {error}") from error
 
 from metalloid import _formulas as formulas
-from metalloid import _native, _operations
+from metalloid import _kernel, _native, _operations
 
 __all__ = [
     "add_layer_norm",
@@ -73,6 +73,7 @@ _FAST = ("cross_entropy", "gated_delta_update", "layer_norm", "rms_norm", "rope"
 _own = {name: getattr(mx.fast, name) for name in _FAST}  # MLX's, whatever is installed later
 _own_compile = mx.compile
 _own_is_available: Any = getattr(mx, "is_available", None)  # since 0.27
+_own_device_info: Any = getattr(mx, "device_info", None)  # since 0.30
 _default_device = mx.default_device
 _VERSION: str = vars(mx)["__version__"]
 
@@ -512,19 +513,6 @@ swiglu = _functions.swiglu
 # ---- MLX programs
 
 
-class _Device(mx.Device):
-    """The CPU, which counts as a GPU where a program asks whether it may use kernels of its own."""
-
-    def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) or other == mx.gpu
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(mx.cpu)
-
-
 def _replacement(name: str) -> Callable[..., Any]:
     ours, own = getattr(_functions, name), _own[name]
 
@@ -572,47 +560,109 @@ def _compiled(
 def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
     from metalloid import fast
 
-    kernel = fast.metal_kernel(*args, **keywords)  # type: ignore[attr-defined]
+    kernel: Any = fast.metal_kernel(*args, **keywords)
 
-    def call(*, inputs: list[Any], **how: Any) -> Any:
-        """No gradient comes from a kernel: asked for one, it is an error, where MLX would see a constant."""
+    @functools.lru_cache(maxsize=256)
+    def prepared(told_apart: object, *arguments: Any) -> tuple[Any, str]:
+        return kernel._native.prepare(*arguments)
 
-        places = [i for i, value in enumerate(inputs) if isinstance(value, mx.array)]
-
-        @mx.custom_function
-        def run(*arrays: mx.array) -> list[mx.array]:
-            whole = list(inputs)
-            for i, array in zip(places, arrays, strict=True):
-                whole[i] = array
-            try:
-                mx.eval(*arrays)
-            except ValueError as error:
-                if "transformations" in str(error):
-                    raise _Traced("a custom kernel cannot be traced") from None
-                raise
-            return kernel(inputs=whole, **how)
-
-        def refuse(*_: Any) -> Any:
-            raise ValueError("a custom kernel has no gradient and cannot be traced")
-
-        run.vjp(refuse)
-        run.jvp(refuse)
-        run.vmap(refuse)
-        return run(*(inputs[i] for i in places))
+    def call(
+        *,
+        inputs: list[Any],
+        output_shapes: list[Any],
+        output_dtypes: list[Any],
+        grid: Any,
+        threadgroup: Any,
+        template: Any = None,
+        init_value: float | None = None,
+        verbose: bool = False,
+        stream: Any = None,
+    ) -> list[mx.array]:
+        if _primitive is None:
+            how = {
+                "output_shapes": output_shapes,
+                "output_dtypes": output_dtypes,
+                "grid": grid,
+                "threadgroup": threadgroup,
+                "template": template,
+                "init_value": init_value,
+                "verbose": verbose,
+            }
+            return _evaluated(kernel, inputs, how)
+        shapes, names, sizes, values = kernel._checked(
+            inputs, output_shapes, output_dtypes, grid, threadgroup, template
+        )
+        arrays = [x if isinstance(x, mx.array) else mx.array(_kernel._scalar(x)) for x in inputs]
+        described = tuple((array.shape, _DTYPES[array.dtype]) for array in arrays)
+        results = tuple(zip(shapes, names, strict=True))
+        initial = _kernel._initial(init_value)
+        told_apart = tuple(type(value) for _, value in values), str(initial)  # True and 1, 0.0 and -0.0
+        launch, source = prepared(told_apart, described, results, *sizes, values, initial)
+        if verbose:
+            print(f"Generated source code for `{kernel._name}`:\n```\n{source}\n```")
+        if stream is None and _default_device().type != mx.cpu:
+            stream = mx.cpu
+        dtypes = [_DTYPE_OF[name] for name in names]
+        return list(_primitive.launch(launch, arrays, shapes, dtypes, stream=stream))
 
     return call
 
 
+def _evaluated(kernel: Callable[..., Any], inputs: list[Any], how: dict[str, Any]) -> list[mx.array]:
+    """Without a primitive: at once. No gradient comes from a kernel: asked for one, it is an error, where MLX would see
+    a constant."""
+    places = [i for i, value in enumerate(inputs) if isinstance(value, mx.array)]
+
+    @mx.custom_function
+    def run(*arrays: mx.array) -> list[mx.array]:
+        whole = list(inputs)
+        for i, array in zip(places, arrays, strict=True):
+            whole[i] = array
+        try:
+            mx.eval(*arrays)
+        except ValueError as error:
+            if "transformations" in str(error):
+                raise _Traced("a custom kernel is traced, and without a primitive it cannot be") from None
+            raise
+        return kernel(inputs=whole, **how)
+
+    def refuse(*_: Any) -> Any:
+        raise ValueError("a custom kernel has no gradient, jvp or vmap: give it one with mx.custom_function")
+
+    run.vjp(refuse)
+    run.jvp(refuse)
+    run.vmap(refuse)
+    return _list(run(*(inputs[i] for i in places)))
+
+
+def _device_info(*args: Any) -> dict[str, Any]:
+    """``mx.device_info`` with the memory that programs for Metal look for: the machine's, of which three quarters, what
+    macOS recommends, are for one program."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sizes = {
+        "memory_size": memory,
+        "max_buffer_length": memory // 2,
+        "max_recommended_working_set_size": memory // 4 * 3,
+    }
+    return {**sizes, **_own_device_info(*args)}
+
+
 _replaced: list[tuple[Any, str, Any]] = []
+
+
+def _has_gpu() -> bool:
+    return _own_is_available(mx.gpu) if _own_is_available else _default_device().type != mx.cpu
 
 
 def install(*, primitive: bool | None = None) -> None:
     """Makes ``mlx.core.fast``'s functions run on Metalloid in this process, where MLX has no Metal. Call it before the
     program is imported: what was imported by name before stays MLX's.
 
-    Where ``metalloid.fast`` has ``metal_kernel``, that of ``mlx.core.fast`` runs on it, and for programs that ask first
-    ``mx.metal.is_available()`` and ``mx.is_available(mx.gpu)`` are True and ``mx.default_device()`` equals ``mx.gpu``.
-    What ``mx.compile`` makes of a function that calls a kernel runs without being compiled.
+    Where ``metalloid.fast`` has ``metal_kernel``, that of ``mlx.core.fast`` runs on it. Where MLX has no GPU ``mx.gpu``
+    is then another name for ``mx.cpu``, so that ``mx.set_default_device(mx.gpu)``, ``with mx.stream(mx.gpu):`` and
+    ``stream=mx.gpu`` do what a program for a Mac means by them; ``mx.metal.is_available()`` is True, and
+    ``mx.device_info()`` also has the sizes of memory that it has on a Mac. Without the primitive, what ``mx.compile``
+    makes of a function that calls a kernel runs without being compiled.
 
     Args:
         primitive: None to compile the primitive for this MLX if that is possible, True to insist on it, False to do
@@ -642,12 +692,14 @@ def install(*, primitive: bool | None = None) -> None:
     changes: list[tuple[Any, str, Any]] = [(mx.fast, name, _replacement(name)) for name in _FAST]
     if hasattr(fast, "metal_kernel"):
         changes.append((mx.fast, "metal_kernel", _metal_kernel))
-        changes.append((mx, "compile", _compiled))
-        if _default_device().type == mx.cpu:
+        if _primitive is None:
+            changes.append((mx, "compile", _compiled))
+        if not _has_gpu():
+            changes.append((mx, "gpu", mx.cpu))
             changes.append((mx.metal, "is_available", lambda: True))
-            if _own_is_available:
-                changes.append((mx, "is_available", lambda device: device == mx.gpu or _own_is_available(device)))
-            changes.append((mx, "default_device", lambda: _Device(_default_device().type)))
+            if _own_device_info:
+                changes.append((mx, "device_info", _device_info))
+                changes.append((mx.metal, "device_info", _device_info))
     for owner, name, value in changes:
         _replaced.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)

@@ -4,6 +4,7 @@
 #include "kernel.h"
 
 #include "array.h"
+#include "operations.h"
 
 enum { MOST_BUFFERS = 64, MOST_TEMPLATES = 64, MOST_SCALARS = 64 };
 
@@ -184,7 +185,7 @@ static bool read_dtype(const char *name, DLDataType *dtype) {
 }
 
 /* (name, value) pairs; a dtype is given by its name. */
-static bool read_templates(opened *o, PyObject *templates, int *count) {
+static bool read_templates(metalloid_template_argument *arguments, PyObject *templates, int *count) {
     Py_ssize_t given = PyTuple_GET_SIZE(templates);
     if (given > MOST_TEMPLATES) {
         PyErr_Format(PyExc_ValueError, "%s: there may be %d template arguments, got %zd", op, (int)MOST_TEMPLATES,
@@ -192,7 +193,7 @@ static bool read_templates(opened *o, PyObject *templates, int *count) {
         return false;
     }
     for (Py_ssize_t i = 0; i < given; i++) {
-        metalloid_template_argument *argument = &o->templates[i];
+        metalloid_template_argument *argument = &arguments[i];
         PyObject *pair = PyTuple_GET_ITEM(templates, i), *value;
         *argument = (metalloid_template_argument){0};
         if (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "sO", &argument->name, &value)) return false;
@@ -278,7 +279,7 @@ static PyObject *run_call(PyObject *self, PyObject *args, bool run) {
     o.count = 0;
     o.context = NULL;
     PyObject *result = NULL;
-    if (open_arrays(&o, made, state, inputs, outputs) && read_templates(&o, templates, &call.template_count) &&
+    if (open_arrays(&o, made, state, inputs, outputs) && read_templates(o.templates, templates, &call.template_count) &&
         read_scalars(&o, scalars, &call.scalar_count)) {
         call.input_count = (int)PyTuple_GET_SIZE(inputs);
         call.output_count = (int)PyTuple_GET_SIZE(outputs);
@@ -305,6 +306,137 @@ static PyObject *run_call(PyObject *self, PyObject *args, bool run) {
 static PyObject *kernel_launch(PyObject *self, PyObject *args) { return run_call(self, args, true); }
 static PyObject *kernel_source(PyObject *self, PyObject *args) { return run_call(self, args, false); }
 
+/* ---- a call without its arrays, for MLX's primitive ------------------------------------------------------------------------------ */
+
+typedef struct prepared {
+    metalloid_kernel *kernel;
+    metalloid_kernel_call call;
+    metalloid_template_argument templates[MOST_TEMPLATES];
+    PyObject *owner, *names; /* of the kernel, and of the template arguments' names */
+} prepared;
+
+static void free_prepared(PyObject *capsule) {
+    prepared *p = PyCapsule_GetPointer(capsule, MTL_KERNEL_CALL_CAPSULE);
+    Py_XDECREF(p->owner);
+    Py_XDECREF(p->names);
+    PyMem_Free(p);
+}
+
+/* (shape, dtype's name) as a tensor that is not there. */
+static bool describe(DLTensor *tensor, int64_t shape[MAX_RANK], PyObject *description, int place) {
+    PyObject *extents;
+    const char *dtype;
+    if (!PyArg_ParseTuple(description, "O!s", &PyTuple_Type, &extents, &dtype)) return false;
+    if (PyTuple_GET_SIZE(extents) > MAX_RANK) {
+        PyErr_Format(PyExc_ValueError, "%s: an array must have rank 0 to %d, got %zd", op, (int)MAX_RANK,
+                     PyTuple_GET_SIZE(extents));
+        return false;
+    }
+    *tensor = (DLTensor){.data = (void *)((uintptr_t)(place + 1) << 56), /* apart from each other, and never followed */
+                         .device = {kDLCPU, 0},
+                         .ndim = (int32_t)PyTuple_GET_SIZE(extents),
+                         .shape = shape};
+    for (int axis = 0; axis < tensor->ndim; axis++) {
+        shape[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(extents, axis));
+        if (shape[axis] == -1 && PyErr_Occurred()) return false;
+    }
+    return read_dtype(dtype, &tensor->dtype);
+}
+
+/* The checks of a call; what it generates. */
+static PyObject *check_prepared(prepared *p, PyObject *inputs, PyObject *outputs) {
+    typedef struct described {
+        DLTensor tensor;
+        int64_t shape[MAX_RANK];
+    } described;
+    const DLTensor *input_tensors[MOST_BUFFERS];
+    DLTensor *output_tensors[MOST_BUFFERS];
+    int input_count = (int)PyTuple_GET_SIZE(inputs), count = input_count + (int)PyTuple_GET_SIZE(outputs);
+    described *arrays = PyMem_Malloc((size_t)(count + 1) * sizeof *arrays);
+    if (!arrays) return PyErr_NoMemory();
+    bool ready = true;
+    for (int i = 0; i < count && ready; i++) {
+        bool is_input = i < input_count;
+        PyObject *description = is_input ? PyTuple_GET_ITEM(inputs, i) : PyTuple_GET_ITEM(outputs, i - input_count);
+        ready = describe(&arrays[i].tensor, arrays[i].shape, description, i);
+        if (is_input) input_tensors[i] = &arrays[i].tensor;
+        else output_tensors[i - input_count] = &arrays[i].tensor;
+    }
+    p->call.inputs = input_tensors;
+    p->call.outputs = output_tensors;
+    PyObject *text = ready ? source_of(p->kernel, &p->call, false) : NULL;
+    p->call.inputs = NULL;
+    p->call.outputs = NULL;
+    PyMem_Free(arrays);
+    return text;
+}
+
+static PyObject *kernel_prepare(PyObject *self, PyObject *args) {
+    kernel *made = (kernel *)self;
+    PyObject *inputs, *outputs, *templates, *init_value;
+    long long grid[3], threadgroup[3];
+    if (!PyArg_ParseTuple(args, "O!O!(LLL)(LLL)O!O", &PyTuple_Type, &inputs, &PyTuple_Type, &outputs, &grid[0],
+                          &grid[1], &grid[2], &threadgroup[0], &threadgroup[1], &threadgroup[2], &PyTuple_Type,
+                          &templates, &init_value))
+        return NULL;
+    if (PyTuple_GET_SIZE(inputs) != PyTuple_GET_SIZE(made->input_names) ||
+        PyTuple_GET_SIZE(outputs) != PyTuple_GET_SIZE(made->output_names))
+        return PyErr_Format(PyExc_ValueError, "%s: the kernel has other inputs and outputs", op);
+    prepared *p = PyMem_Calloc(1, sizeof *p);
+    if (!p) return PyErr_NoMemory();
+    PyObject *capsule = PyCapsule_New(p, MTL_KERNEL_CALL_CAPSULE, free_prepared);
+    if (!capsule) {
+        PyMem_Free(p);
+        return NULL;
+    }
+    p->kernel = made->kernel;
+    p->owner = Py_NewRef(self);
+    p->names = Py_NewRef(templates);
+    p->call = (metalloid_kernel_call)METALLOID_KERNEL_CALL_INIT;
+    PyObject *text = NULL;
+    if (init_value != Py_None) {
+        p->call.has_init_value = true;
+        p->call.init_value = PyFloat_AsDouble(init_value);
+    }
+    if (!PyErr_Occurred() && read_templates(p->templates, templates, &p->call.template_count)) {
+        p->call.input_count = (int)PyTuple_GET_SIZE(inputs);
+        p->call.output_count = (int)PyTuple_GET_SIZE(outputs);
+        p->call.template_arguments = p->templates;
+        for (int axis = 0; axis < 3; axis++) {
+            p->call.grid[axis] = grid[axis];
+            p->call.threadgroup[axis] = threadgroup[axis];
+        }
+        text = check_prepared(p, inputs, outputs);
+    }
+    PyObject *result = text ? PyTuple_Pack(2, capsule, text) : NULL;
+    Py_DECREF(capsule);
+    Py_XDECREF(text);
+    return result;
+}
+
+int mtl_kernel_call_launch(const void *prepared_call, const mtl_operands *operands) {
+    const prepared *p = prepared_call;
+    metalloid_kernel_call call = p->call;
+    DLTensor tensors[2 * MOST_BUFFERS];
+    const DLTensor *inputs[MOST_BUFFERS];
+    DLTensor *outputs[MOST_BUFFERS];
+    for (int i = 0; i < call.input_count + call.output_count; i++) {
+        bool is_input = i < call.input_count;
+        const mtl_operand *operand = is_input ? &operands->inputs[i] : &operands->outputs[i - call.input_count];
+        tensors[i] = (DLTensor){.data = operand->data,
+                                .device = {kDLCPU, 0},
+                                .ndim = operand->rank,
+                                .dtype = {operand->code, operand->bits, 1},
+                                .shape = (int64_t *)(uintptr_t)operand->shape,
+                                .strides = (int64_t *)(uintptr_t)operand->strides};
+        if (is_input) inputs[i] = &tensors[i];
+        else outputs[i - call.input_count] = &tensors[i];
+    }
+    call.inputs = inputs;
+    call.outputs = outputs;
+    return (int)metalloid_kernel_launch(NULL, p->kernel, &call);
+}
+
 static PyMethodDef methods[] = {
     {"launch", kernel_launch, METH_VARARGS,
      "launch($self, inputs, outputs, grid, threadgroup, template, init_value, scalars=(), /)\n--\n\n"
@@ -313,6 +445,11 @@ static PyMethodDef methods[] = {
     {"source", kernel_source, METH_VARARGS,
      "source($self, inputs, outputs, grid, threadgroup, template, init_value, translated=False, /)\n--\n\n"
      "The generated source of such a call."},
+    {"prepare", kernel_prepare, METH_VARARGS,
+     "prepare($self, inputs, outputs, grid, threadgroup, template, init_value, /)\n--\n\n"
+     "Checks a call whose arrays are described by (shape, dtype's name): a capsule for MLX's primitive, and the "
+     "generated "
+     "source."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -225,4 +225,4 @@ int mtl_operation_check(int number, const mtl_operands *operands) {
 }
 
 const mtl_operations mtl_operations_table = {sizeof(mtl_operations), mtl_operation_find, mtl_operation_run,
-                                             metalloid_last_error};
+                                             metalloid_last_error, mtl_kernel_call_launch};

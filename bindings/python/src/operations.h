@@ -9,7 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define MTL_OPERATIONS_CAPSULE "metalloid._native.operations"
+#define MTL_OPERATIONS_CAPSULE  "metalloid._native.operations"
+#define MTL_KERNEL_CALL_CAPSULE "metalloid._native.kernel_call" /* Kernel.prepare's */
 
 /* An array: DLPack's dtype, strides in elements, NULL for row-major contiguous. */
 typedef struct mtl_operand {
@@ -37,6 +38,8 @@ typedef struct mtl_operations {
     int (*find)(const char *name);                           /* -1 where there is none */
     int (*run)(int operation, const mtl_operands *operands); /* a metalloid_status */
     const char *(*last_error)(void);                         /* of this thread */
+    int (*launch)(const void *call,
+                  const mtl_operands *operands); /* of a custom kernel: what MTL_KERNEL_CALL_CAPSULE holds, arrays */
 } mtl_operations;
 
 /* ---- within the extension module ------------------------------------------------------------------------------------------ */
@@ -70,6 +73,8 @@ int mtl_operation_run(int operation, const mtl_operands *operands);
 
 /* The checks of a call alone; of its arrays only shapes and dtypes are looked at, but `data` must be distinct. */
 int mtl_operation_check(int operation, const mtl_operands *operands);
+
+int mtl_kernel_call_launch(const void *call, const mtl_operands *operands);
 
 extern const mtl_operations mtl_operations_table;
 

@@ -99,14 +99,16 @@ template <int Width, class T, class F> MSL_FN T reduce(const T &x, F f) {
     // Part of the lanes: every one goes over all that are there.
     bool first = true;
     C sum = c;
-    for (uint rest = mask; rest != 0; rest &= rest - 1) {
+    uint rest = mask; // of which the own lane is one: never 0
+    do {
         int from = __ffs(int(rest)) - 1;
         C y = exchange(c, [=](uint w) { return ::__shfl_sync(mask, w, from); });
         if (Width == 32 || (uint(from) & ~3u) == base) {
             sum = first ? y : f(sum, y);
             first = false;
         }
-    }
+        rest &= rest - 1;
+    } while (rest != 0);
     return T(sum);
 }
 template <bool Inclusive, class T, class F> MSL_FN T prefix(const T &x, F f, T identity) {
@@ -124,14 +126,16 @@ template <bool Inclusive, class T, class F> MSL_FN T prefix(const T &x, F f, T i
     }
     C sum(identity);
     bool first = true;
-    for (uint rest = mask; rest != 0; rest &= rest - 1) {
+    uint rest = mask; // of which the own lane is one: never 0
+    do {
         int from = __ffs(int(rest)) - 1;
         C y = exchange(c, [=](uint w) { return ::__shfl_sync(mask, w, from); });
         if (uint(from) < me || (Inclusive && uint(from) == me)) {
             sum = first ? y : f(sum, y);
             first = false;
         }
-    }
+        rest &= rest - 1;
+    } while (rest != 0);
     return T(sum);
 }
 MSL_FN uint ballot(bool b) { return ::__ballot_sync(active(), b); }

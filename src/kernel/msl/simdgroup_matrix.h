@@ -121,10 +121,14 @@ template <class T> MSL_FN void columns_of(const simdgroup_matrix<T, 8, 8> &m, T 
     out[1] = n & 1 ? b.y : b.x;
 }
 MSL_FN uint pair_bits(ushort low, ushort high) { return uint(low) | uint(high) << 16; }
-MSL_FN uint tf32(float x) {
-    uint r;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-    return r;
+// A float as two numbers of tf32, of which the tensor cores read the upper 19 bits: high is what they read of it, low the rest, rounded
+// to nearest by the half of its last place. Infinity is (infinity, -0).
+struct tf32_pair {
+    uint high, low;
+};
+MSL_FN tf32_pair split(float x) {
+    uint high = bits(x) & 0xffffe000u;
+    return {high, bits(x - float_of(high)) + 0x1000u};
 }
 #define MSL_MMA_16(T, name)                                                                    \
     MSL_FN vec<float, 2> product(vec<T, 2> a, const T(&b)[2], vec<float, 2> c) {               \
@@ -143,20 +147,17 @@ MSL_MMA_16(bfloat, "bf16")
 #undef MSL_MMA_16
 MSL_FN vec<float, 2> product(vec<float, 2> a, const float (&b)[2], vec<float, 2> c) {
 #if __CUDA_ARCH__ >= 800
-    uint ah0 = tf32(a.x), ah1 = tf32(a.y);
-    uint al0 = tf32(a.x - float_of(ah0)), al1 = tf32(a.y - float_of(ah1));
-    uint bh0 = tf32(b[0]), bh1 = tf32(b[1]);
-    uint bl0 = tf32(b[0] - float_of(bh0)), bl1 = tf32(b[1] - float_of(bh1));
+    tf32_pair a0 = split(a.x), a1 = split(a.y), b0 = split(b[0]), b1 = split(b[1]);
     // Lanes have neighbouring columns of the left factor and neighbouring rows of the right: one order of k for both.
     float d0 = 0.0f, d1 = 0.0f, d2 = 0.0f, d3 = 0.0f;
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
-        : "r"(ah0), "r"(al0), "r"(ah1), "r"(al1), "r"(bl0), "r"(bl1));
+        : "r"(a0.high), "r"(a0.low), "r"(a1.high), "r"(a1.low), "r"(b0.low), "r"(b1.low));
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
-        : "r"(ah0), "r"(al0), "r"(ah1), "r"(al1), "r"(bh0), "r"(bh1));
+        : "r"(a0.high), "r"(a0.low), "r"(a1.high), "r"(a1.low), "r"(b0.high), "r"(b1.high));
     return vec<float, 2>(c.x + (d0 + d2), c.y + (d1 + d3));
 #else
     // Without tf32: lane l's row of the left factor against its two columns of the right, by shuffles.

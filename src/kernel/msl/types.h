@@ -390,7 +390,8 @@ constexpr bfloat operator"" BF(long double x) { return bfloat(float(x)); }
 #undef MSL_16_BIT
 
 // `c ? h : 0` and `c ? h : 0.0f` are ambiguous with a class that converts both ways. The generated source wraps both arms of a
-// conditional in arm(), which gives a half a type that integers convert to and that converts to float: what C does.
+// conditional in arm(), which gives a half a type that integers convert to and that converts to float: what C does. Vectors of
+// them, and swizzles, follow in vectors.h.
 namespace msl_ {
 template <class H> struct arm {
     H value;

@@ -59,6 +59,17 @@ struct matmul2d_descriptor {
     }
 };
 } // namespace tensor_ops
+namespace msl_ {
+struct function_constant {
+    template <class T> operator T() const {
+        static_assert(never<T>,
+                      "function constants are not supported in custom kernels, to which MLX gives none: use a "
+                      "template argument");
+        return T();
+    }
+};
+} // namespace msl_
+#define is_function_constant_defined(name) (metal::msl_::function_constant())
 #undef MSL_UNSUPPORTED
 #undef MSL_UNSUPPORTED_TYPE
 

@@ -51,6 +51,19 @@ template <class V, class T, int Width, int... I> struct swizzle {
 };
 } // namespace msl_
 
+#if MSL_GPU
+#define MSL_VEC(T, N, alignment) alignas(alignment) vec<T, N>
+#define MSL_WHOLE(alignment)     alignas(alignment)
+#else
+// Aligned by a base, not by a word of its own: structs are laid out as Metal lays them out, but behind a pointer no more than 8 bytes are
+// counted on (-fmax-type-align, which such a word overrules), so that vectors may lie in arrays that begin anywhere: slices, and MLX's.
+namespace msl_ {
+template <size_t Bytes> struct alignas(Bytes) aligned {};
+} // namespace msl_
+#define MSL_VEC(T, N, alignment) vec<T, N> : msl_::aligned<alignment>
+#define MSL_WHOLE(alignment)
+#endif
+
 #define MSL_S2(name, ...)     msl_::swizzle<vec<T, 2>, T, MSL_WIDTH, __VA_ARGS__> name;
 #define MSL_S3(name, ...)     msl_::swizzle<vec<T, 3>, T, MSL_WIDTH, __VA_ARGS__> name;
 #define MSL_S4(name, ...)     msl_::swizzle<vec<T, 4>, T, MSL_WIDTH, __VA_ARGS__> name;
@@ -68,69 +81,69 @@ template <class V, class T, int Width, int... I> struct swizzle {
 #define MSL_AT_3              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : z) : e[i])
 #define MSL_AT_4              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : i == 2 ? z : w) : e[i])
 
-#define MSL_VEC_ARITHMETIC(EACH, op)                                                                             \
-    friend MSL_FN constexpr vec operator op(const vec &a, const vec &b) { return vec(EACH(T, MSL_BINARY, op)); } \
-    friend MSL_FN constexpr vec operator op(const vec &a, T b) { return a op vec(b); }                           \
-    friend MSL_FN constexpr vec operator op(T a, const vec &b) { return vec(a) op b; }                           \
+#define MSL_VEC_ARITHMETIC(EACH, op)                                                               \
+    friend MSL_FN constexpr vec operator op(vec a, vec b) { return vec(EACH(T, MSL_BINARY, op)); } \
+    friend MSL_FN constexpr vec operator op(vec a, T b) { return a op vec(b); }                    \
+    friend MSL_FN constexpr vec operator op(T a, vec b) { return vec(a) op b; }                    \
     template <class A> MSL_FN constexpr vec &operator op##=(const A &b) { return *this = *this op b; }
-#define MSL_VEC_COMPARISON(N, EACH, op)                                                         \
-    friend MSL_FN constexpr vec<bool, N> operator op(const vec &a, const vec &b) {              \
-        return vec<bool, N>(EACH(bool, MSL_BINARY, op));                                        \
-    }                                                                                           \
-    friend MSL_FN constexpr vec<bool, N> operator op(const vec &a, T b) { return a op vec(b); } \
-    friend MSL_FN constexpr vec<bool, N> operator op(T a, const vec &b) { return vec(a) op b; }
-#define MSL_VEC_COMMON(N, EACH)                                                                                     \
-    using scalar_type = T;                                                                                          \
-    static constexpr int width = N;                                                                                 \
-    vec() = default;                                                                                                \
-    constexpr vec(const vec &) = default;                                                                           \
-    MSL_FN constexpr vec &operator=(const vec &b) {                                                                 \
-        if (__builtin_is_constant_evaluated()) MSL_ASSIGN_##N;                                                      \
-        else whole = b.whole;                                                                                       \
-        return *this;                                                                                               \
-    }                                                                                                               \
-    template <class U> MSL_FN constexpr explicit vec(const vec<U, N> &b) : vec(EACH(T, MSL_CONVERT, )) {}           \
-    template <class V, class U, int W, int... I>                                                                    \
-    MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(b.operator V()) {}                   \
-    template <class V> MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(b.operator V()) {}               \
-    MSL_FN constexpr T &operator[](int i) { return e[i]; }                                                          \
-    MSL_FN constexpr T operator[](int i) const { return MSL_AT_##N; }                                               \
-    MSL_VEC_ARITHMETIC(EACH, +)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, -)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, *)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, /)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, %)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, &)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, |)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, ^)                                                                                     \
-    MSL_VEC_ARITHMETIC(EACH, <<)                                                                                    \
-    MSL_VEC_ARITHMETIC(EACH, >>)                                                                                    \
-    MSL_VEC_COMPARISON(N, EACH, ==)                                                                                 \
-    MSL_VEC_COMPARISON(N, EACH, !=)                                                                                 \
-    MSL_VEC_COMPARISON(N, EACH, <)                                                                                  \
-    MSL_VEC_COMPARISON(N, EACH, <=)                                                                                 \
-    MSL_VEC_COMPARISON(N, EACH, >)                                                                                  \
-    MSL_VEC_COMPARISON(N, EACH, >=)                                                                                 \
-    MSL_VEC_COMPARISON(N, EACH, &&)                                                                                 \
-    MSL_VEC_COMPARISON(N, EACH, ||)                                                                                 \
-    friend MSL_FN constexpr vec operator-(const vec &a) { return vec(EACH(T, MSL_UNARY, -)); }                      \
-    friend MSL_FN constexpr vec operator+(const vec &a) { return a; }                                               \
-    friend MSL_FN constexpr vec operator~(const vec &a) { return vec(EACH(T, MSL_UNARY, ~)); }                      \
-    friend MSL_FN constexpr vec<bool, N> operator!(const vec &a) { return vec<bool, N>(EACH(bool, MSL_UNARY, !)); } \
-    MSL_FN constexpr vec &operator++() { return *this = *this + T(1); }                                             \
-    MSL_FN constexpr vec &operator--() { return *this = *this - T(1); }                                             \
-    MSL_FN constexpr vec operator++(int) {                                                                          \
-        vec old = *this;                                                                                            \
-        ++*this;                                                                                                    \
-        return old;                                                                                                 \
-    }                                                                                                               \
-    MSL_FN constexpr vec operator--(int) {                                                                          \
-        vec old = *this;                                                                                            \
-        --*this;                                                                                                    \
-        return old;                                                                                                 \
+#define MSL_VEC_COMPARISON(N, EACH, op)                                                  \
+    friend MSL_FN constexpr vec<bool, N> operator op(vec a, vec b) {                     \
+        return vec<bool, N>(EACH(bool, MSL_BINARY, op));                                 \
+    }                                                                                    \
+    friend MSL_FN constexpr vec<bool, N> operator op(vec a, T b) { return a op vec(b); } \
+    friend MSL_FN constexpr vec<bool, N> operator op(T a, vec b) { return vec(a) op b; }
+#define MSL_VEC_COMMON(N, EACH)                                                                              \
+    using scalar_type = T;                                                                                   \
+    static constexpr int width = N;                                                                          \
+    vec() = default;                                                                                         \
+    constexpr vec(const vec &) = default;                                                                    \
+    MSL_FN constexpr vec &operator=(const vec &b) {                                                          \
+        if (__builtin_is_constant_evaluated()) MSL_ASSIGN_##N;                                               \
+        else whole = b.whole;                                                                                \
+        return *this;                                                                                        \
+    }                                                                                                        \
+    template <class U> MSL_FN constexpr explicit vec(vec<U, N> b) : vec(EACH(T, MSL_CONVERT, )) {}           \
+    template <class V, class U, int W, int... I>                                                             \
+    MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(b.operator V()) {}            \
+    template <class V> MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(b.operator V()) {}        \
+    MSL_FN constexpr T &operator[](int i) { return e[i]; }                                                   \
+    MSL_FN constexpr T operator[](int i) const { return MSL_AT_##N; }                                        \
+    MSL_VEC_ARITHMETIC(EACH, +)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, -)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, *)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, /)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, %)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, &)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, |)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, ^)                                                                              \
+    MSL_VEC_ARITHMETIC(EACH, <<)                                                                             \
+    MSL_VEC_ARITHMETIC(EACH, >>)                                                                             \
+    MSL_VEC_COMPARISON(N, EACH, ==)                                                                          \
+    MSL_VEC_COMPARISON(N, EACH, !=)                                                                          \
+    MSL_VEC_COMPARISON(N, EACH, <)                                                                           \
+    MSL_VEC_COMPARISON(N, EACH, <=)                                                                          \
+    MSL_VEC_COMPARISON(N, EACH, >)                                                                           \
+    MSL_VEC_COMPARISON(N, EACH, >=)                                                                          \
+    MSL_VEC_COMPARISON(N, EACH, &&)                                                                          \
+    MSL_VEC_COMPARISON(N, EACH, ||)                                                                          \
+    friend MSL_FN constexpr vec operator-(vec a) { return vec(EACH(T, MSL_UNARY, -)); }                      \
+    friend MSL_FN constexpr vec operator+(vec a) { return a; }                                               \
+    friend MSL_FN constexpr vec operator~(vec a) { return vec(EACH(T, MSL_UNARY, ~)); }                      \
+    friend MSL_FN constexpr vec<bool, N> operator!(vec a) { return vec<bool, N>(EACH(bool, MSL_UNARY, !)); } \
+    MSL_FN constexpr vec &operator++() { return *this = *this + T(1); }                                      \
+    MSL_FN constexpr vec &operator--() { return *this = *this - T(1); }                                      \
+    MSL_FN constexpr vec operator++(int) {                                                                   \
+        vec old = *this;                                                                                     \
+        ++*this;                                                                                             \
+        return old;                                                                                          \
+    }                                                                                                        \
+    MSL_FN constexpr vec operator--(int) {                                                                   \
+        vec old = *this;                                                                                     \
+        --*this;                                                                                             \
+        return old;                                                                                          \
     }
 
-template <class T> struct alignas(sizeof(T) * 2) vec<T, 2> {
+template <class T> struct MSL_VEC(T, 2, sizeof(T) * 2) {
     union {
         struct {
             T x, y;
@@ -139,7 +152,7 @@ template <class T> struct alignas(sizeof(T) * 2) vec<T, 2> {
             T r, g;
         };
         T e[2];
-        struct alignas(sizeof(T) * 2) {
+        struct MSL_WHOLE(sizeof(T) * 2) {
             T e[2];
         } whole; // one store
 #define MSL_WIDTH 2
@@ -152,7 +165,7 @@ template <class T> struct alignas(sizeof(T) * 2) vec<T, 2> {
     MSL_VEC_COMMON(2, MSL_EACH_2)
 };
 
-template <class T> struct alignas(sizeof(T) * 4) vec<T, 3> {
+template <class T> struct MSL_VEC(T, 3, sizeof(T) * 4) {
     union {
         struct {
             T x, y, z;
@@ -161,7 +174,7 @@ template <class T> struct alignas(sizeof(T) * 4) vec<T, 3> {
             T r, g, b;
         };
         T e[3];
-        struct alignas(sizeof(T) * 4) {
+        struct MSL_WHOLE(sizeof(T) * 4) {
             T e[3];
         } whole; // one store
 #define MSL_WIDTH 3
@@ -172,12 +185,12 @@ template <class T> struct alignas(sizeof(T) * 4) vec<T, 3> {
     MSL_FN constexpr vec(T a, T b, T c) : x(a), y(b), z(c) {}
     template <class A, class B, class C, class = msl_::if_scalars<A, B, C>>
     MSL_FN constexpr vec(A a, B b, C c) : x(T(a)), y(T(b)), z(T(c)) {}
-    MSL_FN constexpr vec(T a, const vec<T, 2> &b) : x(a), y(b.x), z(b.y) {}
-    MSL_FN constexpr vec(const vec<T, 2> &a, T b) : x(a.x), y(a.y), z(b) {}
+    MSL_FN constexpr vec(T a, vec<T, 2> b) : x(a), y(b.x), z(b.y) {}
+    MSL_FN constexpr vec(vec<T, 2> a, T b) : x(a.x), y(a.y), z(b) {}
     MSL_VEC_COMMON(3, MSL_EACH_3)
 };
 
-template <class T> struct alignas(sizeof(T) * 4) vec<T, 4> {
+template <class T> struct MSL_VEC(T, 4, sizeof(T) * 4) {
     union {
         struct {
             T x, y, z, w;
@@ -186,7 +199,7 @@ template <class T> struct alignas(sizeof(T) * 4) vec<T, 4> {
             T r, g, b, a;
         };
         T e[4];
-        struct alignas(sizeof(T) * 4) {
+        struct MSL_WHOLE(sizeof(T) * 4) {
             T e[4];
         } whole; // one store
 #define MSL_WIDTH 4
@@ -197,14 +210,16 @@ template <class T> struct alignas(sizeof(T) * 4) vec<T, 4> {
     MSL_FN constexpr vec(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
     template <class A, class B, class C, class D, class = msl_::if_scalars<A, B, C, D>>
     MSL_FN constexpr vec(A a, B b, C c, D d) : x(T(a)), y(T(b)), z(T(c)), w(T(d)) {}
-    MSL_FN constexpr vec(T a, T b, const vec<T, 2> &c) : x(a), y(b), z(c.x), w(c.y) {}
-    MSL_FN constexpr vec(T a, const vec<T, 2> &b, T c) : x(a), y(b.x), z(b.y), w(c) {}
-    MSL_FN constexpr vec(T a, const vec<T, 3> &b) : x(a), y(b.x), z(b.y), w(b.z) {}
-    MSL_FN constexpr vec(const vec<T, 2> &a, T b, T c) : x(a.x), y(a.y), z(b), w(c) {}
-    MSL_FN constexpr vec(const vec<T, 2> &a, const vec<T, 2> &b) : x(a.x), y(a.y), z(b.x), w(b.y) {}
-    MSL_FN constexpr vec(const vec<T, 3> &a, T b) : x(a.x), y(a.y), z(a.z), w(b) {}
+    MSL_FN constexpr vec(T a, T b, vec<T, 2> c) : x(a), y(b), z(c.x), w(c.y) {}
+    MSL_FN constexpr vec(T a, vec<T, 2> b, T c) : x(a), y(b.x), z(b.y), w(c) {}
+    MSL_FN constexpr vec(T a, vec<T, 3> b) : x(a), y(b.x), z(b.y), w(b.z) {}
+    MSL_FN constexpr vec(vec<T, 2> a, T b, T c) : x(a.x), y(a.y), z(b), w(c) {}
+    MSL_FN constexpr vec(vec<T, 2> a, vec<T, 2> b) : x(a.x), y(a.y), z(b.x), w(b.y) {}
+    MSL_FN constexpr vec(vec<T, 3> a, T b) : x(a.x), y(a.y), z(a.z), w(b) {}
     MSL_VEC_COMMON(4, MSL_EACH_4)
 };
+#undef MSL_VEC
+#undef MSL_WHOLE
 #undef MSL_VEC_COMMON
 #undef MSL_VEC_ARITHMETIC
 #undef MSL_VEC_COMPARISON
@@ -322,10 +337,26 @@ template <class T> struct vec_elements : integral_constant<ushort, 1> {};
 template <class T, int N> struct vec_elements<vec<T, N>> : integral_constant<ushort, N> {};
 
 namespace msl_ {
+// An arm of ?: that a scalar may stand beside.
+template <class V> struct vector_arm : V {
+    using T = typename V::scalar_type;
+    MSL_FN constexpr vector_arm(const V &v) : V(v) {}
+    template <class A, class = if_scalars<A>> MSL_FN constexpr vector_arm(A a) : V(T(a)) {}
+    MSL_FN constexpr vector_arm(arm<T> a) : V(T(a)) {}
+};
+} // namespace msl_
+template <int N> MSL_FN constexpr msl_::vector_arm<vec<half, N>> arm(vec<half, N> v) { return v; }
+template <int N> MSL_FN constexpr msl_::vector_arm<vec<bfloat, N>> arm(vec<bfloat, N> v) { return v; }
+template <class V, class T, int W, int... I> MSL_FN constexpr auto arm(msl_::swizzle<V, T, W, I...> s) {
+    return arm(V(s));
+}
+
+namespace msl_ {
 // What a function's argument counts as: a scalar, or the vector that a swizzle or a packed vector stands for.
 template <class T, class = void> struct number {};
 template <class T> struct number<T, enable_if_t<(scalar<T>::kind > 0)>> { using type = T; };
 template <class H> struct number<arm<H>> { using type = H; };
+template <class V> struct number<vector_arm<V>> { using type = V; };
 template <class T, int N> struct number<vec<T, N>> { using type = vec<T, N>; };
 template <class V, class T, int W, int... I> struct number<swizzle<V, T, W, I...>> { using type = V; };
 template <class V> struct number<packed_vec<V>> { using type = V; };

@@ -12,6 +12,7 @@ import torch
 fast = pytest.importorskip("metalloid.fast", reason="the Python package is not built")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "python"))
 import metal_cases  # noqa: E402
+import metalloid  # noqa: E402
 
 if not torch.cuda.is_available():
     pytest.skip("PyTorch sees no GPU", allow_module_level=True)
@@ -156,6 +157,77 @@ def test_strides_scalars_and_tensors_of_the_host():
     with pytest.raises(ValueError, match="device"):
         call(seen, torch.ones(2), x, like=x)
     assert call(metal("out[thread_position_in_grid.x] = x[0];"), torch.ones(1, device="cuda")).is_cuda
+
+
+@pytest.mark.parametrize("at", [0, 4, 8, 12])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_vectors_in_slices_that_begin_anywhere(at, contiguous):
+    """A float4 is loaded and stored whole, at a multiple of 16 bytes."""
+    source = """
+        uint i = thread_position_in_grid.x;
+        float4 v = ((const device float4*)x)[i * x_strides[0] / 4];
+        *reinterpret_cast<device float4*>(out + 4 * i) += v;
+    """
+    n = 1000
+    kernel = metalloid._native.Kernel("slices", ("x",), ("out",), source, ensure_row_contiguous=contiguous)
+    memory = torch.randn(8 * n + 16, device="cuda")
+    x = memory[at // 4 :][: 8 * n].view(n, 8)[:, :4]
+    before = memory.clone()
+    whole = torch.full((4 * n + 16,), 3.0, device="cuda")
+    y = whole[at // 4 :][: 4 * n]
+    for initial in (None, 1.0):
+        whole.fill_(3)
+        kernel.launch((x,), (y,), (n, 1, 1), (64, 1, 1), (), initial)
+        assert torch.equal(y.view(n, 4), x + (3 if initial is None else initial))
+        assert (whole[: at // 4] == 3).all()
+        assert (whole[at // 4 + 4 * n :] == 3).all()
+    assert torch.equal(memory, before)
+
+
+def test_slices_of_16_bit_vectors_in_a_graph():
+    kernel = metal("uint i = thread_position_in_grid.x; ((device half4*)out)[i] = 2 * ((const device half4*)x)[i];")
+    x = torch.randn(1025, device="cuda").half()[1:]
+    assert torch.equal(call(kernel, x, grid=(256, 1, 1)), 2 * x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(kernel, x, grid=(256, 1, 1))
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, 2 * x)
+
+
+@pytest.mark.parametrize("threads", [32, 64, 256, 1024])
+@pytest.mark.parametrize("length", [1, 31, 1000, 4096, 70000])
+def test_loops_over_a_threadgroups_share(threads, length):
+    """Those of few rounds are unrolled: each element once, whatever the length."""
+    source = """
+        threadgroup int sums[32];
+        uint lid = thread_position_in_threadgroup.x, row = threadgroup_position_in_grid.x;
+        const uint n = threads_per_threadgroup.x;
+        int sum = 0;
+        for (uint i = lid; i < N; i += n) sum += x[row * N + i];
+        for (uint i = 2 * lid; i + 1 < uint(N); i += 2 * n) { sum += 3 * x[row * N + i]; if (i > N / 2) break; }
+        sum = simd_sum(sum);
+        if (simd_is_first()) sums[simdgroup_index_in_threadgroup] = sum;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        sum = 0;
+        for (uint i = 0; i < simdgroups_per_threadgroup; i++) sum += sums[i];
+        for (uint i = lid; i < N; i += n) { if (i == 7) continue; out[row * N + i] = sum + x[row * N + i]; }
+    """
+    x = torch.randint(-9, 9, (3, length), device="cuda", dtype=torch.int32)
+    y = call(metal(source), x, grid=(3 * threads, 1, 1), threads=threads, template=[("N", length)], init_value=0)
+    i = torch.arange(0, length - 1, 2, device="cuda")
+    share = (i // 2) % threads
+    later = i > length // 2
+    first_later = {}
+    for at, lid in zip(i[later].tolist(), share[later].tolist(), strict=True):
+        first_later.setdefault(lid, at)
+    done = [a for a, lid in zip(i.tolist(), share.tolist(), strict=True) if a <= first_later.get(lid, length)]
+    sums = x.sum(1) + 3 * x[:, done].sum(1)
+    expected = sums[:, None] + x
+    if length > 7:
+        expected[:, 7] = 0
+    assert torch.equal(y, expected.int())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

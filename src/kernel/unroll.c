@@ -1,0 +1,162 @@
+/* Loops over a threadgroup's share, unrolled. SPDX-License-Identifier: MIT
+ *
+ *     for (uint i = lid; i < N; i += threads)
+ *
+ * Where the number of threads is known (mtl_cuda_line) and N is a number or a template argument, so is how often such a loop goes
+ * round, but for a last time that depends on lid. A compiler that cannot tell leaves it as a loop; asked to unroll it, NVRTC finds that
+ * its conditions hold, has all loads of a thread under way at once, and keeps what it read for a second such loop. Measured on an
+ * H100: a row of 4096 in bfloat16 by 256 threads 94.9 us for 106.0, in float 186.7 for 234.5.
+ *
+ * What is not understood is left alone. */
+#include "kernel/translation.h"
+
+enum { MOST_ROUNDS = 16, DEEPEST = 8, MOST_NAMES = 64 };
+
+/* Tokens up to `end` as a constant expression; `known`: it is one. */
+typedef struct reader {
+    const translation *t;
+    size_t at, end;
+    int depth, *names; /* names: how many more are looked up */
+    bool known;
+} reader;
+
+static int64_t read_sum(reader *r);
+
+/* What the only assignment to this name in the text gives it: T name = value; */
+static int64_t value_of(reader *r, const mtl_token *name) {
+    const translation *t = r->t;
+    reader value = {
+        .t = t, .at = t->count, .end = t->count, .depth = r->depth + 1, .names = r->names, .known = r->depth < DEEPEST};
+    for (size_t i = 0; i < t->count && value.known; i++) {
+        const mtl_token *token = &t->token[i];
+        if (token->kind != MTL_TOKEN_IDENTIFIER || !mtl_is_named(token, name->text, name->length)) continue;
+        size_t before = mtl_before(t, i), behind = mtl_after(t, i);
+        bool is_declared = before != SIZE_MAX && (mtl_is_identifier(t, before) || mtl_is(t, before, ","));
+        bool is_first = is_declared && mtl_is(t, behind, "=");
+        if (is_first && value.at == t->count) value.at = mtl_after(t, behind);
+        else if (is_first || mtl_is_changed(t, i, i + 1, name->text, name->length)) value.known = false;
+    }
+    for (value.end = value.at; value.end < t->count; value.end = mtl_after(t, value.end)) {
+        if (mtl_is(t, value.end, ";") || mtl_is(t, value.end, ",")) break;
+        if (mtl_is(t, value.end, "(")) value.end = mtl_before(t, mtl_behind_bracket(t, value.end));
+        if (value.end == SIZE_MAX) value.end = t->count;
+    }
+    int64_t result = value.at < value.end && value.known ? read_sum(&value) : 0;
+    r->known &= value.known && value.at == value.end && value.end > 0;
+    return result;
+}
+
+/* A template argument, the threads of a threadgroup, or another name. */
+static int64_t read_name(reader *r) {
+    static const char *const threads[] = {"threads_per_threadgroup", "dispatch_threads_per_threadgroup", NULL};
+    const translation *t = r->t;
+    const mtl_types *types = t->options->types;
+    const mtl_token *name = &t->token[r->at];
+    size_t first = r->at;
+    r->at = mtl_after(t, r->at);
+    for (int i = 0; i < types->template_count; i++) {
+        const mtl_template_value *value = &types->template_values[i];
+        if (mtl_token_is(name, value->name) && value->kind == METALLOID_TEMPLATE_INT) return value->integer;
+    }
+    if (mtl_is_one_of(t, first, threads)) {
+        size_t member = mtl_after(t, r->at);
+        r->known &= mtl_is(t, r->at, ".") && mtl_is(t, member, "x");
+        r->at = mtl_after(t, member);
+        return t->options->line;
+    }
+    if (--*r->names < 0) r->known = false;
+    return r->known ? value_of(r, name) : 0;
+}
+
+static int64_t read_factor(reader *r) {
+    static const char *const casts[] = {"uint", "int", "ushort", "short", "size_t", "ulong", "long", NULL};
+    const translation *t = r->t;
+    if (r->at >= r->end || !r->known) {
+        r->known = false;
+        return 0;
+    }
+    const mtl_token *token = &t->token[r->at];
+    if (token->kind == MTL_TOKEN_NUMBER) {
+        int64_t value = 0;
+        size_t digits = 0;
+        for (; digits < token->length && token->text[digits] >= '0' && token->text[digits] <= '9' && digits < 9;
+             digits++)
+            value = value * 10 + (token->text[digits] - '0');
+        bool has_suffix = digits + 1 == token->length && (token->text[digits] == 'u' || token->text[digits] == 'U');
+        r->known &= (digits == token->length || has_suffix) && (token->text[0] != '0' || digits == 1);
+        r->at = mtl_after(t, r->at);
+        return value;
+    }
+    if (mtl_is_one_of(t, r->at, casts) && mtl_is(t, mtl_after(t, r->at), "(")) r->at = mtl_after(t, r->at);
+    if (mtl_is(t, r->at, "(")) {
+        r->at = mtl_after(t, r->at);
+        int64_t value = ++r->depth < DEEPEST ? read_sum(r) : 0;
+        r->known &= r->depth-- < DEEPEST && mtl_is(t, r->at, ")");
+        r->at = mtl_after(t, r->at);
+        return value;
+    }
+    if (mtl_is_identifier(t, r->at)) return read_name(r);
+    r->known = false;
+    return 0;
+}
+
+static int64_t read_product(reader *r) {
+    int64_t value = read_factor(r);
+    while (r->known && r->at < r->end) {
+        bool times = mtl_is(r->t, r->at, "*"), over = mtl_is(r->t, r->at, "/");
+        if (!times && !over) break;
+        r->at = mtl_after(r->t, r->at);
+        int64_t factor = read_factor(r);
+        r->known &= value >= 0 && value < INT32_MAX && factor > 0 && factor < INT32_MAX;
+        if (r->known) value = times ? value * factor : value / factor;
+    }
+    return value;
+}
+
+static int64_t read_sum(reader *r) {
+    int64_t value = read_product(r);
+    while (r->known && r->at < r->end) {
+        bool plus = mtl_is(r->t, r->at, "+"), minus = mtl_is(r->t, r->at, "-");
+        if (!plus && !minus) break;
+        r->at = mtl_after(r->t, r->at);
+        int64_t other = read_product(r);
+        r->known &= value >= 0 && value < INT64_MAX / 4 && other >= 0 && other < INT64_MAX / 4;
+        if (r->known) value = plus ? value + other : value - other;
+    }
+    return value;
+}
+
+/* The value of [begin, end), or 0. */
+static int64_t evaluate(const translation *t, size_t begin, size_t end) {
+    int names = MOST_NAMES;
+    reader r = {.t = t, .at = begin, .end = end, .names = &names, .known = true};
+    int64_t value = read_sum(&r);
+    return r.known && r.at == end && value > 0 ? value : 0;
+}
+
+/* The next of this punctuation on the same level, before `end`; `end` where there is none. */
+static size_t find(const translation *t, size_t begin, size_t end, const char *what) {
+    for (size_t i = begin; i < end;) {
+        if (mtl_is(t, i, what)) return i;
+        i = mtl_is(t, i, "(") || mtl_is(t, i, "[") || mtl_is(t, i, "{") ? mtl_behind_bracket(t, i) : mtl_after(t, i);
+    }
+    return end;
+}
+
+void mtl_unroll(translation *t, size_t i) {
+    size_t open = mtl_after(t, i), before = mtl_before(t, i);
+    if (t->token[i].in_directive || !mtl_is(t, open, "(")) return;
+    if (before != SIZE_MAX && t->token[before].kind == MTL_TOKEN_VERBATIM)
+        return; /* #pragma: the author has a word in it */
+    size_t close = mtl_before(t, mtl_behind_bracket(t, open));
+    if (close == SIZE_MAX || close <= open || !mtl_is(t, close, ")")) return;
+    size_t begin = mtl_after(t, open), first = find(t, begin, close, ";");
+    size_t condition = mtl_after(t, first), second = find(t, condition, close, ";");
+    size_t less = mtl_after(t, condition), bound = mtl_after(t, less);
+    size_t step = mtl_after(t, second), plus = mtl_after(t, step);
+    if (second >= close || !mtl_is_identifier(t, condition) || !mtl_is_identifier(t, step)) return;
+    if (!mtl_is(t, less, "<") || !mtl_is_pair(t, plus, "+", "=")) return;
+    int64_t stride = evaluate(t, mtl_after(t, plus + 1), close), length = evaluate(t, bound, second);
+    if (stride < t->options->line || stride % t->options->line || length > MOST_ROUNDS * stride || length < 1) return;
+    mtl_add_before(t, i, "_Pragma(\"unroll\") ");
+}
