@@ -48,9 +48,10 @@ static bool is_fast(const mtl_gated_delta_args *args) {
 
 /* What gated_delta_chunks.cu needs for `args`; 0 stages where it does not serve them. */
 typedef struct chunked {
-    int index, stages, v_copies; /* of kernels; chunks on their way */
-    int64_t tile;                /* bytes of k of a chunk in one bfloat16 */
-    int64_t stage;               /* bytes */
+    int index, stages; /* of kernels; chunks on their way */
+    bool v_copies, out_copies;
+    int64_t tile;  /* bytes of k of a chunk in one bfloat16 */
+    int64_t stage; /* bytes */
     int parts, prepare_memory;
 } chunked;
 
@@ -61,6 +62,8 @@ static chunked in_chunks(const mtl_cuda_call *call, const mtl_gated_delta_args *
     if (!is_fast(args) || args->time < MTL_CUDA_CHUNK || dim > 128 || args->gamma.stride[3] != 0) return c;
     c.index = 2 * ((int)args->q.dtype * 2 + (dim == 128));
     c.v_copies = c.parts == 1 && args->v.dtype == MTL_BF16 && aligned(args->v, VECTOR) && args->value_dim % 8 == 0;
+    c.out_copies = args->out.dtype == args->q.dtype && aligned(args->out, VECTOR) &&
+                   args->value_dim * mtl_dtype_size(args->q.dtype) % VECTOR == 0;
     c.prepare_memory = (int)(2 * c.parts * c.tile);
     c.stage = 2 * c.parts * c.tile + 4 * SQUARE + (int64_t)sizeof(mtl_cuda_gated_delta_decays) +
               (c.v_copies ? 1 : 2) * MTL_CUDA_CHUNK * ROWS_OF_BLOCK * 2;
@@ -81,7 +84,8 @@ static metalloid_status update_in_chunks(const mtl_cuda_call *call, chunked c, m
         "gated_delta_chunks_f32_128",  "gated_delta_prepare_f16_64",   "gated_delta_chunks_f16_64",
         "gated_delta_prepare_f16_128", "gated_delta_chunks_f16_128",   "gated_delta_prepare_bf16_64",
         "gated_delta_chunks_bf16_64",  "gated_delta_prepare_bf16_128", "gated_delta_chunks_bf16_128"};
-    mtl_cuda_gated_delta_chunks_args args = {.stages = c.stages, .stage_bytes = (int)c.stage, .v_copies = c.v_copies};
+    mtl_cuda_gated_delta_chunks_args args = {
+        .stages = c.stages, .stage_bytes = (int)c.stage, .v_copies = c.v_copies, .out_copies = c.out_copies};
     int64_t heads = delta->batch * delta->v_heads, chunks = (delta->time + MTL_CUDA_CHUNK - 1) / MTL_CUDA_CHUNK;
     int64_t matrices = heads * 4 * MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2; /* bytes of a chunk */
     int64_t keys = c.parts > 1 ? delta->batch * delta->k_heads * 4 * c.tile : 0;

@@ -58,10 +58,6 @@ template <int KEY_DIM> constexpr int TILE = STEPS *KEY_DIM * 2; // of q or k of 
 
 // ---- what depends on no state
 
-__device__ inline bool is_live(const mtl_cuda_gated_delta_args &p, int64_t batch, int64_t time) {
-    return time < p.time && (!p.mask.data || load_integer(place(p.mask, batch, time, 0), p.mask.dtype) != 0);
-}
-
 // Sums of a block of 16 x 16 to where they belong in a square's two parts, whole sectors a row.
 __device__ inline void store_block(char *square, int row, int column, const float (&sums)[8]) {
     int lane = threadIdx.x % WARP, odd = lane % 2;
@@ -87,61 +83,73 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
     // A warp has a block of the diagonal: R there; and L, column by column, which gives way to its inverse.
     constexpr int PADDED = BLOCK + 4, PITCH = 48; // numbers, bytes
     __shared__ float decay[BLOCKS][BLOCK][PADDED], gamma[STEPS], beta[STEPS];
+    __shared__ unsigned live_bits[THREADS / WARP];
     __shared__ __align__(16) unsigned char on_diagonal[BLOCKS][2 * BLOCK * PITCH];
     unsigned k_tile = (unsigned)__cvta_generic_to_shared(shared), q_tile = k_tile + AREA;
     int64_t chunk, head, item = blockIdx.x, batch = divide(divide(item, args.chunks, chunk), p.v_heads, head);
-    int64_t group = p.v_heads / p.k_heads, k_head = head / group, first = chunk * STEPS;
+    int64_t rest, group = divide(p.v_heads, p.k_heads, rest), k_head = divide(head, group, rest);
+    int64_t first = chunk * STEPS, time = first + threadIdx.x;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 
-#pragma unroll 4
-    for (int i = threadIdx.x; i < STEPS * CHUNKS; i += THREADS) {
-        int row = i / CHUNKS, column = i % CHUNKS;
-        bool there = is_live(p, batch, first + row);
-        const char *k = place(p.k, batch, first + row, k_head), *q = place(p.q, batch, first + row, k_head);
-        unsigned to = chunk_at<KEY_DIM>(0, row, column);
+    uint64_t live = ~(uint64_t)0;
+    if (p.mask.data || first + STEPS > p.time) {
+        bool own = time < p.time && threadIdx.x < STEPS;
+        if (own && p.mask.data) own = load_integer(place(p.mask, batch, time, 0), p.mask.dtype) != 0;
+        unsigned bits = __ballot_sync(ALL_LANES, own);
+        if (lane == 0) live_bits[warp] = bits;
+        __syncthreads();
+        live = (uint64_t)live_bits[1] << WARP | live_bits[0];
+        if (threadIdx.x < 2) args.live[item * 2 + threadIdx.x] = live_bits[threadIdx.x];
+    }
+    float own_gamma = 1, own_beta = 0;
+    if (threadIdx.x < STEPS && (live >> threadIdx.x & 1)) {
+        own_gamma = load_float(place(p.gamma, batch, time, head), p.gamma.dtype);
+        own_beta = load_float(place(p.beta, batch, time, head), p.beta.dtype);
+    }
+    constexpr int PASS = THREADS / CHUNKS; // rows at once
+    int own_row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS;
+    const char *k = place(p.k, batch, first + own_row, k_head) + column * 8 * (int)sizeof(T);
+    const char *q = place(p.q, batch, first + own_row, k_head) + column * 8 * (int)sizeof(T);
+    unsigned own_to = chunk_at<KEY_DIM>(0, own_row, column);
+    [[maybe_unused]] char *keep =
+        args.keys + ((batch * p.k_heads + k_head) * args.chunks + chunk) * 4 * TILE<KEY_DIM> + threadIdx.x * 16;
+#pragma unroll
+    for (int pass = 0; pass < STEPS / PASS; pass++, k += PASS * p.k.stride[1], q += PASS * p.q.stride[1]) {
+        bool there = live >> (own_row + pass * PASS) & 1;
+        unsigned to = own_to + pass * PASS * KEY_DIM * 2;
         if constexpr (EXACT<T>) {
-            copy_async(k_tile + to, there ? k + column * 16 : p.k.data, there);
-            copy_async(q_tile + to, there ? q + column * 16 : p.q.data, there);
+            copy_async(k_tile + to, there ? k : p.k.data, there);
+            copy_async(q_tile + to, there ? q : p.q.data, there);
         } else {
-            char *keep = args.keys + ((batch * p.k_heads + k_head) * args.chunks + chunk) * 4 * TILE<KEY_DIM> +
-                         (row * CHUNKS + column) * 16;
 #pragma unroll
             for (int side = 0; side < 2; side++) {
                 float x[8] = {};
-                const char *from = (side ? q : k) + column * 8 * (int)sizeof(T);
                 if (there) {
 #pragma unroll
-                    for (int j = 0; j < 8; j += LANES<T>) widen(x + j, *(const uint4 *)(from + j * sizeof(T)), T());
+                    for (int j = 0; j < 8; j += LANES<T>)
+                        widen(x + j, *(const uint4 *)((side ? q : k) + j * sizeof(T)), T());
                 }
                 uint4 high, low;
                 split(x[0], x[1], high.x, low.x), split(x[2], x[3], high.y, low.y);
                 split(x[4], x[5], high.z, low.z), split(x[6], x[7], high.w, low.w);
                 unsigned char *tile = shared + side * AREA;
                 *(uint4 *)(tile + to) = high, *(uint4 *)(tile + TILE<KEY_DIM> + to) = low;
-                if (head % group == 0) {
-                    *(uint4 *)(keep + side * 2 * TILE<KEY_DIM>) = high;
-                    *(uint4 *)(keep + (side * 2 + 1) * TILE<KEY_DIM>) = low;
+                if (rest == 0) { // the group's first head
+                    char *at = keep + pass * THREADS * 16 + side * 2 * TILE<KEY_DIM>;
+                    *(uint4 *)at = high, *(uint4 *)(at + TILE<KEY_DIM>) = low;
                 }
             }
         }
     }
     copies_end();
-    int wrong = 0;
-    if (threadIdx.x < STEPS) {
-        int64_t time = first + threadIdx.x;
-        bool live = is_live(p, batch, time);
-        float own_gamma = live ? load_float(place(p.gamma, batch, time, head), p.gamma.dtype) : 1;
-        float own_beta = live ? load_float(place(p.beta, batch, time, head), p.beta.dtype) : 0;
-        gamma[threadIdx.x] = own_gamma, beta[threadIdx.x] = own_beta;
-        wrong = !fits(own_gamma, 1) || !fits(own_beta, MOST);
-        unsigned live_bits = __ballot_sync(ALL_LANES, live);
-        if (lane == 0) args.live[item * 2 + warp] = live_bits;
-    }
+    if (threadIdx.x < STEPS) gamma[threadIdx.x] = own_gamma, beta[threadIdx.x] = own_beta;
+    int wrong = !fits(own_gamma, 1) || !fits(own_beta, MOST);
     __syncthreads();
     if (lane < BLOCK) { // a lane to a column of R
         float product = 1;
+#pragma unroll
         for (int i = 0; i < BLOCK; i++) {
-            if (i > lane) product *= gamma[warp * BLOCK + i];
+            product *= i > lane ? gamma[warp * BLOCK + i] : 1;
             decay[warp][i][lane] = i < lane ? 0 : product;
         }
     }
@@ -308,23 +316,37 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #include "cuda/wgmma.cuh"
 
-// C += A B, where row i of the tile is column i of B; from row `first` on, as many as C has columns; k from `step` 16.
+using Tile = uint64_t; // where it is, as the matrix units are told
+__device__ inline Tile tile_at(unsigned at) { return descriptor(at, SQUARE); }
+__device__ inline Tile within(Tile tile, int bytes) { return tile + (bytes >> 4); }
+
+// C += A B, where row i of the tile is column i of B, as many as C has columns; k from 16 `step` on.
 template <int SUMS>
-__device__ inline void multiply_rows(float *c, const unsigned (&a)[4], unsigned tile, int first, int step, bool add) {
-    unsigned at = tile + first * 128 + step / 4 * SQUARE + step % 4 * 32;
-    multiply_registers_by_rows(*(float(*)[SUMS])c, a, descriptor(at, 16), add, __nv_bfloat16());
+__device__ inline void multiply_rows(float (&c)[SUMS], const unsigned (&a)[4], Tile tile, int step, bool add) {
+    Tile b = within(tile, step / 4 * SQUARE + step % 4 * 32);
+    multiply_registers_by_rows(c, a, b, add, __nv_bfloat16());
 }
 // C += A B, where row k of the tile is row k of B.
-template <int SUMS>
-__device__ inline void multiply_steps(float (&c)[SUMS], const unsigned (&a)[4], unsigned tile, int step) {
-    multiply_registers(c, a, descriptor(tile + step * 16 * 128, SQUARE), 1, __nv_bfloat16());
+__device__ inline void multiply_steps(float (&c)[32], const unsigned (&a)[4], Tile tile, int step) {
+    multiply_registers(c, a, within(tile, step * 16 * 128), 1, __nv_bfloat16());
 }
 // What ordinary instructions wrote to shared memory, for the matrix units.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// What load_transposed reads.
+__device__ inline void store_transposed(const unsigned (&m)[4], unsigned at) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(m[0]),
+                 "r"(m[1]), "r"(m[2]), "r"(m[3])
+                 : "memory");
+}
 #else
+using Tile = unsigned;
+__device__ inline Tile tile_at(unsigned at) { return at; }
+__device__ inline Tile within(Tile tile, int bytes) { return tile + bytes; }
+
 template <int SUMS>
-__device__ inline void multiply_rows(float *c, const unsigned (&a)[4], unsigned tile, int first, int step, bool add) {
-    int lane = threadIdx.x % WARP, row = first + lane % 8 + lane / 16 * 8;
+__device__ inline void multiply_rows(float (&c)[SUMS], const unsigned (&a)[4], Tile tile, int step, bool add) {
+    int lane = threadIdx.x % WARP, row = lane % 8 + lane / 16 * 8;
 #pragma unroll
     for (int pair = 0; pair < SUMS / 8; pair++) {
         unsigned b[4];
@@ -337,13 +359,12 @@ __device__ inline void multiply_rows(float *c, const unsigned (&a)[4], unsigned 
         }
     }
 }
-template <int SUMS>
-__device__ inline void multiply_steps(float (&c)[SUMS], const unsigned (&a)[4], unsigned tile, int step) {
+__device__ inline void multiply_steps(float (&c)[32], const unsigned (&a)[4], Tile tile, int step) {
     int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int pair = 0; pair < SUMS / 8; pair++) {
+    for (int pair = 0; pair < 4; pair++) {
         unsigned b[4];
-        load_transposed(b, chunk_at<STEPS>(tile + pair / 4 * SQUARE, step * 16 + lane % 16, pair % 4 * 2 + lane / 16));
+        load_transposed(b, chunk_at<STEPS>(tile, step * 16 + lane % 16, pair * 2 + lane / 16));
         multiply(*(float(*)[4]) & c[8 * pair], a, b[0], b[1]);
         multiply(*(float(*)[4]) & c[8 * pair + 4], a, b[2], b[3]);
     }
@@ -353,12 +374,22 @@ __device__ inline void products_begin() {}
 __device__ inline void products_end() {}
 template <int PENDING> __device__ inline void products_wait() {}
 template <int N> __device__ inline void settle(float (&)[N]) {}
+
+__device__ inline void store_transposed(const unsigned (&m)[4], unsigned at) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        unsigned turned, to = __shfl_sync(ALL_LANES, at, i * 8 + lane / 4) + lane % 4 * 4;
+        asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(m[i]));
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(turned) : "memory");
+    }
+}
 #endif
 
 // ---- chunk after chunk
 
 constexpr int GROUP = 4 * WARP, ROWS = 64; // threads that hold the state, and as many that fetch; rows of a block
-enum Barrier { FULL = 1, EMPTY = FULL + MTL_CUDA_STAGES, VOTE = EMPTY + MTL_CUDA_STAGES };
+enum Barrier { FULL = 1, EMPTY = FULL + MTL_CUDA_STAGES, VOTE = EMPTY + MTL_CUDA_STAGES, FETCHERS };
 
 __device__ inline void barrier_sync(int barrier) { asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory"); }
 __device__ inline void barrier_pass(int barrier) { asm volatile("bar.arrive %0, 256;" ::"r"(barrier) : "memory"); }
@@ -371,12 +402,6 @@ __device__ inline bool any_of_group(bool x) {
     return any;
 }
 
-__device__ inline unsigned transpose(unsigned pair) { // of 8 x 8 16-bit numbers
-    unsigned transposed;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
-    return transposed;
-}
-
 __device__ inline float2 load_pair(const char *at, float) { return *(const float2 *)at; }
 __device__ inline float2 load_pair(const char *at, __half) { return __half22float2(*(const __half2 *)at); }
 __device__ inline float2 load_pair(const char *at, __nv_bfloat16) {
@@ -385,10 +410,15 @@ __device__ inline float2 load_pair(const char *at, __nv_bfloat16) {
 }
 
 // A stage: k, q (both parts each), M, N (both parts), decays, v (both parts, where it is not bfloat16 fit for copies).
+// What v's place gets back is out, of type T, for those who fetch to write where it is fit for 16 bytes at once.
 template <typename T, int KEY_DIM> struct Stage {
     static constexpr int PARTS = EXACT<T> ? 1 : 2, Q = PARTS * TILE<KEY_DIM>, M = 2 * Q, N = M + 2 * SQUARE;
     static constexpr int DECAYS = N + 2 * SQUARE, V = DECAYS + (int)sizeof(mtl_cuda_gated_delta_decays);
+    static constexpr int OUT_CHUNKS = ROWS * (int)sizeof(T) / 16; // of a step
+
+    __device__ static unsigned out_at(int step, int chunk) { return chunk_at<OUT_CHUNKS * 8>(V, step, chunk); }
 };
+
 // Of a chunk, a bit to a step.
 __device__ inline uint64_t live_steps(const mtl_cuda_gated_delta_chunks_args &args, int64_t first_item, int64_t chunk) {
     bool all = !args.delta.mask.data && (chunk + 1) * STEPS <= args.delta.time;
@@ -445,6 +475,21 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
     bool v_there = v_column * 8 < rows;
     unsigned v_to = chunk_at<ROWS>(S::V, v_row, v_column);
 
+    auto write_out = [&](int64_t chunk, int slot) {
+        const unsigned char *stage = shared + slot * args.stage_bytes;
+        bool by_steps = isnan(((const mtl_cuda_gated_delta_decays *)(stage + S::DECAYS))->from_beginning[0]);
+        int first = thread / S::OUT_CHUNKS, out_column = thread % S::OUT_CHUNKS;
+        if (!args.out_copies || by_steps || out_column * 16 >= rows * (int)sizeof(T)) return;
+        char *to =
+            (char *)place(p.out, batch, chunk * STEPS + first, head) + first_row * (int)sizeof(T) + out_column * 16;
+        constexpr int PASS = GROUP / S::OUT_CHUNKS;
+#pragma unroll
+        for (int pass = 0; pass < STEPS / PASS; pass++, to += PASS * p.out.stride[1]) {
+            if (chunk * STEPS + first + pass * PASS < p.time)
+                *(uint4 *)to = *(const uint4 *)(stage + S::out_at(first + pass * PASS, out_column));
+        }
+    };
+
     bool ahead = args.stages > 2; // a chunk still on its way when the next one is asked for
     auto arrived = [&](int slot) {
         publish();
@@ -452,7 +497,12 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
     };
     int slot = 0, last = 0;
     for (int64_t chunk = 0; chunk < args.chunks; chunk++) {
-        if (chunk >= args.stages) barrier_sync(EMPTY + slot);
+        if (chunk >= args.stages) {
+            barrier_sync(EMPTY + slot);
+            write_out(chunk - args.stages, slot);
+            // A copy of v goes where the same thread has just read; other values do not.
+            if (!args.v_copies) asm volatile("bar.sync %0, %1;" ::"n"((int)FETCHERS), "n"(GROUP) : "memory");
+        }
         unsigned stage = base + slot * args.stage_bytes;
         uint64_t live = live_steps(args, first_item, chunk);
         if constexpr (EXACT<T>) {
@@ -509,9 +559,15 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
         last = slot;
         slot = slot + 1 < args.stages ? slot + 1 : 0;
     }
-    if (!ahead) return;
-    copies_wait<0>();
-    arrived(last);
+    if (ahead) {
+        copies_wait<0>();
+        arrived(last);
+    }
+    for (int64_t chunk = max(args.chunks - args.stages, (int64_t)0); chunk < args.chunks; chunk++) {
+        slot = (int)(chunk % args.stages);
+        barrier_sync(EMPTY + slot);
+        write_out(chunk, slot);
+    }
 }
 
 template <typename T, int KEY_DIM>
@@ -554,31 +610,13 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     }
 
     bool v_in_parts = !EXACT<T> || !args.v_copies;
-    bool paired = sizeof(T) == 2 && p.out.dtype == Element<T>::dtype && p.out.stride[3] == 2 && p.value_dim % 2 == 0 &&
-                  (((int64_t)p.out.data | p.out.stride[0] | p.out.stride[1] | p.out.stride[2]) & 3) == 0;
     float out[STEPS / 2];
     auto write_out = [&](int chunk) {
-        int64_t first = (int64_t)chunk * STEPS;
-        if constexpr (sizeof(T) == 2) {
-            if (paired) { // a lane to two rows of a step
-                int r = warp * 16 + pair, most = (int)min(p.time - first, (int64_t)STEPS);
-                char *to = out_at(first + lane / 4, r);
-#pragma unroll
-                for (int n = 0; n < STEPS / 8; n++, to += 8 * p.out.stride[1]) {
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        unsigned x = transpose(narrow_pair(out[4 * n + 2 * i], out[4 * n + 2 * i + 1], T()));
-                        if (n * 8 + lane / 4 < most && row_there(r + 8 * i)) *(unsigned *)(to + 16 * i) = x;
-                    }
-                }
-                return;
-            }
-        }
 #pragma unroll
         for (int n = 0; n < STEPS / 8; n++) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                int64_t time = first + n * 8 + pair + e;
+                int64_t time = (int64_t)chunk * STEPS + n * 8 + pair + e;
                 if (time >= p.time) continue;
 #pragma unroll
                 for (int i = 0; i < 2; i++)
@@ -586,6 +624,30 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
             }
         }
     };
+    auto stage_out = [&](unsigned char *stage) {
+        if constexpr (sizeof(T) == 2) {
+            unsigned at = (unsigned)__cvta_generic_to_shared(stage) +
+                          S::out_at(lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);
+#pragma unroll
+            for (int block = 0; block < BLOCKS; block++) {
+                unsigned pairs[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    pairs[i] = narrow_pair(out[8 * block + 2 * i], out[8 * block + 2 * i + 1], T());
+                store_transposed(pairs, at + block * 16 * ROWS * 2);
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < STEPS / 8; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int r = row[e / 2];
+                    *(float *)(stage + S::out_at(n * 8 + pair + e % 2, r / 4) + r % 4 * 4) = out[4 * n + e];
+                }
+            }
+        }
+    };
+
     // The step as it stands. Four lanes have two rows of the state, as it was before the chunk: where k and q were.
     auto keep_state = [&](unsigned char *stage) {
 #pragma unroll
@@ -645,55 +707,72 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
                 if (lane % 4 == 0 && row_there(row[i])) store_float(to, p.out.dtype, x);
             }
         }
+        if (threadIdx.x == 0) ((mtl_cuda_gated_delta_decays *)(stage + S::DECAYS))->from_beginning[0] = NAN; // written
 #pragma unroll
         for (int i = 0; i < KEY_DIM / 2; i++) state[i / 32][i % 32] = own[i * GROUP];
     };
 
     unsigned high[KEY_DIM / 16][4], low[KEY_DIM / 16][4];
-    auto split_state = [&](int half) {
+    auto split_state = [&]() {
 #pragma unroll
-        for (int step = 0; step < 4; step++)
-            split_sums(state[half] + 8 * step, high[4 * half + step], low[4 * half + step]);
+        for (int step = 0; step < KEY_DIM / 16; step++)
+            split_sums(state[step / 4] + step % 4 * 8, high[step], low[step]);
     };
-    split_state(0), split_state(HALVES - 1);
+    split_state();
     int slot = 0;
     for (int chunk = 0; chunk < args.chunks; chunk++) {
-        unsigned stage = base + slot * args.stage_bytes, q_tile = stage + S::Q, m_tile = stage + S::M;
+        unsigned stage = base + slot * args.stage_bytes;
+        Tile k_tile = tile_at(stage), m_tile = within(k_tile, S::M), n_tile = within(k_tile, S::N);
         unsigned char *here = shared + slot * args.stage_bytes;
         const mtl_cuda_gated_delta_decays &decays = *(const mtl_cuda_gated_delta_decays *)(here + S::DECAYS);
         barrier_sync(FULL + slot);
 
         // S k, S q
         float with_k[STEPS / 2];
-        auto multiply_state = [&](float(&sums)[STEPS / 2], unsigned tile, int step) {
-            multiply_rows<STEPS / 2>(sums, high[step], tile, 0, step, step > 0);
-            multiply_rows<STEPS / 2>(sums, low[step], tile, 0, step, true);
-            if constexpr (PARTS == 2) multiply_rows<STEPS / 2>(sums, high[step], tile + TILE<KEY_DIM>, 0, step, true);
+        auto multiply_state = [&](float(&sums)[STEPS / 2], Tile tile, int step) {
+            multiply_rows(sums, high[step], tile, step, step > 0);
+            multiply_rows(sums, low[step], tile, step, true);
+            if constexpr (PARTS == 2) multiply_rows(sums, high[step], within(tile, TILE<KEY_DIM>), step, true);
         };
         products_begin();
 #pragma unroll
-        for (int step = 0; step < KEY_DIM / 16; step++) multiply_state(with_k, stage, step);
+        for (int step = 0; step < KEY_DIM / 16; step++) multiply_state(with_k, k_tile, step);
         products_end();
         products_begin();
 #pragma unroll
-        for (int step = 0; step < KEY_DIM / 16; step++) multiply_state(out, q_tile, step);
+        for (int step = 0; step < KEY_DIM / 16; step++) {
+            multiply_state(out, within(k_tile, S::Q), step);
+            if (step == KEY_DIM / 32 - 1) products_end();
+        }
         products_end();
-        products_wait<1>();
-        settle(with_k);
 
         // v - G S k, as the left operand of M
         unsigned rest_high[BLOCKS][4], rest_low[BLOCKS][4];
         bool wrong = false;
+        struct Rest { // what a block's need; read while the block before is worked on
+            unsigned v[4];
+            float2 decay[2];
+        } next[2];
+        auto v_at = [&](int block) {
+            return chunk_at<ROWS>(stage + S::V, block * 16 + lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);
+        };
+        auto read_rest = [&](int block) {
+            Rest &to = next[block % 2];
+            load_transposed(to.v, v_at(block));
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                to.decay[half] = *(const float2 *)&decays.from_beginning[block * 16 + half * 8 + pair];
+        };
         auto take_rest = [&](int block) {
+            if (block + 1 < BLOCKS) read_rest(block + 1);
+            const Rest &now = next[block % 2];
             float v[8];
-            unsigned pairs[4],
-                at = chunk_at<ROWS>(stage + S::V, block * 16 + lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);
-            load_transposed(pairs, at);
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                v[2 * i] = __uint_as_float(pairs[i] << 16), v[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+                v[2 * i] = __uint_as_float(now.v[i] << 16), v[2 * i + 1] = __uint_as_float(now.v[i] & 0xffff0000u);
             if (v_in_parts) {
-                load_transposed(pairs, at + SQUARE);
+                unsigned pairs[4];
+                load_transposed(pairs, v_at(block) + SQUARE);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     v[2 * i] += __uint_as_float(pairs[i] << 16);
@@ -702,11 +781,10 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float2 decay = *(const float2 *)&decays.from_beginning[block * 16 + half * 8 + pair];
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     float &x = v[4 * half + e];
-                    x -= (e % 2 ? decay.y : decay.x) * with_k[8 * block + 4 * half + e];
+                    x -= (e % 2 ? now.decay[half].y : now.decay[half].x) * with_k[8 * block + 4 * half + e];
                     wrong |= !fits(x, MOST);
                 }
             }
@@ -715,56 +793,67 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         // delta = M (v - G S k): the first 32 steps need but half of it.
         float delta[2][STEPS / 4];
         auto take_delta = [&](int half, int block) {
-            multiply_rows<STEPS / 4>(delta[half], rest_high[block], m_tile, half * 32, block, block > 0);
-            multiply_rows<STEPS / 4>(delta[half], rest_low[block], m_tile, half * 32, block, true);
-            multiply_rows<STEPS / 4>(delta[half], rest_high[block], m_tile + SQUARE, half * 32, block, true);
+            Tile tile = within(m_tile, half * 32 * 128);
+            multiply_rows(delta[half], rest_high[block], tile, block, block > 0);
+            multiply_rows(delta[half], rest_low[block], tile, block, true);
+            multiply_rows(delta[half], rest_high[block], within(tile, SQUARE), block, true);
         };
-        take_rest(0), take_rest(1);
+        read_rest(0);
+        products_wait<2>();
+        settle(with_k);
+        take_rest(0);
+        products_wait<1>(); // and half the state's parts make room
+        take_rest(1), take_rest(2), take_rest(3);
+        wrong = __any_sync(ALL_LANES, any_of_group(wrong)); // to the compiler, too, the same of all lanes
+        if (__builtin_expect(wrong, 0)) keep_state(here);   // and by_steps does it all again
         products_wait<0>();
         settle(out);
         products_begin();
         take_delta(0, 0), take_delta(0, 1);
         products_end();
-        take_delta(1, 0), take_delta(1, 1);
-        take_rest(2), take_rest(3);
-        products_begin();
-        take_delta(1, 2), take_delta(1, 3);
+        take_delta(1, 0), take_delta(1, 1), take_delta(1, 2), take_delta(1, 3);
         products_end();
-        wrong = __any_sync(ALL_LANES, any_of_group(wrong)); // to the compiler, too, the same of all lanes
-        if (wrong) keep_state(here);                        // and by_steps does it all again
         float over_chunk = decays.from_beginning[STEPS - 1];
 #pragma unroll
         for (int i = 0; i < KEY_DIM / 2; i++) state[i / 32][i % 32] *= over_chunk;
+        float2 to_end[STEPS / 8];
+#pragma unroll
+        for (int n = 0; n < STEPS / 8; n++) to_end[n] = *(const float2 *)&decays.to_end[n * 8 + pair];
         products_wait<1>();
         settle(delta[0]);
+
         // S = G_C S + delta k, out = G S q + N delta
         unsigned ended_high[BLOCKS][4], ended_low[BLOCKS][4], delta_high[BLOCKS][4], delta_low[BLOCKS][4];
         auto take_ended = [&](int block) {
             float ended[8];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float2 decay = *(const float2 *)&decays.to_end[block * 16 + half * 8 + pair];
+                float2 decay = to_end[2 * block + half];
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     ended[4 * half + e] = delta[block / 2][block % 2 * 8 + 4 * half + e] * (e % 2 ? decay.y : decay.x);
             }
             split_sums(ended, ended_high[block], ended_low[block]);
         };
-        auto update = [&](int half, int block) {
-            unsigned tile = stage + half * SQUARE;
-            multiply_steps(state[half], ended_high[block], tile, block);
-            multiply_steps(state[half], ended_low[block], tile, block);
-            if constexpr (PARTS == 2) multiply_steps(state[half], ended_high[block], tile + TILE<KEY_DIM>, block);
+        auto update = [&](int block) {
+#pragma unroll
+            for (int half = 0; half < HALVES; half++) {
+                Tile tile = within(k_tile, half * SQUARE);
+                multiply_steps(state[half], ended_high[block], tile, block);
+                multiply_steps(state[half], ended_low[block], tile, block);
+                if constexpr (PARTS == 2)
+                    multiply_steps(state[half], ended_high[block], within(tile, TILE<KEY_DIM>), block);
+            }
         };
         take_ended(0), take_ended(1);
         products_begin();
-        update(0, 0), update(0, 1);
+        update(0), update(1);
         products_end();
         products_wait<1>();
         settle(delta[1]);
         take_ended(2), take_ended(3);
         products_begin();
-        update(0, 2), update(0, 3);
+        update(2), update(3);
         products_end();
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++) {
@@ -779,30 +868,26 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         products_begin();
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++) {
-            multiply_rows<STEPS / 2>(out, delta_high[block], m_tile + 2 * SQUARE, 0, block, true);
-            multiply_rows<STEPS / 2>(out, delta_low[block], m_tile + 2 * SQUARE, 0, block, true);
-            multiply_rows<STEPS / 2>(out, delta_high[block], m_tile + 3 * SQUARE, 0, block, true);
+            multiply_rows(out, delta_high[block], n_tile, block, true);
+            multiply_rows(out, delta_low[block], n_tile, block, true);
+            multiply_rows(out, delta_high[block], within(n_tile, SQUARE), block, true);
         }
         products_end();
-        if constexpr (HALVES == 2) {
-#pragma unroll
-            for (int block = 0; block < BLOCKS; block++) update(1, block);
-        }
-        products_end();
-        products_wait<2>();
-        settle(state[0]);
-        split_state(0);
         products_wait<1>();
-        settle(out);
-        if (!wrong) write_out(chunk);
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) settle(state[half]);
+        split_state();
         products_wait<0>();
-        settle(state[HALVES - 1]);
-        if (wrong) {
+        settle(out);
+        if (__builtin_expect(wrong, 0)) {
             by_steps(chunk, here);
-            split_state(0);
+            split_state();
+        } else if (args.out_copies) {
+            stage_out(here);
+        } else {
+            write_out(chunk);
         }
-        split_state(HALVES - 1);
-        if (chunk + args.stages < args.chunks) barrier_pass(EMPTY + slot);
+        barrier_pass(EMPTY + slot);
         slot = slot + 1 < args.stages ? slot + 1 : 0;
     }
 #pragma unroll
