@@ -121,8 +121,7 @@ typedef struct mtl_cuda_gated_delta_chunks_args {
     mtl_cuda_gated_delta_decays *decays; /* of an item */
     unsigned *live;                      /* of an item: a bit to a step */
     int stages, stage_bytes;
-    int out_copies; /* out is of q's type and fit for 16 bytes at once */
-    int v_copies;   /* q, k and v are bfloat16, and v is fit for copies of 16 bytes */
+    int v_copies, out_copies; /* v, out are of q's type and fit for 16 bytes at once */
 } mtl_cuda_gated_delta_chunks_args;
 
 #endif

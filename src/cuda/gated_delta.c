@@ -57,16 +57,17 @@ typedef struct chunked {
 
 static chunked in_chunks(const mtl_cuda_call *call, const mtl_gated_delta_args *args) {
     enum { SQUARE = MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2, OWN = 16384 };
-    int64_t dim = args->key_dim, most = call->device->shared_memory;
+    int64_t dim = args->key_dim, size = mtl_dtype_size(args->q.dtype), most = call->device->shared_memory;
     chunked c = {.tile = MTL_CUDA_CHUNK * dim * 2, .parts = args->q.dtype == MTL_BF16 ? 1 : 2};
     if (!is_fast(args) || args->time < MTL_CUDA_CHUNK || dim > 128 || args->gamma.stride[3] != 0) return c;
     c.index = 2 * ((int)args->q.dtype * 2 + (dim == 128));
-    c.v_copies = c.parts == 1 && args->v.dtype == MTL_BF16 && aligned(args->v, VECTOR) && args->value_dim % 8 == 0;
-    c.out_copies = args->out.dtype == args->q.dtype && aligned(args->out, VECTOR) &&
-                   args->value_dim * mtl_dtype_size(args->q.dtype) % VECTOR == 0;
-    c.prepare_memory = (int)(2 * c.parts * c.tile);
-    c.stage = 2 * c.parts * c.tile + 4 * SQUARE + (int64_t)sizeof(mtl_cuda_gated_delta_decays) +
-              (c.v_copies ? 1 : 2) * MTL_CUDA_CHUNK * ROWS_OF_BLOCK * 2;
+    bool in_vectors = args->value_dim * size % VECTOR == 0; /* rows of v and out, as far as their layouts allow */
+    c.v_copies = in_vectors && args->v.dtype == args->q.dtype && aligned(args->v, VECTOR);
+    c.out_copies = in_vectors && args->out.dtype == args->q.dtype && aligned(args->out, VECTOR);
+    int64_t diagonal = 6144, keys = 2 * c.parts * c.tile; /* prepare: keys, then L and blocks on its diagonal */
+    c.prepare_memory = (int)(keys > 2 * SQUARE + diagonal ? keys : 2 * SQUARE + diagonal);
+    c.stage = keys + 4 * SQUARE + (int64_t)sizeof(mtl_cuda_gated_delta_decays) +
+              MTL_CUDA_CHUNK * ROWS_OF_BLOCK * (c.v_copies ? size : (int64_t)sizeof(float));
     int64_t stages = c.prepare_memory <= most - OWN ? most / c.stage : 0;
     c.stages = stages < MTL_CUDA_STAGES ? (int)stages : MTL_CUDA_STAGES;
     return c;

@@ -58,9 +58,9 @@ template <int KEY_DIM> constexpr int TILE = STEPS *KEY_DIM * 2; // of q or k of 
 
 // ---- what depends on no state
 
-// Sums of a block of 16 x 16 to where they belong in a square's two parts, whole sectors a row.
-__device__ inline void store_block(char *square, int row, int column, const float (&sums)[8]) {
-    int lane = threadIdx.x % WARP, odd = lane % 2;
+// Sums of a block of 16 x 16 to where the lane's belong in a square's two parts: whole sectors a row.
+__device__ inline void store_block(char *own, const float (&sums)[8]) {
+    int odd = threadIdx.x % 2;
     unsigned parts[2][4];
     split_sums(sums, parts[0], parts[1]);
 #pragma unroll
@@ -69,8 +69,8 @@ __device__ inline void store_block(char *square, int row, int column, const floa
         for (int i = 0; i < 2; i++) {
             unsigned left = parts[part][i], right = parts[part][2 + i];
             unsigned other = __shfl_xor_sync(ALL_LANES, odd ? left : right, 1);
-            int at = (row + lane / 4 + 8 * i) * STEPS + column + (odd ? 6 : 0) + lane % 4 * 2;
-            *(uint2 *)(square + part * SQUARE + at * 2) = odd ? make_uint2(other, right) : make_uint2(left, other);
+            *(uint2 *)(own + part * SQUARE + i * 8 * STEPS * 2) =
+                odd ? make_uint2(other, right) : make_uint2(left, other);
         }
     }
 }
@@ -84,7 +84,7 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
     constexpr int PADDED = BLOCK + 4, PITCH = 48; // numbers, bytes
     __shared__ float decay[BLOCKS][BLOCK][PADDED], gamma[STEPS], beta[STEPS];
     __shared__ unsigned live_bits[THREADS / WARP];
-    __shared__ __align__(16) unsigned char on_diagonal[BLOCKS][2 * BLOCK * PITCH];
+    unsigned char(*on_diagonal)[2 * BLOCK * PITCH] = (unsigned char(*)[2 * BLOCK * PITCH])(shared + 2 * SQUARE);
     unsigned k_tile = (unsigned)__cvta_generic_to_shared(shared), q_tile = k_tile + AREA;
     int64_t chunk, head, item = blockIdx.x, batch = divide(divide(item, args.chunks, chunk), p.v_heads, head);
     int64_t rest, group = divide(p.v_heads, p.k_heads, rest), k_head = divide(head, group, rest);
@@ -113,30 +113,43 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
     unsigned own_to = chunk_at<KEY_DIM>(0, own_row, column);
     [[maybe_unused]] char *keep =
         args.keys + ((batch * p.k_heads + k_head) * args.chunks + chunk) * 4 * TILE<KEY_DIM> + threadIdx.x * 16;
+    if constexpr (EXACT<T>) {
 #pragma unroll
-    for (int pass = 0; pass < STEPS / PASS; pass++, k += PASS * p.k.stride[1], q += PASS * p.q.stride[1]) {
-        bool there = live >> (own_row + pass * PASS) & 1;
-        unsigned to = own_to + pass * PASS * KEY_DIM * 2;
-        if constexpr (EXACT<T>) {
+        for (int pass = 0; pass < STEPS / PASS; pass++, k += PASS * p.k.stride[1], q += PASS * p.q.stride[1]) {
+            bool there = live >> (own_row + pass * PASS) & 1;
+            unsigned to = own_to + pass * PASS * KEY_DIM * 2;
             copy_async(k_tile + to, there ? k : p.k.data, there);
             copy_async(q_tile + to, there ? q : p.q.data, there);
-        } else {
+        }
+    } else {
+        constexpr int AT_ONCE = 4, VECTORS = 8 / LANES<T>; // passes whose loads are on their way together
 #pragma unroll
-            for (int side = 0; side < 2; side++) {
-                float x[8] = {};
-                if (there) {
+        for (int begin = 0; begin < STEPS / PASS; begin += AT_ONCE) {
+            uint4 raw[AT_ONCE][2][VECTORS] = {};
 #pragma unroll
-                    for (int j = 0; j < 8; j += LANES<T>)
-                        widen(x + j, *(const uint4 *)((side ? q : k) + j * sizeof(T)), T());
-                }
-                uint4 high, low;
-                split(x[0], x[1], high.x, low.x), split(x[2], x[3], high.y, low.y);
-                split(x[4], x[5], high.z, low.z), split(x[6], x[7], high.w, low.w);
-                unsigned char *tile = shared + side * AREA;
-                *(uint4 *)(tile + to) = high, *(uint4 *)(tile + TILE<KEY_DIM> + to) = low;
-                if (rest == 0) { // the group's first head
-                    char *at = keep + pass * THREADS * 16 + side * 2 * TILE<KEY_DIM>;
-                    *(uint4 *)at = high, *(uint4 *)(at + TILE<KEY_DIM>) = low;
+            for (int i = 0; i < AT_ONCE; i++, k += PASS * p.k.stride[1], q += PASS * p.q.stride[1]) {
+                if (!(live >> (own_row + (begin + i) * PASS) & 1)) continue;
+#pragma unroll
+                for (int part = 0; part < VECTORS; part++)
+                    raw[i][0][part] = *(const uint4 *)(k + part * 16),
+                    raw[i][1][part] = *(const uint4 *)(q + part * 16);
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    float x[8];
+#pragma unroll
+                    for (int part = 0; part < VECTORS; part++) widen(x + part * LANES<T>, raw[i][side][part], T());
+                    uint4 high, low;
+                    split(x[0], x[1], high.x, low.x), split(x[2], x[3], high.y, low.y);
+                    split(x[4], x[5], high.z, low.z), split(x[6], x[7], high.w, low.w);
+                    unsigned char *to = shared + side * AREA + own_to + (begin + i) * PASS * KEY_DIM * 2;
+                    *(uint4 *)to = high, *(uint4 *)(to + TILE<KEY_DIM>) = low;
+                    if (rest == 0) { // the group's first head
+                        char *at = keep + (begin + i) * THREADS * 16 + side * 2 * TILE<KEY_DIM>;
+                        *(uint4 *)at = high, *(uint4 *)(at + TILE<KEY_DIM>) = low;
+                    }
                 }
             }
         }
@@ -194,32 +207,51 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
     }
     __syncthreads(); // L takes the place of the keys
 
-    char *matrices = args.matrices + item * 4 * SQUARE;
-    float *column_of_l = (float *)on_diagonal[warp], between = 1;
+    // The lane's four numbers side by side in the warp's rows of blocks, as store_block exchanges them.
+    int i0 = lane / 4, pair = lane % 4 * 2, first_row = warp * BLOCK;
+    char *own = args.matrices + item * 4 * SQUARE + ((first_row + i0) * STEPS + pair + lane % 2 * 6) * 2;
+    float *column_of_l = (float *)on_diagonal[warp];
+    float rise[2] = {up_to(first_row + i0), up_to(first_row + i0 + 8)};
+    float step_size[2] = {beta[first_row + i0], beta[first_row + i0 + 8]}, between = 1, n[8];
+    // The block on the diagonal
 #pragma unroll
-    for (int block = BLOCKS - 1; block >= 0; block--) {
-        if (block > warp) continue;
-        float n[8];
+    for (int e = 0; e < 8; e++) {
+        int i = i0 + e / 2 % 2 * 8, j = e / 4 * 8 + pair + e % 2;
+        float l = 0;
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++)
+            if (block == warp) l = dots[0][block][e], n[e] = dots[1][block][e];
+        wrong |= i >= j && !(fits(l, MOST) && fits(n[e], MOST));
+        n[e] = i >= j ? n[e] * decay[warp][i][j] : 0;
+        l = i > j ? l * decay[warp][i][j] * step_size[e / 2 % 2] : 0;
+        wrong |= !fits(l, MOST_INVERSE);
+        column_of_l[j * PADDED + i] = l;
+    }
+    store_block(own + 2 * SQUARE + first_row * 2, n);
+    // and those on its left; with k_i.k_i all k_i.k_j fit.
+#pragma unroll
+    for (int block = BLOCKS - 2; block >= 0; block--) {
+        if (block >= warp) continue;
+        float(&l)[8] = dots[0][block];
+        float2 fall[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            fall[half] = *(const float2 *)&decay[block][BLOCK - 1][half * 8 + pair];
+            fall[half].x *= between, fall[half].y *= between;
+        }
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-            int i = lane / 4 + e / 2 % 2 * 8, j = e / 4 * 8 + lane % 4 * 2 + e % 2;
-            int row = warp * BLOCK + i, column = block * BLOCK + j;
-            float by = block == warp ? decay[warp][i][j] : up_to(row) * between * after(column);
-            float &l = dots[0][block][e];
-            wrong |= row >= column && !(fits(l, MOST) && fits(dots[1][block][e], MOST));
-            n[e] = row >= column ? dots[1][block][e] * by : 0;
-            l = row > column ? l * by * beta[row] : 0;
-            wrong |= !fits(l, MOST_INVERSE);
-            if (block == warp) column_of_l[j * PADDED + i] = l;
+            float by = rise[e / 2 % 2] * (e % 2 ? fall[e / 4].y : fall[e / 4].x);
+            n[e] = dots[1][block][e] * by, l[e] *= by * step_size[e / 2 % 2];
+            wrong |= !fits(n[e], MOST) || !fits(l[e], MOST_INVERSE);
         }
-        if (block < warp) between *= over_block(block);
-        store_block(matrices + 2 * SQUARE, warp * BLOCK, block * BLOCK, n);
-        if (block == warp) continue;
+        between *= over_block(block);
+        store_block(own + 2 * SQUARE + block * BLOCK * 2, n);
         unsigned high[4], low[4];
-        split_sums(dots[0][block], high, low);
+        split_sums(l, high, low);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            unsigned to = chunk_at<STEPS>(0, warp * BLOCK + lane / 4 + i % 2 * 8, block * 2 + i / 2) + lane % 4 * 4;
+            unsigned to = chunk_at<STEPS>(0, first_row + i0 + i % 2 * 8, block * 2 + i / 2) + pair * 2;
             *(unsigned *)(shared + to) = high[i], *(unsigned *)(shared + SQUARE + to) = low[i];
         }
     }
@@ -293,9 +325,9 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
 #pragma unroll
         for (int e = 0; e < 8; e++) {
             wrong |= !fits(sums[e], MOST_INVERSE);
-            sums[e] *= beta[block * BLOCK + e / 4 * 8 + lane % 4 * 2 + e % 2];
+            sums[e] *= beta[block * BLOCK + e / 4 * 8 + pair + e % 2];
         }
-        store_block(matrices, warp * BLOCK, block * BLOCK, sums);
+        store_block(own + block * BLOCK * 2, sums);
     }
     wrong = __syncthreads_or(wrong);
     if (threadIdx.x < STEPS) {
@@ -402,21 +434,26 @@ __device__ inline bool any_of_group(bool x) {
     return any;
 }
 
-__device__ inline float2 load_pair(const char *at, float) { return *(const float2 *)at; }
-__device__ inline float2 load_pair(const char *at, __half) { return __half22float2(*(const __half2 *)at); }
-__device__ inline float2 load_pair(const char *at, __nv_bfloat16) {
-    unsigned pair = *(const unsigned *)at;
+__device__ inline float2 widen_pair(unsigned pair, __half) { return __half22float2(*(const __half2 *)&pair); }
+__device__ inline float2 widen_pair(unsigned pair, __nv_bfloat16) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
+__device__ inline float2 load_pair(const char *at, float) { return *(const float2 *)at; }
+template <typename T> __device__ inline float2 load_pair(const char *at, T t) {
+    return widen_pair(*(const unsigned *)at, t);
+}
 
-// A stage: k, q (both parts each), M, N (both parts), decays, v (both parts, where it is not bfloat16 fit for copies).
+// A stage: k, q (both parts each), M, N (both parts), decays, v: of type T where it is fit for copies, else both parts.
 // What v's place gets back is out, of type T, for those who fetch to write where it is fit for 16 bytes at once.
 template <typename T, int KEY_DIM> struct Stage {
     static constexpr int PARTS = EXACT<T> ? 1 : 2, Q = PARTS * TILE<KEY_DIM>, M = 2 * Q, N = M + 2 * SQUARE;
     static constexpr int DECAYS = N + 2 * SQUARE, V = DECAYS + (int)sizeof(mtl_cuda_gated_delta_decays);
-    static constexpr int OUT_CHUNKS = ROWS * (int)sizeof(T) / 16; // of a step
+    static constexpr int VALUES = 16 / (int)sizeof(T), V_CHUNKS = ROWS / VALUES; // of 16 bytes, of a step
 
-    __device__ static unsigned out_at(int step, int chunk) { return chunk_at<OUT_CHUNKS * 8>(V, step, chunk); }
+    __device__ static unsigned v_at(int step, int chunk) { return chunk_at<V_CHUNKS * 8>(V, step, chunk); }
+    __device__ static unsigned value_at(int step, int row) {
+        return v_at(step, row / VALUES) + row % VALUES * (int)sizeof(T);
+    }
 };
 
 // Of a chunk, a bit to a step.
@@ -429,24 +466,37 @@ __device__ inline uint64_t live_steps(const mtl_cuda_gated_delta_chunks_args &ar
 template <typename V>
 __device__ inline void split_values(const mtl_cuda_strided &v, const char *from, unsigned char *tile, int rows,
                                     uint64_t live, int thread) {
-    constexpr int AT_ONCE = 16, PASS = GROUP / ROWS;
-    int row = thread % ROWS;
+    constexpr int AT_ONCE = 8, PASS = GROUP / (ROWS / 2); // a thread to two rows
+    int row = thread % (ROWS / 2) * 2;
+    from += row * v.stride[3] + thread / (ROWS / 2) * v.stride[1];
 #pragma unroll 1
-    for (int first = thread / ROWS; first < STEPS; first += AT_ONCE * PASS) {
-        float x[AT_ONCE];
+    for (int first = thread / (ROWS / 2); first < STEPS; first += AT_ONCE * PASS) {
+        V raw[AT_ONCE][2]; // of somewhere else where nothing is: without branches all loads are on their way together
+        float x[AT_ONCE][2];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            int step = first + i * PASS;
-            bool there = row < rows && (live >> step & 1);
-            x[i] = there ? (float)*(const V *)(from + step * v.stride[1] + row * v.stride[3]) : 0;
+        for (int i = 0; i < AT_ONCE; i++, from += PASS * v.stride[1]) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                bool there = row + e < rows && (live >> (first + i * PASS) & 1);
+                raw[i][e] = *(const V *)(there ? from + e * v.stride[3] : v.data);
+            }
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            __nv_bfloat16 high = __float2bfloat16_rz(x[i]); // stays finite
-            float rest = x[i] - __bfloat162float(high);
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                x[i][e] = row + e < rows && (live >> (first + i * PASS) & 1) ? (float)raw[i][e] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            // The first part is cut off, not rounded, so that it stays finite.
+            unsigned bits[2] = {__float_as_uint(x[i][0]), __float_as_uint(x[i][1])};
+            float rest[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) rest[e] = isinf(x[i][e]) ? 0 : x[i][e] - __uint_as_float(bits[e] & 0xffff0000u);
             unsigned char *to = tile + chunk_at<ROWS>(0, first + i * PASS, row / 8) + row % 8 * 2;
-            *(__nv_bfloat16 *)to = high;
-            *(__nv_bfloat16 *)(to + SQUARE) = __float2bfloat16_rn(isinf(x[i]) ? 0 : rest);
+            *(unsigned *)to = __byte_perm(bits[0], bits[1], 0x7632);
+            *(unsigned *)(to + SQUARE) = narrow_pair(rest[0], rest[1], __nv_bfloat16());
         }
     }
 }
@@ -470,23 +520,19 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
     int second = thread % 64, third = thread - 32;
     int square_row[3] = {48 + thread / 8, thread < 32 ? thread / 2 : 32 + third / 6, 16 + second / 4};
     int square_column[3] = {thread % 8, thread < 32 ? thread % 2 : third % 6, second % 4};
-    constexpr int V_CHUNKS = ROWS / 8, V_PASS = GROUP / V_CHUNKS;
-    int v_row = thread / V_CHUNKS, v_column = thread % V_CHUNKS;
-    bool v_there = v_column * 8 < rows;
-    unsigned v_to = chunk_at<ROWS>(S::V, v_row, v_column);
-
+    constexpr int V_PASS = GROUP / S::V_CHUNKS; // steps at once
+    int v_step = thread / S::V_CHUNKS, v_column = thread % S::V_CHUNKS;
+    bool v_there = v_column * S::VALUES < rows;
     auto write_out = [&](int64_t chunk, int slot) {
         const unsigned char *stage = shared + slot * args.stage_bytes;
         bool by_steps = isnan(((const mtl_cuda_gated_delta_decays *)(stage + S::DECAYS))->from_beginning[0]);
-        int first = thread / S::OUT_CHUNKS, out_column = thread % S::OUT_CHUNKS;
-        if (!args.out_copies || by_steps || out_column * 16 >= rows * (int)sizeof(T)) return;
+        if (!args.out_copies || by_steps || !v_there) return;
         char *to =
-            (char *)place(p.out, batch, chunk * STEPS + first, head) + first_row * (int)sizeof(T) + out_column * 16;
-        constexpr int PASS = GROUP / S::OUT_CHUNKS;
+            (char *)place(p.out, batch, chunk * STEPS + v_step, head) + first_row * (int)sizeof(T) + v_column * 16;
 #pragma unroll
-        for (int pass = 0; pass < STEPS / PASS; pass++, to += PASS * p.out.stride[1]) {
-            if (chunk * STEPS + first + pass * PASS < p.time)
-                *(uint4 *)to = *(const uint4 *)(stage + S::out_at(first + pass * PASS, out_column));
+        for (int pass = 0; pass < STEPS / V_PASS; pass++, to += V_PASS * p.out.stride[1]) {
+            int step = v_step + pass * V_PASS;
+            if (chunk * STEPS + step < p.time) *(uint4 *)to = *(const uint4 *)(stage + S::v_at(step, v_column));
         }
     };
 
@@ -536,11 +582,12 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
                        true);
         const char *v = v_from + chunk * STEPS * p.v.stride[1];
         if (args.v_copies) {
-            v += v_row * p.v.stride[1] + v_column * 16;
+            v += v_step * p.v.stride[1] + v_column * 16;
 #pragma unroll
             for (int pass = 0; pass < STEPS / V_PASS; pass++, v += V_PASS * p.v.stride[1]) {
-                bool there = v_there && (live >> (v_row + pass * V_PASS) & 1);
-                copy_async(stage + v_to + pass * V_PASS * 128, there ? v : p.v.data, there);
+                int step = v_step + pass * V_PASS;
+                bool there = v_there && (live >> step & 1);
+                copy_async(stage + S::v_at(step, v_column), there ? v : p.v.data, there);
             }
         } else {
             unsigned char *to = shared + slot * args.stage_bytes + S::V;
@@ -609,7 +656,6 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         }
     }
 
-    bool v_in_parts = !EXACT<T> || !args.v_copies;
     float out[STEPS / 2];
     auto write_out = [&](int chunk) {
 #pragma unroll
@@ -626,8 +672,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     };
     auto stage_out = [&](unsigned char *stage) {
         if constexpr (sizeof(T) == 2) {
-            unsigned at = (unsigned)__cvta_generic_to_shared(stage) +
-                          S::out_at(lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);
+            unsigned at =
+                (unsigned)__cvta_generic_to_shared(stage) + S::v_at(lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);
 #pragma unroll
             for (int block = 0; block < BLOCKS; block++) {
                 unsigned pairs[4];
@@ -641,8 +687,7 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
             for (int n = 0; n < STEPS / 8; n++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    int r = row[e / 2];
-                    *(float *)(stage + S::out_at(n * 8 + pair + e % 2, r / 4) + r % 4 * 4) = out[4 * n + e];
+                    *(float *)(stage + S::value_at(n * 8 + pair + e % 2, row[e / 2])) = out[4 * n + e];
                 }
             }
         }
@@ -682,9 +727,14 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
                 }
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const unsigned char *v = stage + S::V + chunk_at<ROWS>(0, step, row[i] / 8) + row[i] % 8 * 2;
-                    float value = __bfloat162float(*(const __nv_bfloat16 *)v);
-                    if (v_in_parts) value += __bfloat162float(*(const __nv_bfloat16 *)(v + SQUARE));
+                    float value;
+                    if (args.v_copies) {
+                        value = (float)*(const T *)(stage + S::value_at(step, row[i]));
+                    } else {
+                        const unsigned char *v = stage + chunk_at<ROWS>(S::V, step, row[i] / 8) + row[i] % 8 * 2;
+                        value = __bfloat162float(*(const __nv_bfloat16 *)v) +
+                                __bfloat162float(*(const __nv_bfloat16 *)(v + SQUARE));
+                    }
                     delta[i] = beta * (value - over_lanes(sum[i]));
                     sum[i] = 0;
                 }
@@ -715,8 +765,9 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     unsigned high[KEY_DIM / 16][4], low[KEY_DIM / 16][4];
     auto split_state = [&]() {
 #pragma unroll
-        for (int step = 0; step < KEY_DIM / 16; step++)
+        for (int step = 0; step < KEY_DIM / 16; step++) {
             split_sums(state[step / 4] + step % 4 * 8, high[step], low[step]);
+        }
     };
     split_state();
     int slot = 0;
@@ -750,15 +801,21 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         unsigned rest_high[BLOCKS][4], rest_low[BLOCKS][4];
         bool wrong = false;
         struct Rest { // what a block's need; read while the block before is worked on
-            unsigned v[4];
+            unsigned v[8];
             float2 decay[2];
         } next[2];
-        auto v_at = [&](int block) {
-            return chunk_at<ROWS>(stage + S::V, block * 16 + lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);
-        };
         auto read_rest = [&](int block) {
             Rest &to = next[block % 2];
-            load_transposed(to.v, v_at(block));
+            unsigned at = chunk_at<ROWS>(stage + S::V, block * 16 + lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);
+            if (sizeof(T) == 4 && args.v_copies) {
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    to.v[e] =
+                        *(const unsigned *)(here + S::value_at(block * 16 + e / 4 * 8 + pair + e % 2, row[e / 2 % 2]));
+            } else {
+                load_transposed(*(unsigned(*)[4])to.v, at);
+                if (!args.v_copies) load_transposed(*(unsigned(*)[4])(to.v + 4), at + SQUARE);
+            }
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 to.decay[half] = *(const float2 *)&decays.from_beginning[block * 16 + half * 8 + pair];
@@ -767,16 +824,16 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
             if (block + 1 < BLOCKS) read_rest(block + 1);
             const Rest &now = next[block % 2];
             float v[8];
+            if (sizeof(T) == 4 && args.v_copies) {
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                v[2 * i] = __uint_as_float(now.v[i] << 16), v[2 * i + 1] = __uint_as_float(now.v[i] & 0xffff0000u);
-            if (v_in_parts) {
-                unsigned pairs[4];
-                load_transposed(pairs, v_at(block) + SQUARE);
+                for (int e = 0; e < 8; e++) v[e] = __uint_as_float(now.v[e]);
+            } else {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    v[2 * i] += __uint_as_float(pairs[i] << 16);
-                    v[2 * i + 1] += __uint_as_float(pairs[i] & 0xffff0000u);
+                    float2 x = widen_pair(now.v[i], __nv_bfloat16()), y = {};
+                    if (!args.v_copies) y = widen_pair(now.v[4 + i], __nv_bfloat16());
+                    else if (!EXACT<T>) x = widen_pair(now.v[i], __half());
+                    v[2 * i] = x.x + y.x, v[2 * i + 1] = x.y + y.y;
                 }
             }
 #pragma unroll
