@@ -52,11 +52,11 @@ typedef struct chunked {
     bool v_copies, out_copies;
     int64_t tile;  /* bytes of k of a chunk in one bfloat16 */
     int64_t stage; /* bytes */
-    int parts, prepare_memory;
+    int parts, prepare_memory, memory;
 } chunked;
 
 static chunked in_chunks(const mtl_cuda_call *call, const mtl_gated_delta_args *args) {
-    enum { SQUARE = MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2, OWN = 16384 };
+    enum { SQUARE = MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2, OWN = 8192, FLAGS = 4 * MTL_CUDA_STAGES /* one a stage */ };
     int64_t dim = args->key_dim, size = mtl_dtype_size(args->q.dtype), most = call->device->shared_memory;
     chunked c = {.tile = MTL_CUDA_CHUNK * dim * 2, .parts = args->q.dtype == MTL_BF16 ? 1 : 2};
     if (!is_fast(args) || args->time < MTL_CUDA_CHUNK || dim > 128 || args->gamma.stride[3] != 0) return c;
@@ -68,8 +68,9 @@ static chunked in_chunks(const mtl_cuda_call *call, const mtl_gated_delta_args *
     c.prepare_memory = (int)(keys > 2 * SQUARE + diagonal ? keys : 2 * SQUARE + diagonal);
     c.stage = keys + 4 * SQUARE + (int64_t)sizeof(mtl_cuda_gated_delta_decays) +
               MTL_CUDA_CHUNK * ROWS_OF_BLOCK * (c.v_copies ? size : (int64_t)sizeof(float));
-    int64_t stages = c.prepare_memory <= most - OWN ? most / c.stage : 0;
+    int64_t stages = c.prepare_memory <= most - OWN ? (most - FLAGS) / c.stage : 0;
     c.stages = stages < MTL_CUDA_STAGES ? (int)stages : MTL_CUDA_STAGES;
+    c.memory = (int)(c.stages * c.stage + FLAGS);
     return c;
 }
 
@@ -113,7 +114,7 @@ static metalloid_status update_in_chunks(const mtl_cuda_call *call, chunked c, m
         grid = (mtl_cuda_grid){.blocks = heads,
                                .y = (int)((delta->value_dim + ROWS_OF_BLOCK - 1) / ROWS_OF_BLOCK),
                                .threads = CHUNK_THREADS,
-                               .shared_memory = (int)(c.stages * c.stage)};
+                               .shared_memory = c.memory};
         kernel = (mtl_cuda_kernel){MTL_CUDA_IMAGE_gated_delta_chunks, c.index + 1, kernels[c.index + 1]};
         if (status == METALLOID_OK) status = mtl_cuda_launch(call, kernel, grid, &args);
         mtl_cuda_strided *of_steps[] = {&delta->q,    &delta->k,   &delta->v,   &delta->gamma,
@@ -159,6 +160,7 @@ metalloid_status mtl_cuda_gated_delta(const metalloid_context *context, const ch
         index = ((int)args->q.dtype * 3 + dim) * FORMS + form;
         grid.threads = THREADS;
         grid.shared_memory = step ? 0 : shared_memory(args->key_dim, per_channel);
+        if (step) grid.blocks *= blocks, grid.y = 1;
     } else {
         grid.threads = WARP;
         grid.rows = THREADS / WARP;

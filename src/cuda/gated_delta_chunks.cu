@@ -12,10 +12,11 @@
 // M and N = R (k.q), is made for all chunks at once by gated_delta_prepare: the inverse in blocks of 16, those on the
 // diagonal by substitution, the others by products. gated_delta_chunks then goes through the chunks, a block to 64 rows
 // of S. Rows do not depend on each other, and a warp keeps 16 of them in registers over all chunks: sums of one product
-// lie in the lanes as the next product wants its left operand, S k as S, delta as v - G S k. So no product's result goes
-// through shared memory, which holds what the rows have in common, and warps wait for nothing but tiles, that four more
-// warps fetch chunks ahead. On Hopper four warps multiply together (wgmma); out is finished while the next S k is under
-// way.
+// lie in the lanes as the next product wants its left operand, S k as S, delta as v - G S k. So no product's result
+// goes through shared memory, which holds what the rows have in common, and warps wait for nothing but tiles. Four more
+// warps fetch them, up to three chunks ahead, and take out away. On Hopper four warps multiply together (wgmma) and
+// prepare the operands of one product while the matrix units are at the one before: v - G S k during S q, the parts of
+// delta during M and the update, those of the next state during N delta.
 //
 // Numerics: matrix units multiply bfloat16 and add float. A float counts as the sum of two bfloat16, which leaves a
 // relative error of 2^-17, and the product of the two small parts is left out: the rule asks for 1e-4. bfloat16 q and k
@@ -195,7 +196,7 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
             for (int side = 0; side < 2; side++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    float(&c)[4] = *(float(*)[4]) & dots[side][block][4 * half];
+                    float(&c)[4] = *(float(*)[4])(dots[side][block] + 4 * half);
                     multiply(c, a[side][0], b[0][2 * half], b[0][2 * half + 1]);
                     if constexpr (!EXACT<T>) {
                         multiply(c, a[side][0], b[1][2 * half], b[1][2 * half + 1]);
@@ -280,7 +281,7 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
     }
     __syncthreads();
 
-    // X (1 + L) = 1 by rows of blocks: X_IJ = -(sum over K = J + 1 ... I of X_IK L_KJ) X_JJ, from the diagonal leftwards.
+    // X (1 + L) = 1 by rows of blocks, from the diagonal leftwards: X_IJ = -(sum over K = J + 1 ... I of X_IK L_KJ) X_JJ
     unsigned inverse[BLOCKS][2][4]; // [I - J][part]
 #pragma unroll
     for (int distance = 0; distance < BLOCKS; distance++) {
@@ -289,7 +290,7 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
         auto add_product = [](float(&sums)[8], const unsigned(&a)[2][4], const unsigned(&b)[2][4]) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float(&c)[4] = *(float(*)[4]) & sums[4 * half];
+                float(&c)[4] = *(float(*)[4])(sums + 4 * half);
                 multiply(c, a[0], b[0][2 * half], b[0][2 * half + 1]);
                 multiply(c, a[1], b[0][2 * half], b[0][2 * half + 1]);
                 multiply(c, a[0], b[1][2 * half], b[1][2 * half + 1]);
@@ -397,8 +398,8 @@ __device__ inline void multiply_steps(float (&c)[32], const unsigned (&a)[4], Ti
     for (int pair = 0; pair < 4; pair++) {
         unsigned b[4];
         load_transposed(b, chunk_at<STEPS>(tile, step * 16 + lane % 16, pair * 2 + lane / 16));
-        multiply(*(float(*)[4]) & c[8 * pair], a, b[0], b[1]);
-        multiply(*(float(*)[4]) & c[8 * pair + 4], a, b[2], b[3]);
+        multiply(*(float(*)[4])(c + 8 * pair), a, b[0], b[1]);
+        multiply(*(float(*)[4])(c + 8 * pair + 4), a, b[2], b[3]);
     }
 }
 __device__ inline void publish() {}
@@ -523,10 +524,10 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
     constexpr int V_PASS = GROUP / S::V_CHUNKS; // steps at once
     int v_step = thread / S::V_CHUNKS, v_column = thread % S::V_CHUNKS;
     bool v_there = v_column * S::VALUES < rows;
+    const int *written = (const int *)(shared + args.stages * args.stage_bytes);
     auto write_out = [&](int64_t chunk, int slot) {
         const unsigned char *stage = shared + slot * args.stage_bytes;
-        bool by_steps = isnan(((const mtl_cuda_gated_delta_decays *)(stage + S::DECAYS))->from_beginning[0]);
-        if (!args.out_copies || by_steps || !v_there) return;
+        if (!args.out_copies || written[slot] || !v_there) return;
         char *to =
             (char *)place(p.out, batch, chunk * STEPS + v_step, head) + first_row * (int)sizeof(T) + v_column * 16;
 #pragma unroll
@@ -637,6 +638,7 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         return;
     }
     unsigned base = (unsigned)__cvta_generic_to_shared(shared);
+    int *written = (int *)(shared + args.stages * args.stage_bytes); // by steps, and not for those who fetch to do
     // Of a product's sums [4 n + 2 i + e] is the one of row[i] and column 8 n + pair + e.
     int row[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8}, pair = lane % 4 * 2;
     auto row_there = [&](int r) { return first_row + r < p.value_dim; };
@@ -693,7 +695,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         }
     };
 
-    // The step as it stands. Four lanes have two rows of the state, as it was before the chunk: where k and q were.
+    // The step as it stands. Four lanes have two rows of the state, as it was before the chunk: where k and q were, for
+    // nothing that is still multiplied with them will count.
     auto keep_state = [&](unsigned char *stage) {
 #pragma unroll
         for (int i = 0; i < KEY_DIM / 2; i++) ((float *)stage)[i * GROUP + threadIdx.x] = state[i / 32][i % 32];
@@ -757,7 +760,6 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
                 if (lane % 4 == 0 && row_there(row[i])) store_float(to, p.out.dtype, x);
             }
         }
-        if (threadIdx.x == 0) ((mtl_cuda_gated_delta_decays *)(stage + S::DECAYS))->from_beginning[0] = NAN; // written
 #pragma unroll
         for (int i = 0; i < KEY_DIM / 2; i++) state[i / 32][i % 32] = own[i * GROUP];
     };
@@ -765,9 +767,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     unsigned high[KEY_DIM / 16][4], low[KEY_DIM / 16][4];
     auto split_state = [&]() {
 #pragma unroll
-        for (int step = 0; step < KEY_DIM / 16; step++) {
+        for (int step = 0; step < KEY_DIM / 16; step++)
             split_sums(state[step / 4] + step % 4 * 8, high[step], low[step]);
-        }
     };
     split_state();
     int slot = 0;
@@ -944,6 +945,7 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         } else {
             write_out(chunk);
         }
+        if (threadIdx.x == 0) written[slot] = wrong;
         barrier_pass(EMPTY + slot);
         slot = slot + 1 < args.stages ? slot + 1 : 0;
     }

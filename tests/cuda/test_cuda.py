@@ -185,7 +185,9 @@ def reference_delta(q, k, v, gamma, beta, state, mask=None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 40), (64, 33)])
-@pytest.mark.parametrize("case", ["model", "mask", "tail", "long keys", "zero decay", "growing decay", "nan", "v's type"])
+@pytest.mark.parametrize(
+    "case", ["model", "mask", "tail", "long keys", "zero decay", "growing decay", "nan", "v's type"]
+)
 def test_gated_delta_in_chunks(case, dims, dtype):
     batch, time, heads = 2, 1024 if case == "model" else 300, (2, 4)
     q, k = (randn(batch, time, heads[0], dims[0], seed=i) for i in (1, 2))
