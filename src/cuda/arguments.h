@@ -106,7 +106,7 @@ typedef struct mtl_cuda_gated_delta_args {
 } mtl_cuda_gated_delta_args;
 
 /* The same in chunks of MTL_CUDA_CHUNK steps. An item is a chunk of a value head: what of it depends on no state. */
-enum { MTL_CUDA_CHUNK = 64, MTL_CUDA_STAGES = 3 /* at most: chunks on their way */ };
+enum { MTL_CUDA_CHUNK = 64, MTL_CUDA_STAGES = 3 /* at most: chunks on their way */, MTL_CUDA_SIGNALS = 64 /* bytes */ };
 
 typedef struct mtl_cuda_gated_delta_decays {
     float from_beginning[MTL_CUDA_CHUNK]; /* of the chunk to each step; NaN where only steps give what the rule says */

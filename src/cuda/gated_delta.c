@@ -56,7 +56,7 @@ typedef struct chunked {
 } chunked;
 
 static chunked in_chunks(const mtl_cuda_call *call, const mtl_gated_delta_args *args) {
-    enum { SQUARE = MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2, OWN = 8192, FLAGS = 4 * MTL_CUDA_STAGES /* one a stage */ };
+    enum { SQUARE = MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2, OWN = 8192 };
     int64_t dim = args->key_dim, size = mtl_dtype_size(args->q.dtype), most = call->device->shared_memory;
     chunked c = {.tile = MTL_CUDA_CHUNK * dim * 2, .parts = args->q.dtype == MTL_BF16 ? 1 : 2};
     if (!is_fast(args) || args->time < MTL_CUDA_CHUNK || dim > 128 || args->gamma.stride[3] != 0) return c;
@@ -68,9 +68,9 @@ static chunked in_chunks(const mtl_cuda_call *call, const mtl_gated_delta_args *
     c.prepare_memory = (int)(keys > 2 * SQUARE + diagonal ? keys : 2 * SQUARE + diagonal);
     c.stage = keys + 4 * SQUARE + (int64_t)sizeof(mtl_cuda_gated_delta_decays) +
               MTL_CUDA_CHUNK * ROWS_OF_BLOCK * (c.v_copies ? size : (int64_t)sizeof(float));
-    int64_t stages = c.prepare_memory <= most - OWN ? (most - FLAGS) / c.stage : 0;
+    int64_t stages = c.prepare_memory <= most - OWN ? (most - MTL_CUDA_SIGNALS) / c.stage : 0;
     c.stages = stages < MTL_CUDA_STAGES ? (int)stages : MTL_CUDA_STAGES;
-    c.memory = (int)(c.stages * c.stage + FLAGS);
+    c.memory = (int)(c.stages * c.stage + MTL_CUDA_SIGNALS);
     return c;
 }
 

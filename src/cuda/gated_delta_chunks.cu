@@ -408,6 +408,21 @@ __device__ inline void products_end() {}
 template <int PENDING> __device__ inline void products_wait() {}
 template <int N> __device__ inline void settle(float (&)[N]) {}
 
+__device__ inline void barrier_init(unsigned barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void barrier_wait(unsigned barrier, int parity) {
+    asm volatile("{\n.reg .pred done;\n"
+                 "WAIT:\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra WAIT;\n}\n" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
 __device__ inline void store_transposed(const unsigned (&m)[4], unsigned at) {
     int lane = threadIdx.x % WARP;
 #pragma unroll
@@ -422,10 +437,23 @@ __device__ inline void store_transposed(const unsigned (&m)[4], unsigned at) {
 // ---- chunk after chunk
 
 constexpr int GROUP = 4 * WARP, ROWS = 64; // threads that hold the state, and as many that fetch; rows of a block
-enum Barrier { FULL = 1, EMPTY = FULL + MTL_CUDA_STAGES, VOTE = EMPTY + MTL_CUDA_STAGES, FETCHERS };
+enum Barrier { VOTE = 1, FETCHERS };
 
-__device__ inline void barrier_sync(int barrier) { asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory"); }
-__device__ inline void barrier_pass(int barrier) { asm volatile("bar.arrive %0, 256;" ::"r"(barrier) : "memory"); }
+// What stands behind the stages: for each, whether it is full, whether it is empty, and whether its chunk went by steps.
+struct Signals {
+    uint64_t full[MTL_CUDA_STAGES], empty[MTL_CUDA_STAGES];
+    int by_steps[MTL_CUDA_STAGES];
+};
+static_assert(sizeof(Signals) <= MTL_CUDA_SIGNALS);
+
+// Of the four warps that hold the state, or that fetch: what their lanes did is done.
+__device__ inline void warp_arrives(uint64_t &barrier) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) barrier_arrive((unsigned)__cvta_generic_to_shared(&barrier));
+}
+__device__ inline void wait_for(uint64_t &barrier, int parity) {
+    barrier_wait((unsigned)__cvta_generic_to_shared(&barrier), parity);
+}
 __device__ inline bool any_of_group(bool x) {
     int any;
     asm volatile("{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbar.red.or.pred q, %2, 128, p;\nselp.b32 %0, 1, 0, q;\n}"
@@ -524,10 +552,10 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
     constexpr int V_PASS = GROUP / S::V_CHUNKS; // steps at once
     int v_step = thread / S::V_CHUNKS, v_column = thread % S::V_CHUNKS;
     bool v_there = v_column * S::VALUES < rows;
-    const int *written = (const int *)(shared + args.stages * args.stage_bytes);
+    Signals &signals = *(Signals *)(shared + args.stages * args.stage_bytes);
     auto write_out = [&](int64_t chunk, int slot) {
         const unsigned char *stage = shared + slot * args.stage_bytes;
-        if (!args.out_copies || written[slot] || !v_there) return;
+        if (!args.out_copies || signals.by_steps[slot] || !v_there) return;
         char *to =
             (char *)place(p.out, batch, chunk * STEPS + v_step, head) + first_row * (int)sizeof(T) + v_column * 16;
 #pragma unroll
@@ -540,12 +568,12 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
     bool ahead = args.stages > 2; // a chunk still on its way when the next one is asked for
     auto arrived = [&](int slot) {
         publish();
-        barrier_pass(FULL + slot);
+        warp_arrives(signals.full[slot]);
     };
-    int slot = 0, last = 0;
+    int slot = 0, last = 0, parity = 1;
     for (int64_t chunk = 0; chunk < args.chunks; chunk++) {
         if (chunk >= args.stages) {
-            barrier_sync(EMPTY + slot);
+            wait_for(signals.empty[slot], parity);
             write_out(chunk - args.stages, slot);
             // A copy of v goes where the same thread has just read; other values do not.
             if (!args.v_copies) asm volatile("bar.sync %0, %1;" ::"n"((int)FETCHERS), "n"(GROUP) : "memory");
@@ -605,7 +633,7 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
             arrived(last);
         }
         last = slot;
-        slot = slot + 1 < args.stages ? slot + 1 : 0;
+        if (++slot == args.stages) slot = 0, parity ^= 1;
     }
     if (ahead) {
         copies_wait<0>();
@@ -613,7 +641,7 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
     }
     for (int64_t chunk = max(args.chunks - args.stages, (int64_t)0); chunk < args.chunks; chunk++) {
         slot = (int)(chunk % args.stages);
-        barrier_sync(EMPTY + slot);
+        wait_for(signals.empty[slot], (int)(chunk / args.stages % 2));
         write_out(chunk, slot);
     }
 }
@@ -632,13 +660,17 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         ((uint4 *)squares)[i % (4 * SQUARE / 16)] = make_uint4(0, 0, 0, 0);
     }
     publish();
+    Signals &signals = *(Signals *)(shared + args.stages * args.stage_bytes);
+    if (threadIdx.x < args.stages) {
+        barrier_init((unsigned)__cvta_generic_to_shared(&signals.full[threadIdx.x]), GROUP / WARP);
+        barrier_init((unsigned)__cvta_generic_to_shared(&signals.empty[threadIdx.x]), GROUP / WARP);
+    }
     __syncthreads();
     if (__shfl_sync(ALL_LANES, warp, 0) >= 4) { // the same of all lanes, as far as the compiler can see
         fetch_chunks<T, KEY_DIM>(args, shared, batch, head, first_row, threadIdx.x - GROUP);
         return;
     }
     unsigned base = (unsigned)__cvta_generic_to_shared(shared);
-    int *written = (int *)(shared + args.stages * args.stage_bytes); // by steps, and not for those who fetch to do
     // Of a product's sums [4 n + 2 i + e] is the one of row[i] and column 8 n + pair + e.
     int row[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8}, pair = lane % 4 * 2;
     auto row_there = [&](int r) { return first_row + r < p.value_dim; };
@@ -771,13 +803,13 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
             split_sums(state[step / 4] + step % 4 * 8, high[step], low[step]);
     };
     split_state();
-    int slot = 0;
+    int slot = 0, parity = 0;
     for (int chunk = 0; chunk < args.chunks; chunk++) {
         unsigned stage = base + slot * args.stage_bytes;
         Tile k_tile = tile_at(stage), m_tile = within(k_tile, S::M), n_tile = within(k_tile, S::N);
         unsigned char *here = shared + slot * args.stage_bytes;
         const mtl_cuda_gated_delta_decays &decays = *(const mtl_cuda_gated_delta_decays *)(here + S::DECAYS);
-        barrier_sync(FULL + slot);
+        wait_for(signals.full[slot], parity);
 
         // S k, S q
         float with_k[STEPS / 2];
@@ -945,9 +977,9 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         } else {
             write_out(chunk);
         }
-        if (threadIdx.x == 0) written[slot] = wrong;
-        barrier_pass(EMPTY + slot);
-        slot = slot + 1 < args.stages ? slot + 1 : 0;
+        if (threadIdx.x == 0) signals.by_steps[slot] = wrong;
+        warp_arrives(signals.empty[slot]);
+        if (++slot == args.stages) slot = 0, parity ^= 1;
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
