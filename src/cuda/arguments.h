@@ -107,16 +107,22 @@ typedef struct mtl_cuda_gated_delta_args {
 } mtl_cuda_gated_delta_args;
 
 /* The same in chunks of MTL_CUDA_CHUNK steps. An item is a chunk of a value head: what of it depends on no state. */
-enum { MTL_CUDA_CHUNK = 64 };
+enum { MTL_CUDA_CHUNK = 64, MTL_CUDA_STAGES = 3 /* at most: chunks on their way */, MTL_CUDA_SIGNALS = 64 /* bytes */ };
+
+typedef struct mtl_cuda_gated_delta_decays {
+    float from_beginning[MTL_CUDA_CHUNK]; /* of the chunk to each step; NaN where only steps give what the rule says */
+    float to_end[MTL_CUDA_CHUNK], gamma[MTL_CUDA_CHUNK], beta[MTL_CUDA_CHUNK];
+} mtl_cuda_gated_delta_decays;
 
 typedef struct mtl_cuda_gated_delta_chunks_args {
     mtl_cuda_gated_delta_args delta;
     int64_t chunks;
     char *matrices; /* of an item: four squares of 16-bit numbers */
     char *keys;     /* of a chunk of a key head, where q and k are not bfloat16: both as sums of two that are */
-    float *decays;  /* of an item: MTL_CUDA_CHUNK from the beginning, as many to the end */
-    int *by_steps;  /* of an item: 1 where only steps give what the rule says */
-    int stages;
+    mtl_cuda_gated_delta_decays *decays; /* of an item */
+    unsigned *live;                      /* of an item: a bit to a step */
+    int stages, stage_bytes;
+    int v_copies, out_copies; /* v, out are of q's type and fit for 16 bytes at once */
 } mtl_cuda_gated_delta_chunks_args;
 
 #endif

@@ -7,8 +7,9 @@ enum {
     GROUPS = THREADS / 8, /* of the lanes that hold a row */
     ROWS = 2,             /* of a group in a single step */
     WARP = 32,
-    FORMS = 3, /* a step, steps, steps with a channel's own gamma */
-    ANY = 27,  /* the general kernel's place after 3 dtypes x 3 dimensions x FORMS */
+    ROWS_OF_BLOCK = 64, /* of the chunks' kernel */
+    FORMS = 3,          /* a step, steps, steps with a channel's own gamma */
+    ANY = 27,           /* the general kernel's place after 3 dtypes x 3 dimensions x FORMS */
 };
 
 #define FORM_NAMES(dtype, dim)                                                 \
@@ -47,29 +48,29 @@ static bool is_fast(const mtl_gated_delta_args *args) {
 
 /* What gated_delta_chunks.cu needs for `args`; 0 stages where it does not serve them. */
 typedef struct chunked {
-    int index, stages; /* of kernels; of chunks on their way */
-    int64_t tile;      /* bytes of k of a chunk in one bfloat16 */
+    int index, stages; /* of kernels; chunks on their way */
+    bool v_copies, out_copies;
+    int64_t tile;  /* bytes of k of a chunk in one bfloat16 */
+    int64_t stage; /* bytes */
     int parts, prepare_memory, memory;
 } chunked;
 
 static chunked in_chunks(const mtl_cuda_call *call, const mtl_gated_delta_args *args) {
-    enum {
-        SQUARE = MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2,
-        ROWS_OF_BLOCK = 32,
-        NARROW = MTL_CUDA_CHUNK * 80,
-        OWN = 10240
-    };
-    int64_t dim = args->key_dim;
+    enum { SQUARE = MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2, OWN = 8192 };
+    int64_t dim = args->key_dim, size = mtl_dtype_size(args->q.dtype), most = call->device->shared_memory;
     chunked c = {.tile = MTL_CUDA_CHUNK * dim * 2, .parts = args->q.dtype == MTL_BF16 ? 1 : 2};
     if (!is_fast(args) || args->time < MTL_CUDA_CHUNK || dim > 128 || args->gamma.stride[3] != 0) return c;
     c.index = 2 * ((int)args->q.dtype * 2 + (dim == 128));
-    int64_t floats = MTL_CUDA_CHUNK * (MTL_CUDA_CHUNK + 4) * (int64_t)sizeof(float);
-    int64_t area = c.parts * c.tile > floats ? c.parts * c.tile : floats;
-    int64_t stage = 2 * c.parts * c.tile + 4 * SQUARE, others = 2 * ROWS_OF_BLOCK * dim * 2 + 6 * NARROW;
-    int64_t most = call->device->shared_memory - OWN;
-    c.prepare_memory = (int)(2 * area);
-    c.stages = others + 2 * stage <= most ? 2 : others + stage <= most && 2 * area <= most ? 1 : 0;
-    c.memory = (int)(others + c.stages * stage);
+    bool in_vectors = args->value_dim * size % VECTOR == 0; /* rows of v and out, as far as their layouts allow */
+    c.v_copies = in_vectors && args->v.dtype == args->q.dtype && aligned(args->v, VECTOR);
+    c.out_copies = in_vectors && args->out.dtype == args->q.dtype && aligned(args->out, VECTOR);
+    int64_t diagonal = 6144, keys = 2 * c.parts * c.tile; /* prepare: keys, then L and blocks on its diagonal */
+    c.prepare_memory = (int)(keys > 2 * SQUARE + diagonal ? keys : 2 * SQUARE + diagonal);
+    c.stage = keys + 4 * SQUARE + (int64_t)sizeof(mtl_cuda_gated_delta_decays) +
+              MTL_CUDA_CHUNK * ROWS_OF_BLOCK * (c.v_copies ? size : (int64_t)sizeof(float));
+    int64_t stages = c.prepare_memory <= most - OWN ? (most - MTL_CUDA_SIGNALS) / c.stage : 0;
+    c.stages = stages < MTL_CUDA_STAGES ? (int)stages : MTL_CUDA_STAGES;
+    c.memory = (int)(c.stages * c.stage + MTL_CUDA_SIGNALS);
     return c;
 }
 
@@ -78,27 +79,28 @@ static void advance(mtl_cuda_strided *operand, int64_t steps) {
 }
 
 static metalloid_status update_in_chunks(const mtl_cuda_call *call, chunked c, mtl_cuda_gated_delta_args *delta) {
-    enum { ROWS_OF_BLOCK = 32, PREPARE_THREADS = 128, CHUNK_THREADS = 256 };
+    enum { PREPARE_THREADS = 128, CHUNK_THREADS = 256 };
     static const int64_t most_memory = (int64_t)512 << 20;
     static const char *const kernels[] = {
         "gated_delta_prepare_f32_64",  "gated_delta_chunks_f32_64",    "gated_delta_prepare_f32_128",
         "gated_delta_chunks_f32_128",  "gated_delta_prepare_f16_64",   "gated_delta_chunks_f16_64",
         "gated_delta_prepare_f16_128", "gated_delta_chunks_f16_128",   "gated_delta_prepare_bf16_64",
         "gated_delta_chunks_bf16_64",  "gated_delta_prepare_bf16_128", "gated_delta_chunks_bf16_128"};
-    mtl_cuda_gated_delta_chunks_args args = {.stages = c.stages};
+    mtl_cuda_gated_delta_chunks_args args = {
+        .stages = c.stages, .stage_bytes = (int)c.stage, .v_copies = c.v_copies, .out_copies = c.out_copies};
     int64_t heads = delta->batch * delta->v_heads, chunks = (delta->time + MTL_CUDA_CHUNK - 1) / MTL_CUDA_CHUNK;
     int64_t matrices = heads * 4 * MTL_CUDA_CHUNK * MTL_CUDA_CHUNK * 2; /* bytes of a chunk */
     int64_t keys = c.parts > 1 ? delta->batch * delta->k_heads * 4 * c.tile : 0;
-    int64_t decays = heads * 2 * MTL_CUDA_CHUNK * (int64_t)sizeof(float), flags = heads * (int64_t)sizeof(int);
-    int64_t bytes = matrices + keys + decays + flags, at_once = most_memory / bytes;
+    int64_t decays = heads * (int64_t)sizeof(mtl_cuda_gated_delta_decays), live = heads * (int64_t)sizeof(uint64_t);
+    int64_t bytes = matrices + keys + decays + live, at_once = most_memory / bytes;
     at_once = at_once < 1 ? 1 : at_once > chunks ? chunks : at_once;
 
     CUdeviceptr memory;
     MTL_TRY(mtl_cuda_allocate(call, (size_t)(at_once * bytes), &memory));
     args.matrices = (char *)memory;
     args.keys = args.matrices + at_once * matrices;
-    args.decays = (float *)(void *)(args.keys + at_once * keys);
-    args.by_steps = (int *)(void *)((char *)args.decays + at_once * decays);
+    args.decays = (mtl_cuda_gated_delta_decays *)(void *)(args.keys + at_once * keys);
+    args.live = (unsigned *)(void *)(args.decays + at_once * heads);
     metalloid_status status = METALLOID_OK;
     int64_t time = delta->time;
     for (int64_t first = 0; first < chunks && status == METALLOID_OK; first += at_once) {
@@ -158,6 +160,7 @@ metalloid_status mtl_cuda_gated_delta(const metalloid_context *context, const ch
         index = ((int)args->q.dtype * 3 + dim) * FORMS + form;
         grid.threads = THREADS;
         grid.shared_memory = step ? 0 : shared_memory(args->key_dim, per_channel);
+        if (step) grid.blocks *= blocks, grid.y = 1;
     } else {
         grid.threads = WARP;
         grid.rows = THREADS / WARP;

@@ -91,12 +91,15 @@ template <int KEY_DIM> struct Part {
 template <typename T, int KEY_DIM, int ROWS>
 __device__ inline void gated_delta_step(const mtl_cuda_gated_delta_args &p) {
     int lane = threadIdx.x % LANES_OF_ROW, group = threadIdx.x / LANES_OF_ROW;
-    int64_t head, batch = divide(blockIdx.x, p.v_heads, head), k_head = head / (p.v_heads / p.k_heads);
+    // Blocks beside each other have rows beside each other.
+    int64_t block, rest, head, row_blocks = (p.value_dim + ROWS * GROUPS - 1) / (ROWS * GROUPS);
+    int64_t batch = divide(divide(blockIdx.x, row_blocks, block), p.v_heads, head);
+    int64_t k_head = divide(head, divide(p.v_heads, p.k_heads, rest), rest);
     int64_t row[ROWS];
     Part<KEY_DIM> state[ROWS] = {}, q, k;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        row[r] = ((int64_t)blockIdx.y * ROWS + r) * GROUPS + group;
+        row[r] = (block * ROWS + r) * GROUPS + group;
         if (p.initial_state.data && row[r] < p.value_dim)
             state[r].read(place(p.initial_state, batch, head, row[r]), lane, 0.0f);
     }

@@ -8,33 +8,31 @@
 //   out_i   = G_i S q_i + sum over j <= i of R_ij (k_j.q_i) delta_j
 //   S       = G_C S + sum over j of R_Cj delta_j k_j^T
 //
-// so that delta = M (v - G S k), M = (1 + beta R (k.k) below the diagonal)^-1 beta. What no state has a part in, M and
-// N = R (k.q), is made for all chunks at once by gated_delta_prepare; gated_delta_chunks then goes through the chunks,
-// a block to 32 rows of S, which it keeps in registers.
+// so that delta = M (v - G S k), M = (1 + L)^-1 beta, L = beta R (k.k) below the diagonal. What no state has a part in,
+// M and N = R (k.q), is made for all chunks at once by gated_delta_prepare: the inverse in blocks of 16, those on the
+// diagonal by substitution, the others by products. gated_delta_chunks then goes through the chunks, a block to 64 rows
+// of S. Rows do not depend on each other, and a warp keeps 16 of them in registers over all chunks: sums of one product
+// lie in the lanes as the next product wants its left operand, S k as S, delta as v - G S k. So no product's result
+// goes through shared memory, which holds what the rows have in common, and warps wait for nothing but tiles. Four more
+// warps fetch them, up to three chunks ahead, and take out away. On Hopper four warps multiply together (wgmma) and
+// prepare the operands of one product while the matrix units are at the one before: v - G S k during S q, the parts of
+// delta during M and the update, those of the next state during N delta.
 //
 // Numerics: matrix units multiply bfloat16 and add float. A float counts as the sum of two bfloat16, which leaves a
 // relative error of 2^-17, and the product of the two small parts is left out: the rule asks for 1e-4. bfloat16 q and k
 // are exact as they are. R is formed by multiplication alone: a decay of 0 is nothing special. Where decays make the
-// rule grow, where the inverse is large, and where anything is large or not finite, a chunk goes by steps, in float. A
-// masked step is one of decay 1, beta 0 and zeros for k and v.
+// rule grow, where L or the inverse is large, and where anything is large or not finite, a chunk goes by steps, in
+// float. A masked step is one of decay 1, beta 0 and zeros for q, k and v.
 //
-// Traffic: q, k, v and out once, and 32 KiB an item written and read. What a chunk needs comes by cp.async while the
-// one before it is worked on.
+// Traffic: q, k, v and out once, and 20 KiB an item written and read: M and N without what lies above the diagonal.
 #include "cuda/mma.cuh"
 
-constexpr int STEPS = MTL_CUDA_CHUNK, SQUARE = STEPS * STEPS * 2; // bytes
+constexpr int STEPS = MTL_CUDA_CHUNK, SQUARE = STEPS * STEPS * 2; // bytes: rows of 128, as the matrix units want them
+constexpr int BLOCK = 16, BLOCKS = STEPS / BLOCK;
 constexpr float MOST = 0x1p40f, MOST_INVERSE = 16;
 
 __device__ inline const char *place(const mtl_cuda_strided &operand, int64_t i, int64_t j, int64_t k) {
     return operand.data + i * operand.stride[0] + j * operand.stride[1] + k * operand.stride[2];
-}
-
-// What is rare stays out of line: the loop over chunks has to fit into the cache of instructions.
-__device__ __noinline__ int64_t load_integer_of(const char *at, int dtype) { return load_integer(at, dtype); }
-__device__ __noinline__ float load_float_of(const char *at, int dtype) { return load_float(at, dtype); }
-
-__device__ inline bool is_live(const mtl_cuda_gated_delta_args &p, int64_t batch, int64_t time) {
-    return time < p.time && (!p.mask.data || load_integer_of(place(p.mask, batch, time, 0), p.mask.dtype) != 0);
 }
 
 __device__ inline bool fits(float x, float most) { return fabsf(x) <= most; } // NaN does not
@@ -45,89 +43,160 @@ __device__ inline void split(float x, float y, unsigned &high, unsigned &low) {
     low = narrow_pair(x - __uint_as_float(high << 16), y - __uint_as_float(high & 0xffff0000u), __nv_bfloat16());
 }
 
+// The sums of 16 columns, two tiles of eight, as the left operand of 16 k.
+__device__ inline void split_sums(const float *sums, unsigned (&high)[4], unsigned (&low)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) split(sums[2 * i], sums[2 * i + 1], high[i], low[i]);
+}
+
 __device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     multiply(c, a, b0, b1, __nv_bfloat16());
 }
 
-// Bytes of q or k of a chunk: with bfloat16 as they are, else their two parts.
+// Whether q and k are bfloat16; else their tiles come twice, in two parts.
 template <typename T> constexpr bool EXACT = Element<T>::dtype == BF16;
-template <typename T, int KEY_DIM> constexpr int KEYS_TILE = STEPS *KEY_DIM * 2;
+template <int KEY_DIM> constexpr int TILE = STEPS *KEY_DIM * 2; // of q or k of a chunk, bytes
 
 // ---- what depends on no state
+
+// Sums of a block of 16 x 16 to where the lane's belong in a square's two parts: whole sectors a row.
+__device__ inline void store_block(char *own, const float (&sums)[8]) {
+    int odd = threadIdx.x % 2;
+    unsigned parts[2][4];
+    split_sums(sums, parts[0], parts[1]);
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            unsigned left = parts[part][i], right = parts[part][2 + i];
+            unsigned other = __shfl_xor_sync(ALL_LANES, odd ? left : right, 1);
+            *(uint2 *)(own + part * SQUARE + i * 8 * STEPS * 2) =
+                odd ? make_uint2(other, right) : make_uint2(left, other);
+        }
+    }
+}
 
 template <typename T, int KEY_DIM>
 __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_args &args) {
     const mtl_cuda_gated_delta_args &p = args.delta;
-    constexpr int THREADS = 4 * WARP, TILE = KEYS_TILE<T, KEY_DIM>, PARTS = EXACT<T> ? 1 : 2, CHUNKS = KEY_DIM / 8;
-    extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ float gamma[STEPS], beta[STEPS];
-    constexpr int PADDED = STEPS + 4, FLOATS = STEPS * PADDED * 4, AREA = PARTS * TILE > FLOATS ? PARTS * TILE : FLOATS;
+    constexpr int THREADS = 4 * WARP, PARTS = EXACT<T> ? 1 : 2, CHUNKS = KEY_DIM / 8, AREA = PARTS * TILE<KEY_DIM>;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    // A warp has a block of the diagonal: R there; and L, column by column, which gives way to its inverse.
+    constexpr int PADDED = BLOCK + 4, PITCH = 48; // numbers, bytes
+    __shared__ float decay[BLOCKS][BLOCK][PADDED], gamma[STEPS], beta[STEPS];
+    __shared__ unsigned live_bits[THREADS / WARP];
+    unsigned char(*on_diagonal)[2 * BLOCK * PITCH] = (unsigned char(*)[2 * BLOCK * PITCH])(shared + 2 * SQUARE);
     unsigned k_tile = (unsigned)__cvta_generic_to_shared(shared), q_tile = k_tile + AREA;
     int64_t chunk, head, item = blockIdx.x, batch = divide(divide(item, args.chunks, chunk), p.v_heads, head);
-    int64_t group = p.v_heads / p.k_heads, k_head = head / group, first = chunk * STEPS;
+    int64_t rest, group = divide(p.v_heads, p.k_heads, rest), k_head = divide(head, group, rest);
+    int64_t first = chunk * STEPS, time = first + threadIdx.x;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 
-    for (int i = threadIdx.x; i < STEPS * CHUNKS; i += THREADS) {
-        int row = i / CHUNKS, column = i % CHUNKS;
-        bool there = is_live(p, batch, first + row);
-        const char *k = place(p.k, batch, first + row, k_head), *q = place(p.q, batch, first + row, k_head);
-        unsigned to = chunk_at<KEY_DIM>(0, row, column);
-        if constexpr (EXACT<T>) {
-            copy_async(k_tile + to, there ? k + column * 16 : p.k.data, there);
-            copy_async(q_tile + to, there ? q + column * 16 : p.q.data, there);
-        } else {
-            char *keep = args.keys + ((batch * p.k_heads + k_head) * args.chunks + chunk) * 4 * TILE +
-                         (row * CHUNKS + column) * 16;
+    uint64_t live = ~(uint64_t)0;
+    if (p.mask.data || first + STEPS > p.time) {
+        bool own = time < p.time && threadIdx.x < STEPS;
+        if (own && p.mask.data) own = load_integer(place(p.mask, batch, time, 0), p.mask.dtype) != 0;
+        unsigned bits = __ballot_sync(ALL_LANES, own);
+        if (lane == 0) live_bits[warp] = bits;
+        __syncthreads();
+        live = (uint64_t)live_bits[1] << WARP | live_bits[0];
+        if (threadIdx.x < 2) args.live[item * 2 + threadIdx.x] = live_bits[threadIdx.x];
+    }
+    float own_gamma = 1, own_beta = 0;
+    if (threadIdx.x < STEPS && (live >> threadIdx.x & 1)) {
+        own_gamma = load_float(place(p.gamma, batch, time, head), p.gamma.dtype);
+        own_beta = load_float(place(p.beta, batch, time, head), p.beta.dtype);
+    }
+    constexpr int PASS = THREADS / CHUNKS; // rows at once
+    int own_row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS;
+    const char *k = place(p.k, batch, first + own_row, k_head) + column * 8 * (int)sizeof(T);
+    const char *q = place(p.q, batch, first + own_row, k_head) + column * 8 * (int)sizeof(T);
+    unsigned own_to = chunk_at<KEY_DIM>(0, own_row, column);
+    [[maybe_unused]] char *keep =
+        args.keys + ((batch * p.k_heads + k_head) * args.chunks + chunk) * 4 * TILE<KEY_DIM> + threadIdx.x * 16;
+    if constexpr (EXACT<T>) {
 #pragma unroll
-            for (int side = 0; side < 2; side++) {
-                float x[8] = {};
-                const char *from = (side ? q : k) + column * 8 * (int)sizeof(T);
-                if (there) {
+        for (int pass = 0; pass < STEPS / PASS; pass++, k += PASS * p.k.stride[1], q += PASS * p.q.stride[1]) {
+            bool there = live >> (own_row + pass * PASS) & 1;
+            unsigned to = own_to + pass * PASS * KEY_DIM * 2;
+            copy_async(k_tile + to, there ? k : p.k.data, there);
+            copy_async(q_tile + to, there ? q : p.q.data, there);
+        }
+    } else {
+        constexpr int AT_ONCE = 4, VECTORS = 8 / LANES<T>; // passes whose loads are on their way together
 #pragma unroll
-                    for (int j = 0; j < 8; j += LANES<T>) widen(x + j, *(const uint4 *)(from + j * sizeof(T)), T());
+        for (int begin = 0; begin < STEPS / PASS; begin += AT_ONCE) {
+            uint4 raw[AT_ONCE][2][VECTORS] = {};
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++, k += PASS * p.k.stride[1], q += PASS * p.q.stride[1]) {
+                if (!(live >> (own_row + (begin + i) * PASS) & 1)) continue;
+#pragma unroll
+                for (int part = 0; part < VECTORS; part++)
+                    raw[i][0][part] = *(const uint4 *)(k + part * 16),
+                    raw[i][1][part] = *(const uint4 *)(q + part * 16);
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    float x[8];
+#pragma unroll
+                    for (int part = 0; part < VECTORS; part++) widen(x + part * LANES<T>, raw[i][side][part], T());
+                    uint4 high, low;
+                    split(x[0], x[1], high.x, low.x), split(x[2], x[3], high.y, low.y);
+                    split(x[4], x[5], high.z, low.z), split(x[6], x[7], high.w, low.w);
+                    unsigned char *to = shared + side * AREA + own_to + (begin + i) * PASS * KEY_DIM * 2;
+                    *(uint4 *)to = high, *(uint4 *)(to + TILE<KEY_DIM>) = low;
+                    if (rest == 0) { // the group's first head
+                        char *at = keep + (begin + i) * THREADS * 16 + side * 2 * TILE<KEY_DIM>;
+                        *(uint4 *)at = high, *(uint4 *)(at + TILE<KEY_DIM>) = low;
+                    }
                 }
-                uint4 high, low;
-                split(x[0], x[1], high.x, low.x), split(x[2], x[3], high.y, low.y);
-                split(x[4], x[5], high.z, low.z), split(x[6], x[7], high.w, low.w);
-                unsigned char *tile = shared + side * AREA;
-                *(uint4 *)(tile + to) = high, *(uint4 *)(tile + TILE + to) = low;
-                if (head % group == 0)
-                    *(uint4 *)(keep + side * 2 * TILE) = high, *(uint4 *)(keep + (side * 2 + 1) * TILE) = low;
             }
         }
     }
     copies_end();
-    if (threadIdx.x < STEPS) {
-        bool live = is_live(p, batch, first + threadIdx.x);
-        gamma[threadIdx.x] = live ? load_float_of(place(p.gamma, batch, first + threadIdx.x, head), p.gamma.dtype) : 1;
-        beta[threadIdx.x] = live ? load_float_of(place(p.beta, batch, first + threadIdx.x, head), p.beta.dtype) : 0;
+    if (threadIdx.x < STEPS) gamma[threadIdx.x] = own_gamma, beta[threadIdx.x] = own_beta;
+    int wrong = !fits(own_gamma, 1) || !fits(own_beta, MOST);
+    __syncthreads();
+    if (lane < BLOCK) { // a lane to a column of R
+        float product = 1;
+#pragma unroll
+        for (int i = 0; i < BLOCK; i++) {
+            product *= i > lane ? gamma[warp * BLOCK + i] : 1;
+            decay[warp][i][lane] = i < lane ? 0 : product;
+        }
     }
     copies_wait<0>();
     __syncthreads();
+    // From a block's beginning to a step, from a step to its block's end, over a block.
+    auto up_to = [&](int i) { return gamma[i / BLOCK * BLOCK] * decay[i / BLOCK][i % BLOCK][0]; };
+    auto after = [&](int i) { return decay[i / BLOCK][BLOCK - 1][i % BLOCK]; };
+    auto over_block = [&](int block) { return up_to(block * BLOCK + BLOCK - 1); };
 
     // k.k and q.k of 16 rows a warp, as far as the diagonal.
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float dots[2][STEPS / 8][4] = {};
+    float dots[2][BLOCKS][8] = {};
 #pragma unroll 2
     for (int step = 0; step < KEY_DIM / 16; step++) {
         unsigned a[2][PARTS][4];
         unsigned from = chunk_at<KEY_DIM>(0, warp * 16 + lane % 16, step * 2 + lane / 16);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-            load_matrices(a[0][part], k_tile + part * TILE + from);
-            load_matrices(a[1][part], q_tile + part * TILE + from);
+            load_matrices(a[0][part], k_tile + part * TILE<KEY_DIM> + from);
+            load_matrices(a[1][part], q_tile + part * TILE<KEY_DIM> + from);
         }
 #pragma unroll
-        for (int pair = 0; pair < STEPS / 16; pair++) {
-            if (pair > warp) continue;
+        for (int block = 0; block < BLOCKS; block++) {
+            if (block > warp) continue;
             unsigned b[PARTS][4];
-            unsigned at = chunk_at<KEY_DIM>(k_tile, pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2);
+            unsigned at = chunk_at<KEY_DIM>(k_tile, block * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2);
 #pragma unroll
-            for (int part = 0; part < PARTS; part++) load_matrices(b[part], at + part * TILE);
+            for (int part = 0; part < PARTS; part++) load_matrices(b[part], at + part * TILE<KEY_DIM>);
 #pragma unroll
             for (int side = 0; side < 2; side++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    float(&c)[4] = dots[side][2 * pair + half];
+                    float(&c)[4] = *(float(*)[4])(dots[side][block] + 4 * half);
                     multiply(c, a[side][0], b[0][2 * half], b[0][2 * half + 1]);
                     if constexpr (!EXACT<T>) {
                         multiply(c, a[side][0], b[1][2 * half], b[1][2 * half + 1]);
@@ -137,445 +206,790 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
             }
         }
     }
-    __syncthreads();
-    float(*square)[PADDED] = (float(*)[PADDED])shared, (*with_q)[PADDED] = (float(*)[PADDED])(shared + AREA);
+    __syncthreads(); // L takes the place of the keys
+
+    // The lane's four numbers side by side in the warp's rows of blocks, as store_block exchanges them.
+    int i0 = lane / 4, pair = lane % 4 * 2, first_row = warp * BLOCK;
+    char *own = args.matrices + item * 4 * SQUARE + ((first_row + i0) * STEPS + pair + lane % 2 * 6) * 2;
+    float *column_of_l = (float *)on_diagonal[warp];
+    float rise[2] = {up_to(first_row + i0), up_to(first_row + i0 + 8)};
+    float step_size[2] = {beta[first_row + i0], beta[first_row + i0 + 8]}, between = 1, n[8];
+    // The block on the diagonal
 #pragma unroll
-    for (int side = 0; side < 2; side++) {
+    for (int e = 0; e < 8; e++) {
+        int i = i0 + e / 2 % 2 * 8, j = e / 4 * 8 + pair + e % 2;
+        float l = 0;
 #pragma unroll
-        for (int n = 0; n < STEPS / 8; n++) {
+        for (int block = 0; block < BLOCKS; block++)
+            if (block == warp) l = dots[0][block][e], n[e] = dots[1][block][e];
+        wrong |= i >= j && !(fits(l, MOST) && fits(n[e], MOST));
+        n[e] = i >= j ? n[e] * decay[warp][i][j] : 0;
+        l = i > j ? l * decay[warp][i][j] * step_size[e / 2 % 2] : 0;
+        wrong |= !fits(l, MOST_INVERSE);
+        column_of_l[j * PADDED + i] = l;
+    }
+    store_block(own + 2 * SQUARE + first_row * 2, n);
+    // and those on its left; with k_i.k_i all k_i.k_j fit.
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float2 pair = make_float2(dots[side][n][2 * i], dots[side][n][2 * i + 1]);
-                *(float2 *)&(side ? with_q : square)[warp * 16 + lane / 4 + 8 * i][n * 8 + lane % 4 * 2] = pair;
-            }
+    for (int block = BLOCKS - 2; block >= 0; block--) {
+        if (block >= warp) continue;
+        float(&l)[8] = dots[0][block];
+        float2 fall[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            fall[half] = *(const float2 *)&decay[block][BLOCK - 1][half * 8 + pair];
+            fall[half].x *= between, fall[half].y *= between;
         }
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            float by = rise[e / 2 % 2] * (e % 2 ? fall[e / 4].y : fall[e / 4].x);
+            n[e] = dots[1][block][e] * by, l[e] *= by * step_size[e / 2 % 2];
+            wrong |= !fits(n[e], MOST) || !fits(l[e], MOST_INVERSE);
+        }
+        between *= over_block(block);
+        store_block(own + 2 * SQUARE + block * BLOCK * 2, n);
+        unsigned high[4], low[4];
+        split_sums(l, high, low);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            unsigned to = chunk_at<STEPS>(0, first_row + i0 + i % 2 * 8, block * 2 + i / 2) + pair * 2;
+            *(unsigned *)(shared + to) = high[i], *(unsigned *)(shared + SQUARE + to) = low[i];
+        }
+    }
+    __syncwarp();
+    float x[BLOCK]; // a lane's column of the inverse of 1 + L
+#pragma unroll
+    for (int i = 0; i < BLOCK; i++) x[i] = i == lane % BLOCK;
+#pragma unroll
+    for (int j = 0; j < BLOCK - 1; j++) {
+#pragma unroll
+        for (int i = (j + 1) / 4 * 4; i < BLOCK; i += 4) {
+            float4 l = *(const float4 *)&column_of_l[j * PADDED + i];
+            if (i > j) x[i] = fmaf(-l.x, x[j], x[i]);
+            if (i + 1 > j) x[i + 1] = fmaf(-l.y, x[j], x[i + 1]);
+            if (i + 2 > j) x[i + 2] = fmaf(-l.z, x[j], x[i + 2]);
+            x[i + 3] = fmaf(-l.w, x[j], x[i + 3]);
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < BLOCK; i++) {
+        wrong |= !fits(x[i], MOST_INVERSE);
+        __nv_bfloat16 high = __float2bfloat16_rn(x[i]);
+        __nv_bfloat16 *to = (__nv_bfloat16 *)(on_diagonal[warp] + i * PITCH) + lane % BLOCK;
+        if (lane < BLOCK) *to = high, to[BLOCK * PITCH / 2] = __float2bfloat16_rn(x[i] - __bfloat162float(high));
     }
     __syncthreads();
 
-    // A thread to a column j of either: times R_ij, which goes down the column.
-    int j = threadIdx.x % STEPS, wrong = !fits(gamma[j], 1) || !fits(beta[j], MOST);
-    char *matrices = args.matrices + item * 4 * SQUARE;
-    auto keep = [&](int which, int i, float x) {
-        __nv_bfloat16 high = __float2bfloat16_rn(x);
-        __nv_bfloat16 *to = (__nv_bfloat16 *)(matrices + which * 2 * SQUARE) + i * STEPS + j;
-        to[0] = high, to[STEPS * STEPS] = __float2bfloat16_rn(x - __bfloat162float(high));
-    };
-    if (threadIdx.x < STEPS) {
-        float decay = 1, *decays = args.decays + item * 2 * STEPS, from_beginning = 1;
-        for (int i = 0; i < STEPS; i++) {
-            if (i <= j) {
-                from_beginning *= gamma[i];
-                continue;
-            }
-            decay *= gamma[i];
-            wrong |= !fits(square[i][j], MOST);
-            square[i][j] *= beta[i] * decay;
-        }
-        decays[j] = from_beginning, decays[STEPS + j] = decay;
-        asm volatile("bar.sync 1, 64;" ::: "memory");
-        float x[STEPS]; // of the inverse
+    // X (1 + L) = 1 by rows of blocks, from the diagonal leftwards: X_IJ = -(sum over K = J + 1 ... I of X_IK L_KJ) X_JJ
+    unsigned inverse[BLOCKS][2][4]; // [I - J][part]
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            float sums[4] = {i == j ? 1.0f : 0, 0, 0, 0};
+    for (int distance = 0; distance < BLOCKS; distance++) {
+        int block = warp - distance;
+        if (block < 0) continue;
+        auto add_product = [](float(&sums)[8], const unsigned(&a)[2][4], const unsigned(&b)[2][4]) {
 #pragma unroll
-            for (int m = 0; m < i; m += 4) {
-                float4 row = *(const float4 *)&square[i][m];
-                sums[0] = fmaf(-row.x, x[m], sums[0]);
-                if (m + 1 < i) sums[1] = fmaf(-row.y, x[m + 1], sums[1]);
-                if (m + 2 < i) sums[2] = fmaf(-row.z, x[m + 2], sums[2]);
-                if (m + 3 < i) sums[3] = fmaf(-row.w, x[m + 3], sums[3]);
+            for (int half = 0; half < 2; half++) {
+                float(&c)[4] = *(float(*)[4])(sums + 4 * half);
+                multiply(c, a[0], b[0][2 * half], b[0][2 * half + 1]);
+                multiply(c, a[1], b[0][2 * half], b[0][2 * half + 1]);
+                multiply(c, a[0], b[1][2 * half], b[1][2 * half + 1]);
             }
-            x[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            wrong |= !fits(x[i], MOST_INVERSE);
-            keep(0, i, x[i] * beta[j]);
-        }
-    } else {
-        float decay = 1;
-        for (int i = 0; i < STEPS; i++) {
-            float x = 0;
-            if (i >= j) {
-                if (i > j) decay *= gamma[i];
-                wrong |= !fits(with_q[i][j], MOST);
-                x = with_q[i][j] * decay;
+        };
+        unsigned diagonal = (unsigned)__cvta_generic_to_shared(on_diagonal[block]);
+        unsigned at = diagonal + lane % 16 * PITCH + lane / 16 * 16;
+        float sums[8] = {};
+        if (distance == 0) {
+            load_matrices(inverse[0][0], at), load_matrices(inverse[0][1], at + BLOCK * PITCH);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                unsigned high = inverse[0][0][i], low = inverse[0][1][i];
+                sums[2 * i] = __uint_as_float(high << 16) + __uint_as_float(low << 16);
+                sums[2 * i + 1] = __uint_as_float(high & 0xffff0000u) + __uint_as_float(low & 0xffff0000u);
             }
-            keep(1, i, x);
+        } else {
+            unsigned b[2][4], to_left[2][4];
+            float with_l[8] = {};
+#pragma unroll
+            for (int nearer = 0; nearer < distance; nearer++) {
+                unsigned from = chunk_at<STEPS>(k_tile, (warp - nearer) * BLOCK + lane % 16, block * 2 + lane / 16);
+                load_transposed(b[0], from), load_transposed(b[1], from + SQUARE);
+                add_product(with_l, inverse[nearer], b);
+            }
+#pragma unroll
+            for (int e = 0; e < 8; e++) with_l[e] = -with_l[e];
+            split_sums(with_l, to_left[0], to_left[1]);
+            load_transposed(b[0], at), load_transposed(b[1], at + BLOCK * PITCH);
+            add_product(sums, to_left, b);
+            split_sums(sums, inverse[distance][0], inverse[distance][1]);
         }
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            wrong |= !fits(sums[e], MOST_INVERSE);
+            sums[e] *= beta[block * BLOCK + e / 4 * 8 + pair + e % 2];
+        }
+        store_block(own + block * BLOCK * 2, sums);
     }
     wrong = __syncthreads_or(wrong);
-    if (threadIdx.x == 0) args.by_steps[item] = wrong;
+    if (threadIdx.x < STEPS) {
+        int i = threadIdx.x;
+        float from_beginning = up_to(i), to_end = after(i);
+        for (int block = 0; block < BLOCKS; block++) {
+            if (block < i / BLOCK) from_beginning *= over_block(block);
+            if (block > i / BLOCK) to_end *= over_block(block);
+        }
+        mtl_cuda_gated_delta_decays &decays = args.decays[item];
+        decays.from_beginning[i] = wrong ? NAN : from_beginning; // with which v - G S k does not fit
+        decays.to_end[i] = to_end, decays.gamma[i] = gamma[i], decays.beta[i] = beta[i];
+    }
 }
+
+// ---- products of the warps that hold the state; a left operand in registers, the right one in a tile of 64 steps
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#include "cuda/wgmma.cuh"
+
+using Tile = uint64_t; // where it is, as the matrix units are told
+__device__ inline Tile tile_at(unsigned at) { return descriptor(at, SQUARE); }
+__device__ inline Tile within(Tile tile, int bytes) { return tile + (bytes >> 4); }
+
+// C += A B, where row i of the tile is column i of B, as many as C has columns; k from 16 `step` on.
+template <int SUMS>
+__device__ inline void multiply_rows(float (&c)[SUMS], const unsigned (&a)[4], Tile tile, int step, bool add) {
+    Tile b = within(tile, step / 4 * SQUARE + step % 4 * 32);
+    multiply_registers_by_rows(c, a, b, add, __nv_bfloat16());
+}
+// C += A B, where row k of the tile is row k of B.
+__device__ inline void multiply_steps(float (&c)[32], const unsigned (&a)[4], Tile tile, int step) {
+    multiply_registers(c, a, within(tile, step * 16 * 128), 1, __nv_bfloat16());
+}
+// What ordinary instructions wrote to shared memory, for the matrix units.
+__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// What load_transposed reads.
+__device__ inline void store_transposed(const unsigned (&m)[4], unsigned at) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(m[0]),
+                 "r"(m[1]), "r"(m[2]), "r"(m[3])
+                 : "memory");
+}
+#else
+using Tile = unsigned;
+__device__ inline Tile tile_at(unsigned at) { return at; }
+__device__ inline Tile within(Tile tile, int bytes) { return tile + bytes; }
+
+template <int SUMS>
+__device__ inline void multiply_rows(float (&c)[SUMS], const unsigned (&a)[4], Tile tile, int step, bool add) {
+    int lane = threadIdx.x % WARP, row = lane % 8 + lane / 16 * 8;
+#pragma unroll
+    for (int pair = 0; pair < SUMS / 8; pair++) {
+        unsigned b[4];
+        load_matrices(b, chunk_at<STEPS>(tile + step / 4 * SQUARE, row + pair * 16, step % 4 * 2 + lane / 8 % 2));
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float(&sums)[4] = *(float(*)[4])(c + 8 * pair + 4 * half);
+            if (!add) sums[0] = sums[1] = sums[2] = sums[3] = 0;
+            multiply(sums, a, b[2 * half], b[2 * half + 1]);
+        }
+    }
+}
+__device__ inline void multiply_steps(float (&c)[32], const unsigned (&a)[4], Tile tile, int step) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int pair = 0; pair < 4; pair++) {
+        unsigned b[4];
+        load_transposed(b, chunk_at<STEPS>(tile, step * 16 + lane % 16, pair * 2 + lane / 16));
+        multiply(*(float(*)[4])(c + 8 * pair), a, b[0], b[1]);
+        multiply(*(float(*)[4])(c + 8 * pair + 4), a, b[2], b[3]);
+    }
+}
+__device__ inline void publish() {}
+__device__ inline void products_begin() {}
+__device__ inline void products_end() {}
+template <int PENDING> __device__ inline void products_wait() {}
+template <int N> __device__ inline void settle(float (&)[N]) {}
+
+__device__ inline void barrier_init(unsigned barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void barrier_wait(unsigned barrier, int parity) {
+    asm volatile("{\n.reg .pred done;\n"
+                 "WAIT:\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra WAIT;\n}\n" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
+__device__ inline void store_transposed(const unsigned (&m)[4], unsigned at) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        unsigned turned, to = __shfl_sync(ALL_LANES, at, i * 8 + lane / 4) + lane % 4 * 4;
+        asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(m[i]));
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(turned) : "memory");
+    }
+}
+#endif
 
 // ---- chunk after chunk
 
-constexpr int ROWS = 32, WARPS = 8, CHUNK_THREADS = WARPS * WARP, ROW_BYTES = 80; // of ROWS numbers: other banks each
+constexpr int GROUP = 4 * WARP, ROWS = 64; // threads that hold the state, and as many that fetch; rows of a block
+enum Barrier { VOTE = 1, FETCHERS };
 
-// A tile of STEPS rows of ROWS bfloat16: 16 bytes of it.
-__device__ inline unsigned narrow_at(unsigned tile, int row, int chunk) { return tile + row * ROW_BYTES + chunk * 16; }
+// What stands behind the stages: for each, whether it is full, whether it is empty, and whether its chunk went by steps.
+struct Signals {
+    uint64_t full[MTL_CUDA_STAGES], empty[MTL_CUDA_STAGES];
+    int by_steps[MTL_CUDA_STAGES];
+};
+static_assert(sizeof(Signals) <= MTL_CUDA_SIGNALS);
+
+// Of the four warps that hold the state, or that fetch: what their lanes did is done.
+__device__ inline void warp_arrives(uint64_t &barrier) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) barrier_arrive((unsigned)__cvta_generic_to_shared(&barrier));
+}
+__device__ inline void wait_for(uint64_t &barrier, int parity) {
+    barrier_wait((unsigned)__cvta_generic_to_shared(&barrier), parity);
+}
+__device__ inline bool any_of_group(bool x) {
+    int any;
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbar.red.or.pred q, %2, 128, p;\nselp.b32 %0, 1, 0, q;\n}"
+                 : "=r"(any)
+                 : "r"((int)x), "n"((int)VOTE)
+                 : "memory");
+    return any;
+}
+
+__device__ inline float2 widen_pair(unsigned pair, __half) { return __half22float2(*(const __half2 *)&pair); }
+__device__ inline float2 widen_pair(unsigned pair, __nv_bfloat16) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+__device__ inline float2 load_pair(const char *at, float) { return *(const float2 *)at; }
+template <typename T> __device__ inline float2 load_pair(const char *at, T t) {
+    return widen_pair(*(const unsigned *)at, t);
+}
+
+// A stage: k, q (both parts each), M, N (both parts), decays, v: of type T where it is fit for copies, else both parts.
+// What v's place gets back is out, of type T, for those who fetch to write where it is fit for 16 bytes at once.
+template <typename T, int KEY_DIM> struct Stage {
+    static constexpr int PARTS = EXACT<T> ? 1 : 2, Q = PARTS * TILE<KEY_DIM>, M = 2 * Q, N = M + 2 * SQUARE;
+    static constexpr int DECAYS = N + 2 * SQUARE, V = DECAYS + (int)sizeof(mtl_cuda_gated_delta_decays);
+    static constexpr int VALUES = 16 / (int)sizeof(T), V_CHUNKS = ROWS / VALUES; // of 16 bytes, of a step
+
+    __device__ static unsigned v_at(int step, int chunk) { return chunk_at<V_CHUNKS * 8>(V, step, chunk); }
+    __device__ static unsigned value_at(int step, int row) {
+        return v_at(step, row / VALUES) + row % VALUES * (int)sizeof(T);
+    }
+};
+
+// Of a chunk, a bit to a step.
+__device__ inline uint64_t live_steps(const mtl_cuda_gated_delta_chunks_args &args, int64_t first_item, int64_t chunk) {
+    bool all = !args.delta.mask.data && (chunk + 1) * STEPS <= args.delta.time;
+    return all ? ~(uint64_t)0 : *(const uint64_t *)(args.live + (first_item + chunk) * 2);
+}
+
+// v that is not fit for copies, value by value.
+template <typename V>
+__device__ inline void split_values(const mtl_cuda_strided &v, const char *from, unsigned char *tile, int rows,
+                                    uint64_t live, int thread) {
+    constexpr int AT_ONCE = 8, PASS = GROUP / (ROWS / 2); // a thread to two rows
+    int row = thread % (ROWS / 2) * 2;
+    from += row * v.stride[3] + thread / (ROWS / 2) * v.stride[1];
+#pragma unroll 1
+    for (int first = thread / (ROWS / 2); first < STEPS; first += AT_ONCE * PASS) {
+        V raw[AT_ONCE][2]; // of somewhere else where nothing is: without branches all loads are on their way together
+        float x[AT_ONCE][2];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++, from += PASS * v.stride[1]) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                bool there = row + e < rows && (live >> (first + i * PASS) & 1);
+                raw[i][e] = *(const V *)(there ? from + e * v.stride[3] : v.data);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                x[i][e] = row + e < rows && (live >> (first + i * PASS) & 1) ? (float)raw[i][e] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            // The first part is cut off, not rounded, so that it stays finite.
+            unsigned bits[2] = {__float_as_uint(x[i][0]), __float_as_uint(x[i][1])};
+            float rest[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) rest[e] = isinf(x[i][e]) ? 0 : x[i][e] - __uint_as_float(bits[e] & 0xffff0000u);
+            unsigned char *to = tile + chunk_at<ROWS>(0, first + i * PASS, row / 8) + row % 8 * 2;
+            *(unsigned *)to = __byte_perm(bits[0], bits[1], 0x7632);
+            *(unsigned *)(to + SQUARE) = narrow_pair(rest[0], rest[1], __nv_bfloat16());
+        }
+    }
+}
 
 template <typename T, int KEY_DIM>
-__device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args &args) {
+__device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args, unsigned char *shared, int64_t batch,
+                                    int64_t head, int first_row, int thread) {
+    using S = Stage<T, KEY_DIM>;
     const mtl_cuda_gated_delta_args &p = args.delta;
-    constexpr int PARTS = EXACT<T> ? 1 : 2, TILE = KEYS_TILE<T, KEY_DIM>, CHUNKS = KEY_DIM / 8;
-    constexpr int STAGE = 2 * PARTS * TILE + 4 * SQUARE, NARROW = STEPS * ROW_BYTES, STATE = ROWS * KEY_DIM * 2;
-    constexpr int COLUMNS = KEY_DIM / 4; // of the state, a warp of the first four
-    extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ float v_tile[STEPS][ROWS + 1], decays[2][2 * STEPS];
+    constexpr int CHUNKS = KEY_DIM / 8, PASS = GROUP / CHUNKS; // rows at once
+    int64_t k_head = head / (p.v_heads / p.k_heads), first_item = (batch * p.v_heads + head) * args.chunks;
+    int row = thread / CHUNKS, column = thread % CHUNKS, rows = (int)min(p.value_dim - first_row, (int64_t)ROWS);
     unsigned base = (unsigned)__cvta_generic_to_shared(shared);
-    unsigned state_tile = base, rest_tile = state_tile + 2 * STATE, delta_tile = rest_tile + 2 * NARROW;
-    unsigned ended_tile = delta_tile + 2 * NARROW, stages = ended_tile + 2 * NARROW;
-    float(*steps_state)[KEY_DIM] =
-        (float(*)[KEY_DIM])shared; // by steps, over state_tile and, for its size, what follows
+    unsigned key_to = column / 8 * SQUARE + chunk_at<STEPS>(0, row, column % 8);
+    const char *k_from = place(p.k, batch, row, k_head) + column * 16;
+    const char *q_from = place(p.q, batch, row, k_head) + column * 16;
+    const char *keys_from = args.keys + (batch * p.k_heads + k_head) * args.chunks * 4 * TILE<KEY_DIM> + thread * 16;
+    const char *v_from = place(p.v, batch, 0, head) + first_row * p.v.stride[3];
+    // Of a square's rows of blocks the last and, together, the first and the third are one copy a thread; of two
+    // squares' second ones it is one.
+    int second = thread % 64, third = thread - 32;
+    int square_row[3] = {48 + thread / 8, thread < 32 ? thread / 2 : 32 + third / 6, 16 + second / 4};
+    int square_column[3] = {thread % 8, thread < 32 ? thread % 2 : third % 6, second % 4};
+    constexpr int V_PASS = GROUP / S::V_CHUNKS; // steps at once
+    int v_step = thread / S::V_CHUNKS, v_column = thread % S::V_CHUNKS;
+    bool v_there = v_column * S::VALUES < rows;
+    Signals &signals = *(Signals *)(shared + args.stages * args.stage_bytes);
+    auto write_out = [&](int64_t chunk, int slot) {
+        const unsigned char *stage = shared + slot * args.stage_bytes;
+        if (!args.out_copies || signals.by_steps[slot] || !v_there) return;
+        char *to =
+            (char *)place(p.out, batch, chunk * STEPS + v_step, head) + first_row * (int)sizeof(T) + v_column * 16;
+#pragma unroll
+        for (int pass = 0; pass < STEPS / V_PASS; pass++, to += V_PASS * p.out.stride[1]) {
+            int step = v_step + pass * V_PASS;
+            if (chunk * STEPS + step < p.time) *(uint4 *)to = *(const uint4 *)(stage + S::v_at(step, v_column));
+        }
+    };
 
-    int64_t head, batch = divide(blockIdx.x, p.v_heads, head), k_head = head / (p.v_heads / p.k_heads);
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, first_row = blockIdx.y * ROWS;
-    int64_t first_item = (batch * p.v_heads + head) * args.chunks;
-    auto row_there = [&](int row) { return first_row + row < p.value_dim; };
-
-    // A thread has the same 16 bytes of every PASS rows, and a value of every WARPS steps.
-    constexpr int PASS = CHUNK_THREADS / CHUNKS, PASS_OF_SQUARE = CHUNK_THREADS / 8;
-    int key_row = threadIdx.x / CHUNKS, key_column = threadIdx.x % CHUNKS;
-    const char *k_from = place(p.k, batch, key_row, k_head) + key_column * 16;
-    const char *q_from = place(p.q, batch, key_row, k_head) + key_column * 16;
-    const char *v_from = place(p.v, batch, warp, head) + (first_row + lane) * p.v.stride[3];
-    const char *keys_from = args.keys + (batch * p.k_heads + k_head) * args.chunks * 4 * TILE + threadIdx.x * 16;
-    const char *matrices_from = args.matrices + first_item * 4 * SQUARE + threadIdx.x * 16;
-    unsigned key_to = chunk_at<KEY_DIM>(0, key_row, key_column);
-    unsigned matrix_to = chunk_at<STEPS>(2 * PARTS * TILE, threadIdx.x / 8, threadIdx.x % 8);
-    auto is_whole = [&](int64_t chunk) { return !p.mask.data && (chunk + 1) * STEPS <= p.time; };
-    auto fetch = [&](int64_t chunk, unsigned stage) {
+    bool ahead = args.stages > 2; // a chunk still on its way when the next one is asked for
+    auto arrived = [&](int slot) {
+        publish();
+        warp_arrives(signals.full[slot]);
+    };
+    int slot = 0, last = 0, parity = 1;
+    for (int64_t chunk = 0; chunk < args.chunks; chunk++) {
+        if (chunk >= args.stages) {
+            wait_for(signals.empty[slot], parity);
+            write_out(chunk - args.stages, slot);
+            // A copy of v goes where the same thread has just read; other values do not.
+            if (!args.v_copies) asm volatile("bar.sync %0, %1;" ::"n"((int)FETCHERS), "n"(GROUP) : "memory");
+        }
+        unsigned stage = base + slot * args.stage_bytes;
+        uint64_t live = live_steps(args, first_item, chunk);
         if constexpr (EXACT<T>) {
             const char *k = k_from + chunk * STEPS * p.k.stride[1], *q = q_from + chunk * STEPS * p.q.stride[1];
-            bool whole = is_whole(chunk);
 #pragma unroll
             for (int pass = 0; pass < STEPS / PASS; pass++) {
-                bool there = whole || is_live(p, batch, chunk * STEPS + key_row + pass * PASS);
-                unsigned to = stage + key_to + pass * PASS * KEY_DIM * 2;
+                bool there = live >> (row + pass * PASS) & 1;
+                unsigned to = stage + key_to + pass * PASS * 128;
                 copy_async(to, there ? k : p.k.data, there);
-                copy_async(to + TILE, there ? q : p.q.data, there);
+                copy_async(to + S::Q, there ? q : p.q.data, there);
                 k += PASS * p.k.stride[1], q += PASS * p.q.stride[1];
             }
         } else {
-            const char *from = keys_from + chunk * 4 * TILE;
+            const char *from = keys_from + chunk * 4 * TILE<KEY_DIM>;
 #pragma unroll
-            for (int pass = 0; pass < 4 * STEPS / PASS; pass++)
-                copy_async(stage + key_to + pass * PASS * KEY_DIM * 2, from + pass * CHUNK_THREADS * 16, true);
-        }
-        const char *from = matrices_from + chunk * 4 * SQUARE;
+            for (int tile = 0; tile < 4; tile++) {
 #pragma unroll
-        for (int pass = 0; pass < 4 * STEPS / PASS_OF_SQUARE; pass++)
-            copy_async(stage + matrix_to + pass * PASS_OF_SQUARE * STEPS * 2, from + pass * CHUNK_THREADS * 16, true);
-        copies_end();
-    };
-    bool typed_v = p.v.dtype == Element<T>::dtype;
-    unsigned staged_v[STEPS * ROWS / CHUNK_THREADS]; // as they came: to widen one would wait for it
-    float staged_decay;
-    auto read_v = [&](int64_t chunk) {
-        staged_decay = threadIdx.x < 2 * STEPS ? args.decays[(first_item + chunk) * 2 * STEPS + threadIdx.x] : 0;
-        const char *from = v_from + chunk * STEPS * p.v.stride[1];
-        bool whole = is_whole(chunk);
-#pragma unroll
-        for (int i = 0; i < STEPS * ROWS / CHUNK_THREADS; i++) {
-            staged_v[i] = 0;
-            if (row_there(lane) && (whole || is_live(p, batch, chunk * STEPS + i * WARPS + warp))) {
-                if (!typed_v) staged_v[i] = __float_as_uint(load_float_of(from, p.v.dtype));
-                else if constexpr (sizeof(T) == 4) staged_v[i] = *(const unsigned *)from;
-                else staged_v[i] = *(const unsigned short *)from;
+                for (int pass = 0; pass < STEPS / PASS; pass++, from += GROUP * 16)
+                    copy_async(stage + tile * TILE<KEY_DIM> + key_to + pass * PASS * 128, from, true);
             }
-            from += WARPS * p.v.stride[1];
         }
-    };
-    auto keep_v = [&](int64_t chunk) {
-        if (threadIdx.x < 2 * STEPS) decays[chunk % 2][threadIdx.x] = staged_decay;
+        const char *from = args.matrices + (first_item + chunk) * 4 * SQUARE;
 #pragma unroll
-        for (int i = 0; i < STEPS * ROWS / CHUNK_THREADS; i++) {
-            float v = __uint_as_float(staged_v[i]);
-            if (typed_v && EXACT<T>) v = __uint_as_float(staged_v[i] << 16);
-            else if (typed_v && sizeof(T) == 2) v = __half2float(__ushort_as_half((unsigned short)staged_v[i]));
-            v_tile[i * WARPS + warp][lane] = v;
+        for (int i = 0; i < 10; i++) {
+            int which = i < 8 ? i % 2 : 2, square = i < 8 ? i / 2 : (i - 8) * 2 + thread / 64;
+            copy_async(chunk_at<STEPS>(stage + S::M + square * SQUARE, square_row[which], square_column[which]),
+                       from + square * SQUARE + square_row[which] * 128 + square_column[which] * 16, true);
         }
+        if (thread < (int)sizeof(mtl_cuda_gated_delta_decays) / 16)
+            copy_async(stage + S::DECAYS + thread * 16, (const char *)&args.decays[first_item + chunk] + thread * 16,
+                       true);
+        const char *v = v_from + chunk * STEPS * p.v.stride[1];
+        if (args.v_copies) {
+            v += v_step * p.v.stride[1] + v_column * 16;
+#pragma unroll
+            for (int pass = 0; pass < STEPS / V_PASS; pass++, v += V_PASS * p.v.stride[1]) {
+                int step = v_step + pass * V_PASS;
+                bool there = v_there && (live >> step & 1);
+                copy_async(stage + S::v_at(step, v_column), there ? v : p.v.data, there);
+            }
+        } else {
+            unsigned char *to = shared + slot * args.stage_bytes + S::V;
+            if (p.v.dtype == F32) split_values<float>(p.v, v, to, rows, live, thread);
+            else if (p.v.dtype == F16) split_values<__half>(p.v, v, to, rows, live, thread);
+            else split_values<__nv_bfloat16>(p.v, v, to, rows, live, thread);
+        }
+        copies_end();
+        if (!ahead) {
+            copies_wait<0>();
+            arrived(slot);
+        } else if (chunk > 0) {
+            copies_wait<1>();
+            arrived(last);
+        }
+        last = slot;
+        if (++slot == args.stages) slot = 0, parity ^= 1;
+    }
+    if (ahead) {
+        copies_wait<0>();
+        arrived(last);
+    }
+    for (int64_t chunk = max(args.chunks - args.stages, (int64_t)0); chunk < args.chunks; chunk++) {
+        slot = (int)(chunk % args.stages);
+        wait_for(signals.empty[slot], (int)(chunk / args.stages % 2));
+        write_out(chunk, slot);
+    }
+}
+
+template <typename T, int KEY_DIM>
+__device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args &args) {
+    using S = Stage<T, KEY_DIM>;
+    const mtl_cuda_gated_delta_args &p = args.delta;
+    constexpr int PARTS = S::PARTS, TILES = KEY_DIM / 8, HALVES = KEY_DIM / 64;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    int64_t head, batch = divide(blockIdx.x, p.v_heads, head);
+    int first_row = blockIdx.y * ROWS, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    // What lies above the diagonals is never written again.
+    for (int i = threadIdx.x; i < args.stages * 4 * SQUARE / 16; i += 2 * GROUP) {
+        unsigned char *squares = shared + i / (4 * SQUARE / 16) * args.stage_bytes + S::M;
+        ((uint4 *)squares)[i % (4 * SQUARE / 16)] = make_uint4(0, 0, 0, 0);
+    }
+    publish();
+    Signals &signals = *(Signals *)(shared + args.stages * args.stage_bytes);
+    if (threadIdx.x < args.stages) {
+        barrier_init((unsigned)__cvta_generic_to_shared(&signals.full[threadIdx.x]), GROUP / WARP);
+        barrier_init((unsigned)__cvta_generic_to_shared(&signals.empty[threadIdx.x]), GROUP / WARP);
+    }
+    __syncthreads();
+    if (__shfl_sync(ALL_LANES, warp, 0) >= 4) { // the same of all lanes, as far as the compiler can see
+        fetch_chunks<T, KEY_DIM>(args, shared, batch, head, first_row, threadIdx.x - GROUP);
+        return;
+    }
+    unsigned base = (unsigned)__cvta_generic_to_shared(shared);
+    // Of a product's sums [4 n + 2 i + e] is the one of row[i] and column 8 n + pair + e.
+    int row[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8}, pair = lane % 4 * 2;
+    auto row_there = [&](int r) { return first_row + r < p.value_dim; };
+    auto out_at = [&](int64_t time, int r) {
+        return (char *)place(p.out, batch, time, head) + (first_row + r) * p.out.stride[3];
     };
 
-    // The state: of the first four warps' lanes, COLUMNS columns a warp.
-    float state[2][COLUMNS / 8][4] = {};
-    auto each_of_state = [&](auto visit) { // (row, column, number)
-        if (warp >= 4) return;
+    float state[HALVES][32] = {}; // of 64 columns each: one is split while the other one is still multiplied
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
+    for (int i = 0; i < 2; i++) {
+        if (!p.initial_state.data || !row_there(row[i])) continue;
+        const char *from = place(p.initial_state, batch, head, first_row + row[i]) + pair * 4;
 #pragma unroll
-            for (int n = 0; n < COLUMNS / 8; n++) {
+        for (int n = 0; n < TILES; n++) {
+            float2 x = *(const float2 *)(from + n * 32);
+            state[n / 8][n % 8 * 4 + 2 * i] = x.x, state[n / 8][n % 8 * 4 + 2 * i + 1] = x.y;
+        }
+    }
+
+    float out[STEPS / 2];
+    auto write_out = [&](int chunk) {
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    visit(m * 16 + lane / 4 + e / 2 * 8, warp * COLUMNS + n * 8 + lane % 4 * 2 + e % 2, state[m][n][e]);
+        for (int n = 0; n < STEPS / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                int64_t time = (int64_t)chunk * STEPS + n * 8 + pair + e;
+                if (time >= p.time) continue;
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    if (row_there(row[i])) store_float(out_at(time, row[i]), p.out.dtype, out[4 * n + 2 * i + e]);
             }
         }
     };
-    auto share_state = [&]() {
-        if (warp >= 4) return;
+    auto stage_out = [&](unsigned char *stage) {
+        if constexpr (sizeof(T) == 2) {
+            unsigned at =
+                (unsigned)__cvta_generic_to_shared(stage) + S::v_at(lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
+            for (int block = 0; block < BLOCKS; block++) {
+                unsigned pairs[4];
 #pragma unroll
-            for (int n = 0; n < COLUMNS / 8; n++) {
+                for (int i = 0; i < 4; i++)
+                    pairs[i] = narrow_pair(out[8 * block + 2 * i], out[8 * block + 2 * i + 1], T());
+                store_transposed(pairs, at + block * 16 * ROWS * 2);
+            }
+        } else {
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    unsigned high, low;
-                    split(state[m][n][2 * i], state[m][n][2 * i + 1], high, low);
-                    unsigned to =
-                        chunk_at<KEY_DIM>(0, m * 16 + lane / 4 + 8 * i, warp * COLUMNS / 8 + n) + lane % 4 * 4;
-                    *(unsigned *)(shared + to) = high, *(unsigned *)(shared + STATE + to) = low;
+            for (int n = 0; n < STEPS / 8; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    *(float *)(stage + S::value_at(n * 8 + pair + e % 2, row[e / 2])) = out[4 * n + e];
                 }
             }
         }
     };
-    if (p.initial_state.data)
-        each_of_state([&](int row, int column, float &x) {
-            if (row_there(row))
-                x = load_float_of(place(p.initial_state, batch, head, first_row + row) +
-                                      column * p.initial_state.stride[3],
-                                  p.initial_state.dtype);
-        });
-    share_state();
-    fetch(0, stages);
-    read_v(0);
-    keep_v(0);
-    copies_wait<0>();
-    __syncthreads();
 
-    constexpr int SIZE = sizeof(T);
-    bool paired = p.out.dtype == Element<T>::dtype && p.out.stride[3] == SIZE && row_there(ROWS - 1) &&
-                  (((int64_t)p.out.data | p.out.stride[0] | p.out.stride[1] | p.out.stride[2]) & (2 * SIZE - 1)) == 0;
-    int m_tile = warp % 4, first_step = m_tile * 16 + lane / 4; // the warp's steps, and the lane's: and the one 8 on
-    for (int64_t chunk = 0; chunk < args.chunks; chunk++) {
-        unsigned stage = stages + (args.stages > 1 ? (unsigned)(chunk % 2) * STAGE : 0);
-        unsigned q_tile = stage + PARTS * TILE, inverse = stage + 2 * PARTS * TILE, with_q = inverse + 2 * SQUARE;
-        const float *from_beginning = decays[chunk % 2], *to_end = from_beginning + STEPS;
-        bool more = chunk + 1 < args.chunks;
-        if (more) {
-            read_v(chunk + 1);
-            if (args.stages > 1) fetch(chunk + 1, stages + (unsigned)((chunk + 1) % 2) * STAGE);
-        }
-        int wrong = args.by_steps[first_item + chunk];
-
-        // S k by four warps, S q by the others.
-        float with_state[ROWS / 8][4] = {};
-        struct Operands { // of a product's step; loaded while the step before is multiplied
-            unsigned a[PARTS][4], high[ROWS / 16][4], low[ROWS / 16][4];
-        } operands[2];
-        auto load_step = [&](Operands &to, int step) {
+    // The step as it stands. Four lanes have two rows of the state, as it was before the chunk: where k and q were, for
+    // nothing that is still multiplied with them will count.
+    auto keep_state = [&](unsigned char *stage) {
 #pragma unroll
-            for (int part = 0; part < PARTS; part++)
-                load_matrices(to.a[part], chunk_of_pair<KEY_DIM>((warp < 4 ? stage : q_tile) + part * TILE,
-                                                                 m_tile * 16 + lane % 16, lane / 16, step));
+        for (int i = 0; i < KEY_DIM / 2; i++) ((float *)stage)[i * GROUP + threadIdx.x] = state[i / 32][i % 32];
+    };
+    auto by_steps = [&](int chunk, unsigned char *stage) {
+        const mtl_cuda_gated_delta_decays &decays = *(const mtl_cuda_gated_delta_decays *)(stage + S::DECAYS);
+        float *own = (float *)stage + threadIdx.x;
+        // Worked out here again: what would be kept for this rare path takes registers from the products.
+        unsigned block = blockIdx.x;
+        asm volatile("" : "+r"(block));
+        int64_t head, batch = divide(block, p.v_heads, head), k_head = head / (p.v_heads / p.k_heads);
+        uint64_t live = live_steps(args, (batch * p.v_heads + head) * args.chunks, chunk);
+        int most = (int)min(p.time - (int64_t)chunk * STEPS, (int64_t)STEPS);
+        auto over_lanes = [](float x) { return over_warp<float, add<float>>(x, 4); };
+        for (int step = 0; step < most; step++) {
+            int64_t time = (int64_t)chunk * STEPS + step;
+            float sum[2] = {};
+            if (live >> step & 1) {
+                float gamma = decays.gamma[step], beta = decays.beta[step], delta[2];
+                const char *k = place(p.k, batch, time, k_head) + pair * (int)sizeof(T);
+                const char *q = place(p.q, batch, time, k_head) + pair * (int)sizeof(T);
+#pragma unroll 4
+                for (int n = 0; n < TILES; n++) {
+                    float2 x = load_pair(k + n * 8 * (int)sizeof(T), T());
 #pragma unroll
-            for (int pair = 0; pair < ROWS / 16; pair++) {
-                unsigned at =
-                    chunk_of_pair<KEY_DIM>(state_tile, pair * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2, step);
-                load_matrices(to.high[pair], at);
-                load_matrices(to.low[pair], at + STATE);
+                    for (int i = 0; i < 2; i++) {
+                        float *s = own + (4 * n + 2 * i) * GROUP;
+                        s[0] *= gamma, s[GROUP] *= gamma;
+                        sum[i] = fmaf(s[0], x.x, fmaf(s[GROUP], x.y, sum[i]));
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float value;
+                    if (args.v_copies) {
+                        value = (float)*(const T *)(stage + S::value_at(step, row[i]));
+                    } else {
+                        const unsigned char *v = stage + chunk_at<ROWS>(S::V, step, row[i] / 8) + row[i] % 8 * 2;
+                        value = __bfloat162float(*(const __nv_bfloat16 *)v) +
+                                __bfloat162float(*(const __nv_bfloat16 *)(v + SQUARE));
+                    }
+                    delta[i] = beta * (value - over_lanes(sum[i]));
+                    sum[i] = 0;
+                }
+#pragma unroll 4
+                for (int n = 0; n < TILES; n++) {
+                    float2 x = load_pair(k + n * 8 * (int)sizeof(T), T());
+                    float2 y = load_pair(q + n * 8 * (int)sizeof(T), T());
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        float *s = own + (4 * n + 2 * i) * GROUP;
+                        s[0] = fmaf(delta[i], x.x, s[0]), s[GROUP] = fmaf(delta[i], x.y, s[GROUP]);
+                        sum[i] = fmaf(s[0], y.x, fmaf(s[GROUP], y.y, sum[i]));
+                    }
+                }
             }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float x = over_lanes(sum[i]);
+                char *to = (char *)place(p.out, batch, time, head) + (first_row + row[i]) * p.out.stride[3];
+                if (lane % 4 == 0 && row_there(row[i])) store_float(to, p.out.dtype, x);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < KEY_DIM / 2; i++) state[i / 32][i % 32] = own[i * GROUP];
+    };
+
+    unsigned high[KEY_DIM / 16][4], low[KEY_DIM / 16][4];
+    auto split_state = [&]() {
+#pragma unroll
+        for (int step = 0; step < KEY_DIM / 16; step++)
+            split_sums(state[step / 4] + step % 4 * 8, high[step], low[step]);
+    };
+    split_state();
+    int slot = 0, parity = 0;
+    for (int chunk = 0; chunk < args.chunks; chunk++) {
+        unsigned stage = base + slot * args.stage_bytes;
+        Tile k_tile = tile_at(stage), m_tile = within(k_tile, S::M), n_tile = within(k_tile, S::N);
+        unsigned char *here = shared + slot * args.stage_bytes;
+        const mtl_cuda_gated_delta_decays &decays = *(const mtl_cuda_gated_delta_decays *)(here + S::DECAYS);
+        wait_for(signals.full[slot], parity);
+
+        // S k, S q
+        float with_k[STEPS / 2];
+        auto multiply_state = [&](float(&sums)[STEPS / 2], Tile tile, int step) {
+            multiply_rows(sums, high[step], tile, step, step > 0);
+            multiply_rows(sums, low[step], tile, step, true);
+            if constexpr (PARTS == 2) multiply_rows(sums, high[step], within(tile, TILE<KEY_DIM>), step, true);
         };
-        load_step(operands[0], 0);
+        products_begin();
+#pragma unroll
+        for (int step = 0; step < KEY_DIM / 16; step++) multiply_state(with_k, k_tile, step);
+        products_end();
+        products_begin();
 #pragma unroll
         for (int step = 0; step < KEY_DIM / 16; step++) {
-            const Operands &now = operands[step % 2];
-            if (step + 1 < KEY_DIM / 16) load_step(operands[(step + 1) % 2], step + 1);
-#pragma unroll
-            for (int n = 0; n < ROWS / 8; n++)
-                multiply(with_state[n], now.a[0], now.high[n / 2][n % 2 * 2], now.high[n / 2][n % 2 * 2 + 1]);
-#pragma unroll
-            for (int n = 0; n < ROWS / 8; n++)
-                multiply(with_state[n], now.a[0], now.low[n / 2][n % 2 * 2], now.low[n / 2][n % 2 * 2 + 1]);
-            if constexpr (!EXACT<T>) {
-#pragma unroll
-                for (int n = 0; n < ROWS / 8; n++)
-                    multiply(with_state[n], now.a[1], now.high[n / 2][n % 2 * 2], now.high[n / 2][n % 2 * 2 + 1]);
-            }
+            multiply_state(out, within(k_tile, S::Q), step);
+            if (step == KEY_DIM / 32 - 1) products_end();
         }
-        // Of 16-bit pairs at [step][row], both parts.
-        auto put = [&](unsigned tile, int step, int row, float x, float y) {
-            unsigned high, low, to = narrow_at(tile - base, step, 0) + row * 2;
-            split(x, y, high, low);
-            *(unsigned *)(shared + to) = high, *(unsigned *)(shared + NARROW + to) = low;
-        };
-        if (warp < 4) {
-#pragma unroll
-            for (int n = 0; n < ROWS / 8; n++) {
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int step = first_step + 8 * i, row = n * 8 + lane % 4 * 2;
-                    float decay = from_beginning[step], x = v_tile[step][row] - decay * with_state[n][2 * i],
-                          y = v_tile[step][row + 1] - decay * with_state[n][2 * i + 1];
-                    wrong |= !fits(x, MOST) || !fits(y, MOST);
-                    put(rest_tile, step, row, x, y);
-                }
-            }
-        }
-        __syncthreads();
+        products_end();
 
-        // delta = M (v - G S k): 16 steps and 16 rows a warp.
-        float parts[3][2][4] = {}; // in three chains, for the wait between products
+        // v - G S k, as the left operand of M
+        unsigned rest_high[BLOCKS][4], rest_low[BLOCKS][4];
+        bool wrong = false;
+        struct Rest { // what a block's need; read while the block before is worked on
+            unsigned v[8];
+            float2 decay[2];
+        } next[2];
+        auto read_rest = [&](int block) {
+            Rest &to = next[block % 2];
+            unsigned at = chunk_at<ROWS>(stage + S::V, block * 16 + lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);
+            if (sizeof(T) == 4 && args.v_copies) {
 #pragma unroll
-        for (int step = 0; step < STEPS / 16; step++) {
-            if (step > m_tile) continue;
-            unsigned a[2][4], b[2][4];
+                for (int e = 0; e < 8; e++)
+                    to.v[e] =
+                        *(const unsigned *)(here + S::value_at(block * 16 + e / 4 * 8 + pair + e % 2, row[e / 2 % 2]));
+            } else {
+                load_transposed(*(unsigned(*)[4])to.v, at);
+                if (!args.v_copies) load_transposed(*(unsigned(*)[4])(to.v + 4), at + SQUARE);
+            }
 #pragma unroll
-            for (int part = 0; part < 2; part++) {
-                load_matrices(a[part],
-                              chunk_of_pair<STEPS>(inverse + part * SQUARE, m_tile * 16 + lane % 16, lane / 16, step));
-                load_transposed(b[part],
-                                narrow_at(rest_tile + part * NARROW, step * 16 + lane % 16, warp / 4 * 2 + lane / 16));
+            for (int half = 0; half < 2; half++)
+                to.decay[half] = *(const float2 *)&decays.from_beginning[block * 16 + half * 8 + pair];
+        };
+        auto take_rest = [&](int block) {
+            if (block + 1 < BLOCKS) read_rest(block + 1);
+            const Rest &now = next[block % 2];
+            float v[8];
+            if (sizeof(T) == 4 && args.v_copies) {
+#pragma unroll
+                for (int e = 0; e < 8; e++) v[e] = __uint_as_float(now.v[e]);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float2 x = widen_pair(now.v[i], __nv_bfloat16()), y = {};
+                    if (!args.v_copies) y = widen_pair(now.v[4 + i], __nv_bfloat16());
+                    else if (!EXACT<T>) x = widen_pair(now.v[i], __half());
+                    v[2 * i] = x.x + y.x, v[2 * i + 1] = x.y + y.y;
+                }
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                multiply(parts[0][half], a[0], b[0][2 * half], b[0][2 * half + 1]);
-                multiply(parts[1][half], a[0], b[1][2 * half], b[1][2 * half + 1]);
-                multiply(parts[2][half], a[1], b[0][2 * half], b[0][2 * half + 1]);
-            }
-        }
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int step = first_step + 8 * i, row = warp / 4 * 16 + half * 8 + lane % 4 * 2;
-                float x = parts[0][half][2 * i] + (parts[1][half][2 * i] + parts[2][half][2 * i]);
-                float y = parts[0][half][2 * i + 1] + (parts[1][half][2 * i + 1] + parts[2][half][2 * i + 1]);
-                wrong |= !fits(x, MOST) || !fits(y, MOST);
-                put(delta_tile, step, row, x, y);
-                put(ended_tile, step, row, x * to_end[step], y * to_end[step]);
+                for (int e = 0; e < 4; e++) {
+                    float &x = v[4 * half + e];
+                    x -= (e % 2 ? now.decay[half].y : now.decay[half].x) * with_k[8 * block + 4 * half + e];
+                    wrong |= !fits(x, MOST);
+                }
             }
-        }
-        if (more) keep_v(chunk + 1);
-        wrong = __syncthreads_or(wrong);
+            split_sums(v, rest_high[block], rest_low[block]);
+        };
+        // delta = M (v - G S k): the first 32 steps need but half of it.
+        float delta[2][STEPS / 4];
+        auto take_delta = [&](int half, int block) {
+            Tile tile = within(m_tile, half * 32 * 128);
+            multiply_rows(delta[half], rest_high[block], tile, block, block > 0);
+            multiply_rows(delta[half], rest_low[block], tile, block, true);
+            multiply_rows(delta[half], rest_high[block], within(tile, SQUARE), block, true);
+        };
+        read_rest(0);
+        products_wait<2>();
+        settle(with_k);
+        take_rest(0);
+        products_wait<1>(); // and half the state's parts make room
+        take_rest(1), take_rest(2), take_rest(3);
+        wrong = __any_sync(ALL_LANES, any_of_group(wrong)); // to the compiler, too, the same of all lanes
+        if (__builtin_expect(wrong, 0)) keep_state(here);   // and by_steps does it all again
+        products_wait<0>();
+        settle(out);
+        products_begin();
+        take_delta(0, 0), take_delta(0, 1);
+        products_end();
+        take_delta(1, 0), take_delta(1, 1), take_delta(1, 2), take_delta(1, 3);
+        products_end();
+        float over_chunk = decays.from_beginning[STEPS - 1];
+#pragma unroll
+        for (int i = 0; i < KEY_DIM / 2; i++) state[i / 32][i % 32] *= over_chunk;
+        float2 to_end[STEPS / 8];
+#pragma unroll
+        for (int n = 0; n < STEPS / 8; n++) to_end[n] = *(const float2 *)&decays.to_end[n * 8 + pair];
+        products_wait<1>();
+        settle(delta[0]);
 
-        if (wrong) {
-            each_of_state([&](int row, int column, float &x) { steps_state[row][column] = x; });
-            __syncthreads();
-            constexpr int LANES_OF_ROW = CHUNK_THREADS / ROWS;
-            int row = threadIdx.x / LANES_OF_ROW, part = threadIdx.x % LANES_OF_ROW;
-            int64_t end = min((chunk + 1) * STEPS, p.time);
-            for (int64_t time = chunk * STEPS; time < end; time++) {
-                float out = 0;
-                if (is_live(p, batch, time)) {
-                    const char *q = place(p.q, batch, time, k_head), *k = place(p.k, batch, time, k_head);
-                    float decay = load_float_of(place(p.gamma, batch, time, head), p.gamma.dtype), with_k = 0;
-                    float beta = load_float_of(place(p.beta, batch, time, head), p.beta.dtype);
-                    float v = row_there(row)
-                                  ? load_float_of(place(p.v, batch, time, head) + (first_row + row) * p.v.stride[3],
-                                                  p.v.dtype)
-                                  : 0;
-                    for (int i = part; i < KEY_DIM; i += LANES_OF_ROW) {
-                        float s = steps_state[row][i] * decay;
-                        steps_state[row][i] = s;
-                        with_k = fmaf(s, load_float_of(k + i * p.k.stride[3], p.k.dtype), with_k);
-                    }
-                    float delta = beta * (v - over_warp<float, add<float>>(with_k, LANES_OF_ROW));
-                    for (int i = part; i < KEY_DIM; i += LANES_OF_ROW) {
-                        float s = fmaf(delta, load_float_of(k + i * p.k.stride[3], p.k.dtype), steps_state[row][i]);
-                        steps_state[row][i] = s;
-                        out = fmaf(s, load_float_of(q + i * p.q.stride[3], p.q.dtype), out);
-                    }
-                    out = over_warp<float, add<float>>(out, LANES_OF_ROW);
-                }
-                if (part == 0 && row_there(row))
-                    store_float((char *)place(p.out, batch, time, head) + (first_row + row) * p.out.stride[3],
-                                p.out.dtype, out);
+        // S = G_C S + delta k, out = G S q + N delta
+        unsigned ended_high[BLOCKS][4], ended_low[BLOCKS][4], delta_high[BLOCKS][4], delta_low[BLOCKS][4];
+        auto take_ended = [&](int block) {
+            float ended[8];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float2 decay = to_end[2 * block + half];
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    ended[4 * half + e] = delta[block / 2][block % 2 * 8 + 4 * half + e] * (e % 2 ? decay.y : decay.x);
             }
-            __syncthreads();
-            each_of_state([&](int row, int column, float &x) { x = steps_state[row][column]; });
-            __syncthreads();
-        } else if (warp >= 4) {
-            // out = G S q + N delta
+            split_sums(ended, ended_high[block], ended_low[block]);
+        };
+        auto update = [&](int block) {
 #pragma unroll
-            for (int n = 0; n < ROWS / 8; n++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) with_state[n][e] *= from_beginning[first_step + e / 2 * 8];
+            for (int half = 0; half < HALVES; half++) {
+                Tile tile = within(k_tile, half * SQUARE);
+                multiply_steps(state[half], ended_high[block], tile, block);
+                multiply_steps(state[half], ended_low[block], tile, block);
+                if constexpr (PARTS == 2)
+                    multiply_steps(state[half], ended_high[block], within(tile, TILE<KEY_DIM>), block);
             }
+        };
+        take_ended(0), take_ended(1);
+        products_begin();
+        update(0), update(1);
+        products_end();
+        products_wait<1>();
+        settle(delta[1]);
+        take_ended(2), take_ended(3);
+        products_begin();
+        update(2), update(3);
+        products_end();
 #pragma unroll
-            for (int step = 0; step < STEPS / 16; step++) {
-                if (step > m_tile) continue;
-                unsigned a[2][4];
+        for (int block = 0; block < BLOCKS; block++) {
 #pragma unroll
-                for (int part = 0; part < 2; part++)
-                    load_matrices(a[part], chunk_of_pair<STEPS>(with_q + part * SQUARE, m_tile * 16 + lane % 16,
-                                                                lane / 16, step));
+            for (int half = 0; half < 2; half++) {
+                float2 decay = *(const float2 *)&decays.from_beginning[block * 16 + half * 8 + pair];
 #pragma unroll
-                for (int pair = 0; pair < ROWS / 16; pair++) {
-                    unsigned high[4], low[4];
-                    unsigned at = narrow_at(delta_tile, step * 16 + lane % 16, pair * 2 + lane / 16);
-                    load_transposed(high, at);
-                    load_transposed(low, at + NARROW);
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        float(&c)[4] = with_state[2 * pair + half];
-                        multiply(c, a[0], high[2 * half], high[2 * half + 1]);
-                        multiply(c, a[0], low[2 * half], low[2 * half + 1]);
-                        multiply(c, a[1], high[2 * half], high[2 * half + 1]);
-                    }
-                }
+                for (int e = 0; e < 4; e++) out[8 * block + 4 * half + e] *= e % 2 ? decay.y : decay.x;
             }
+            split_sums(delta[block / 2] + block % 2 * 8, delta_high[block], delta_low[block]);
+        }
+        products_begin();
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int64_t time = chunk * STEPS + first_step + 8 * i;
-                if (time >= p.time) continue;
-                bool live = !p.mask.data || is_live(p, batch, time);
-                char *out = (char *)place(p.out, batch, time, head) + first_row * p.out.stride[3];
+        for (int block = 0; block < BLOCKS; block++) {
+            multiply_rows(out, delta_high[block], n_tile, block, true);
+            multiply_rows(out, delta_low[block], n_tile, block, true);
+            multiply_rows(out, delta_high[block], within(n_tile, SQUARE), block, true);
+        }
+        products_end();
+        products_wait<1>();
 #pragma unroll
-                for (int n = 0; n < ROWS / 8; n++) {
-                    int row = n * 8 + lane % 4 * 2;
-                    float x = live ? with_state[n][2 * i] : 0, y = live ? with_state[n][2 * i + 1] : 0;
-                    if (paired) {
-                        if constexpr (sizeof(T) == 4) *(float2 *)(out + row * 4) = make_float2(x, y);
-                        else *(unsigned *)(out + row * 2) = narrow_pair(x, y, T());
-                        continue;
-                    }
-                    if (row_there(row)) store_float(out + row * p.out.stride[3], p.out.dtype, x);
-                    if (row_there(row + 1)) store_float(out + (row + 1) * p.out.stride[3], p.out.dtype, y);
-                }
-            }
+        for (int half = 0; half < HALVES; half++) settle(state[half]);
+        split_state();
+        products_wait<0>();
+        settle(out);
+        if (__builtin_expect(wrong, 0)) {
+            by_steps(chunk, here);
+            split_state();
+        } else if (args.out_copies) {
+            stage_out(here);
         } else {
-            // S = G_C S + delta k
-            float decay = from_beginning[STEPS - 1];
-            each_of_state([&](int, int, float &x) { x *= decay; });
-#pragma unroll
-            for (int step = 0; step < STEPS / 16; step++) {
-                unsigned a[2][2][4];
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    unsigned at = narrow_at(ended_tile, step * 16 + lane / 16 * 8 + lane % 8, m * 2 + lane / 8 % 2);
-                    load_transposed(a[m][0], at);
-                    load_transposed(a[m][1], at + NARROW);
-                }
-#pragma unroll
-                for (int pair = 0; pair < COLUMNS / 16; pair++) {
-                    unsigned b[PARTS][4];
-#pragma unroll
-                    for (int part = 0; part < PARTS; part++)
-                        load_transposed(b[part], chunk_at<KEY_DIM>(stage + part * TILE, step * 16 + lane % 16,
-                                                                   warp * COLUMNS / 8 + pair * 2 + lane / 16));
-#pragma unroll
-                    for (int m = 0; m < 2; m++) {
-#pragma unroll
-                        for (int half = 0; half < 2; half++) {
-                            float(&c)[4] = state[m][2 * pair + half];
-                            multiply(c, a[m][0], b[0][2 * half], b[0][2 * half + 1]);
-                            multiply(c, a[m][1], b[0][2 * half], b[0][2 * half + 1]);
-                            if constexpr (!EXACT<T>) multiply(c, a[m][0], b[1][2 * half], b[1][2 * half + 1]);
-                        }
-                    }
-                }
-            }
+            write_out(chunk);
         }
-        share_state();
-        if (more && args.stages == 1) {
-            __syncthreads();
-            fetch(chunk + 1, stages);
-        }
-        copies_wait<0>();
-        __syncthreads();
+        if (threadIdx.x == 0) signals.by_steps[slot] = wrong;
+        warp_arrives(signals.empty[slot]);
+        if (++slot == args.stages) slot = 0, parity ^= 1;
     }
-    each_of_state([&](int row, int column, float &x) {
-        if (row_there(row))
-            *(float *)((char *)place(p.state, batch, head, first_row + row) + column * p.state.stride[3]) = x;
-    });
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (!row_there(row[i])) continue;
+        char *to = (char *)place(p.state, batch, head, first_row + row[i]) + pair * 4;
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+            *(float2 *)(to + n * 32) =
+                make_float2(state[n / 8][n % 8 * 4 + 2 * i], state[n / 8][n % 8 * 4 + 2 * i + 1]);
+    }
 }
 
 #define GATED_DELTA_KERNELS(dtype, type, dim)                                                                \
@@ -583,7 +997,7 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
         gated_delta_prepare_##dtype##_##dim(const __grid_constant__ mtl_cuda_gated_delta_chunks_args args) { \
         gated_delta_prepare<type, dim>(args);                                                                \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(CHUNK_THREADS, 1)                                           \
+    extern "C" __global__ void __launch_bounds__(2 * GROUP, 1)                                               \
         gated_delta_chunks_##dtype##_##dim(const __grid_constant__ mtl_cuda_gated_delta_chunks_args args) {  \
         gated_delta_chunks<type, dim>(args);                                                                 \
     }

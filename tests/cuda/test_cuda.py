@@ -184,8 +184,10 @@ def reference_delta(q, k, v, gamma, beta, state, mask=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 40)])
-@pytest.mark.parametrize("case", ["model", "mask", "tail", "long keys", "zero decay", "growing decay", "nan"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 40), (64, 33)])
+@pytest.mark.parametrize(
+    "case", ["model", "mask", "tail", "long keys", "zero decay", "growing decay", "nan", "v's type"]
+)
 def test_gated_delta_in_chunks(case, dims, dtype):
     batch, time, heads = 2, 1024 if case == "model" else 300, (2, 4)
     q, k = (randn(batch, time, heads[0], dims[0], seed=i) for i in (1, 2))
@@ -204,6 +206,8 @@ def test_gated_delta_in_chunks(case, dims, dtype):
         q[~mask], k[~mask], v[~mask] = torch.nan, torch.nan, torch.nan
     if case == "nan":
         v[:, 200, 1, 3] = torch.inf
+    if case == "v's type":
+        v = v.to(torch.float16 if dtype == torch.float32 else torch.float32)
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)) if case == "tail" else (q, k, v)
     out, after = poisoned(*v.shape, dtype=dtype), state.clone()
     run("gated_delta_update", q, k, v, gamma, beta, after, mask, out, after)
