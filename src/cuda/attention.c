@@ -101,7 +101,7 @@ static metalloid_status allocate_parts(const mtl_cuda_call *call, mtl_cuda_atten
 
 static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_attention_args *attention, int64_t rows,
                                     CUdeviceptr memory, metalloid_status status) {
-    mtl_cuda_grid merge = {.blocks = rows, .threads = MERGE_COLUMNS, .rows = MERGE_GROUPS};
+    mtl_cuda_grid merge = {.blocks = rows, .threads = MERGE_COLUMNS, .rows = MERGE_GROUPS, .overlaps = true};
     if (status == METALLOID_OK) status = mtl_cuda_launch(call, kernel_of(MERGE), merge, attention);
     mtl_cuda_release(call, memory);
     return status;
@@ -111,10 +111,10 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
     enum { ROWS = 16, KEYS = 64, THREADS = 160, MOST_BLOCKS = 16, MOST_TILES = 4096, LEAST_TILES = 8 };
+    enum { MANY_BLOCKS = 8, MANY_TILES = 16, MOST_STAGES = 12, OWN_MEMORY = 6 << 10 };
     static const struct {
-        /* Two blocks have place on a multiprocessor where shared memory allows it: a GPU's clusters of 16 do not cover
-         * all multiprocessors one block each. */
-        int blocks, stages;
+        int blocks; /* that a multiprocessor holds */
+        int stages;
         const char *name[2];
     } kernels[HOPPER_DIMS] = {{2, 6, FORMS("attention_decode", "64_64")},
                               {2, 3, FORMS("attention_decode", "128_128")}, /* 96 lies in two blocks of 64 too */
@@ -128,17 +128,28 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
         return METALLOID_OK;
     int at = hopper_dims_of(args), bf16 = args->q.dtype == MTL_BF16;
     mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_decode, 2 * at + bf16, kernels[at].name[bf16]};
-    mtl_cuda_grid grid = {.y = (int)heads, .z = (int)((rows + ROWS - 1) / ROWS), .threads = THREADS, .cluster = 1};
+    mtl_cuda_grid grid = {
+        .y = (int)heads, .z = (int)((rows + ROWS - 1) / ROWS), .threads = THREADS, .cluster = 1, .overlaps = true};
     int64_t multiprocessors = call->device->multiprocessors, places = multiprocessors * kernels[at].blocks;
     int64_t items = heads * grid.z, tiles = (args->kv_len + KEYS - 1) / KEYS;
-    while (grid.cluster < MOST_BLOCKS && items * grid.cluster * 2 <= places && grid.cluster * 2 <= tiles)
-        grid.cluster *= 2;
+    int stage = KEYS * (in_blocks(hopper_dims[at].key_dim) + in_blocks(hopper_dims[at].value_dim)) * ELEMENT;
     hopper.stages = kernels[at].stages;
-    grid.shared_memory =
-        hopper.stages * KEYS * (in_blocks(hopper_dims[at].key_dim) + in_blocks(hopper_dims[at].value_dim)) * ELEMENT +
-        HOPPER_ALIGNMENT;
+    /* Half the multiprocessors keep the memory busy, and all blocks have to end together. Pairs find their places on
+     * any number of multiprocessors; larger clusters do not fill them, as a cluster's blocks share a group of 16 or so,
+     * and the groups differ: of those no more than leave room. */
+    int64_t roomy = multiprocessors * 3 / 4;
+    while (grid.cluster < MOST_BLOCKS && grid.cluster * 2 <= tiles &&
+           (items * grid.cluster * 2 <= roomy || (grid.cluster == 1 && items * 2 <= places)))
+        grid.cluster *= 2;
+    /* Where places are taken again and again, long heads go several blocks each: fewer places of memory are read at
+     * a time. */
+    if (items > places && tiles >= MANY_BLOCKS * MANY_TILES) {
+        int deep = (call->device->shared_memory - HOPPER_ALIGNMENT - OWN_MEMORY) / stage;
+        grid.cluster = MANY_BLOCKS, hopper.stages = deep < MOST_STAGES ? deep : MOST_STAGES;
+    }
+    grid.shared_memory = hopper.stages * stage + HOPPER_ALIGNMENT;
     MTL_TRY(mtl_cuda_fit_cluster(call, kernel, &grid));
-    int64_t splits = places / (items * grid.cluster), most = tiles / (grid.cluster * LEAST_TILES);
+    int64_t splits = roomy / (items * grid.cluster), most = tiles / (grid.cluster * LEAST_TILES);
     splits = splits < most ? splits : most;
     attention->splits = splits > 1 ? (int)splits : 1;
     grid.blocks = grid.cluster * attention->splits;

@@ -236,6 +236,8 @@ extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
     int64_t batch = divide(divide(at, rows, row), p.kv_heads, kv_head), query = divide(row, p.group, in_group);
     int64_t head = kv_head * p.group + in_group;
     int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    wait_for_earlier();
+    let_next_start();
     float sink = p.sinks.data ? load_float(p.sinks.data + head * p.sinks.stride, p.sinks.dtype) : -INFINITY;
 
     float largest = -INFINITY; // every warp finds the same

@@ -21,6 +21,29 @@ constexpr int ROWS = 16, KEYS = 16 * WARPS, MOST_TILES = 4096, MOST_STAGES = 12;
 // Of a block's joined rows, by row.
 template <int VALUE_DIM> struct Joined { float values[ROWS][VALUE_DIM], largest[ROWS], sum[ROWS]; };
 
+// What some keys give to an element of a row.
+struct Part {
+    float largest, sum, value;
+};
+
+// Of a cluster's blocks, in their order.
+template <int BLOCKS> __device__ inline Part join(unsigned of_largest, unsigned of_sum, unsigned of_value) {
+    Part parts[BLOCKS], whole = {-INFINITY, 0, 0};
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++)
+        parts[i] = {load_from_block(of_largest, i), load_from_block(of_sum, i), load_from_block(of_value, i)};
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) whole.largest = larger(parts[i].largest, whole.largest);
+    float base = whole.largest == -INFINITY ? 0 : whole.largest;
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        float weight = power_of_2(parts[i].largest - base);
+        whole.sum += weight * parts[i].sum;
+        whole.value += weight * parts[i].value;
+    }
+    return whole;
+}
+
 // 16 bytes of a tile of blocks of 64 features, as the copy engine swizzles it.
 __device__ inline unsigned swizzled(unsigned tile, int row, int chunk) {
     return tile + chunk / 8 * KEYS * 128 + row * 128 + (((chunk ^ row) & 7) << 4);
@@ -34,6 +57,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     unsigned stages = ((unsigned)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     unsigned char *own = shared + (stages - (unsigned)__cvta_generic_to_shared(shared));
     __shared__ __align__(8) uint64_t barriers[2 * MOST_STAGES];
+    __shared__ unsigned wrong;                 // rows that came out NaN
     __shared__ unsigned char live[MOST_TILES]; // whether the key mask shows any key of a tile of this block
     unsigned full = (unsigned)__cvta_generic_to_shared(barriers), empty = full + 8 * MOST_STAGES;
     int count = args.stages;
@@ -54,10 +78,14 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         return (int)(begin + rank + (int64_t)(i < tiles ? i : i - tiles) * ranks) * KEYS;
     };
 
-    if (threadIdx.x == 0) {
+    // The copying warp makes the barriers and asks for tiles before the others have come that far.
+    if (threadIdx.x == WARPS * WARP) {
+        prefetch_map(args.k_map), prefetch_map(args.v_map);
         for (int i = 0; i < count; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    wait_for_earlier();
+    let_next_start();
     if (key_mask) {
         for (int i = warp; i < tiles; i += THREADS / WARP) {
             bool seen = false;
@@ -69,8 +97,10 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
             seen = __any_sync(ALL_LANES, seen);
             if (lane == 0) live[i] = seen;
         }
+        __syncthreads();
     }
-    __syncthreads();
+    if (warp == WARPS) arrive_at<1>(THREADS);
+    else meet_at<1>(THREADS);
 
     float values[VALUE_DIM / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     if (warp == WARPS) {
@@ -219,6 +249,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
                     make_float2(values[n][2 * i], values[n][2 * i + 1]);
         }
     }
+    if (threadIdx.x == 0) wrong = 0;
     __syncthreads();
     for (int at = threadIdx.x; at < kept * VALUE_DIM; at += THREADS) {
         int row = at / VALUE_DIM, column = at % VALUE_DIM;
@@ -235,54 +266,50 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         joined->values[row][column] = x;
         if (column == 0) joined->largest[row] = top, joined->sum[row] = total;
     }
+    int place_in_cluster = (int)cluster_rank(), blocks = (int)cluster_size();
     cluster_sync();
 
     // The blocks' parts: each block finishes its share of the rows.
-    int place_in_cluster = (int)cluster_rank(), blocks = (int)cluster_size();
     unsigned here = (unsigned)__cvta_generic_to_shared(joined);
-    for (int row = place_in_cluster; row < kept; row += blocks) {
-        unsigned of_row = here + (unsigned)((char *)joined->values[row] - (char *)joined);
+    for (int at = threadIdx.x; at < (kept - place_in_cluster + blocks - 1) / blocks * VALUE_DIM; at += THREADS) {
+        int row = place_in_cluster + at / VALUE_DIM * blocks, column = at % VALUE_DIM;
+        if (column >= p.value_dim) continue;
+        unsigned of_value = here + (unsigned)((char *)&joined->values[row][column] - (char *)joined);
         unsigned of_largest = here + (unsigned)((char *)&joined->largest[row] - (char *)joined);
         unsigned of_sum = of_largest + sizeof joined->largest;
-        int64_t head = kv_head * group + (first_row + row) % group, at = (first_row + row) / group;
+        int64_t head = kv_head * group + (first_row + row) % group, query = (first_row + row) / group;
         bool parted = p.splits > 1;
         float sink = !parted && p.sinks.data ? load_float(p.sinks.data + head * p.sinks.stride, p.sinks.dtype) * LOG2_E
                                              : -INFINITY;
-        float tops[MOST_BLOCKS], top = sink, total = 0;
-#pragma unroll
-        for (int i = 0; i < MOST_BLOCKS; i++) {
-            tops[i] = i < blocks ? load_from_block(of_largest, i) : -INFINITY;
-            top = larger(tops[i], top);
-        }
-        float base = top == -INFINITY ? 0 : top;
-#pragma unroll
-        for (int i = 0; i < MOST_BLOCKS; i++) {
-            tops[i] = power_of_2(tops[i] - base);
-            if (i < blocks) total += tops[i] * load_from_block(of_sum, i);
-        }
+        Part whole = blocks == 1   ? Part{joined->largest[row], joined->sum[row], joined->values[row][column]}
+                     : blocks == 2 ? join<2>(of_largest, of_sum, of_value)
+                     : blocks == 4 ? join<4>(of_largest, of_sum, of_value)
+                     : blocks == 8 ? join<8>(of_largest, of_sum, of_value)
+                                   : join<16>(of_largest, of_sum, of_value);
+        float top = larger(sink, whole.largest), base = top == -INFINITY ? 0 : top;
+        float weight = power_of_2(whole.largest - base), total = weight * whole.sum, x = weight * whole.value;
         total = sink == INFINITY ? INFINITY : sink == -INFINITY ? total : total + power_of_2(sink - base);
-        float inverse = total == 0 ? 0 : 1 / total;
-        bool nan = total != total;
+        x *= total == 0 ? 0 : 1 / total;
+        float log_sum = total == 0 ? -INFINITY : top / LOG2_E + logf(total);
         int64_t split = rank / blocks, part = (split * gridDim.y + blockIdx.y) * rows + first_row + row;
-        for (int column = threadIdx.x; column < p.value_dim; column += THREADS) {
-            float x = 0, other[MOST_BLOCKS];
-#pragma unroll
-            for (int i = 0; i < MOST_BLOCKS; i++) other[i] = i < blocks ? load_from_block(of_row + column * 4, i) : 0;
-#pragma unroll
-            for (int i = 0; i < MOST_BLOCKS; i++) x += tops[i] * other[i];
-            x *= inverse;
-            nan |= x != x;
-            if (parted) p.parts[part * p.value_dim + column] = x;
-            else store_float((char *)place(p.out, batch, head, at) + column * p.out.stride[3], p.out.dtype, x);
+        if (parted) {
+            p.parts[part * p.value_dim + column] = x;
+            if (column == 0) p.part_logs[part] = log_sum;
+            continue;
         }
-        if (threadIdx.x == 0) {
-            float log_sum = total == 0 ? -INFINITY : top / LOG2_E + logf(total);
-            if (parted) p.part_logs[part] = log_sum;
-            else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head, at) = log_sum;
-        }
-        if (__syncthreads_or(nan && !parted) && warp == 0) attention_row(p, batch, head, at);
+        store_float((char *)place(p.out, batch, head, query) + column * p.out.stride[3], p.out.dtype, x);
+        if (column == 0 && p.logsumexp.data) *(float *)place(p.logsumexp, batch, head, query) = log_sum;
+        if (x != x || total != total) atomicOr(&wrong, 1u << row);
     }
-    cluster_sync(); // nobody goes while another reads its memory
+    cluster_arrive();
+    __syncthreads();
+    if (wrong && warp == 0) {
+        for (unsigned left = wrong; left; left &= left - 1) {
+            int row = first_row + __ffs(left) - 1;
+            attention_row(p, batch, kv_head * group + row % group, row / group);
+        }
+    }
+    cluster_wait(); // nobody goes while another reads its memory
 }
 #define BODY(type, key_dim, value_dim) attention_decode<type, key_dim, value_dim>(args)
 #else

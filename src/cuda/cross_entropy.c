@@ -3,7 +3,7 @@
 
 metalloid_status mtl_cuda_cross_entropy(const metalloid_context *context, const char *op,
                                         const mtl_cross_entropy_args *args) {
-    enum { ANY = 3, FEW = 256, MANY = 512, LONG_ROW = 65536 };
+    enum { ANY = 3, FEW = 128, MANY = 256, LONG_ROW = 65536 };
     static const mtl_cuda_kernel kernels[] = {{MTL_CUDA_IMAGE_cross_entropy, 0, "cross_entropy_f32"},
                                               {MTL_CUDA_IMAGE_cross_entropy, 1, "cross_entropy_f16"},
                                               {MTL_CUDA_IMAGE_cross_entropy, 2, "cross_entropy_bf16"},
@@ -28,7 +28,8 @@ metalloid_status mtl_cuda_cross_entropy(const metalloid_context *context, const 
         entropy.logits.data = args->logits.data + at.offset[MTL_CROSS_ENTROPY_LOGITS];
         entropy.targets.data = args->targets.data + at.offset[MTL_CROSS_ENTROPY_TARGETS];
         entropy.loss.data = args->loss.data + at.offset[MTL_CROSS_ENTROPY_LOSS];
-        mtl_cuda_grid grid = {.blocks = entropy.rows.count, .threads = args->classes > LONG_ROW ? MANY : FEW};
+        mtl_cuda_grid grid = {
+            .blocks = entropy.rows.count, .threads = args->classes > LONG_ROW ? MANY : FEW, .overlaps = true};
         status = mtl_cuda_launch(&call, kernel, grid, &entropy);
     }
     return mtl_cuda_end(&call, status);

@@ -40,17 +40,22 @@ struct Partial {
 };
 
 template <typename T> __device__ inline void take_vectors(Partial &partial, const char *row, int vectors) {
-    constexpr int N = LANES<T>, VECTORS = 4;
+    constexpr int N = LANES<T>, VECTORS = 4; // on their way while as many are taken
     constexpr unsigned none = sizeof(T) == 4             ? 0xff800000
                               : Element<T>::dtype == F16 ? 0xfc00fc00
                                                          : 0xff80ff80; // -infinity
-    for (int first = threadIdx.x; first < vectors; first += VECTORS * blockDim.x) {
-        uint4 raw[VECTORS];
+    auto fetch = [&](uint4(&raw)[VECTORS], int first) {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             int vector = first + i * blockDim.x;
             raw[i] = vector < vectors ? load_once(row + (int64_t)vector * 16) : make_uint4(none, none, none, none);
         }
+    };
+    uint4 raw[VECTORS], next[VECTORS];
+    fetch(raw, threadIdx.x);
+    for (int first = threadIdx.x; first < vectors;) {
+        first += VECTORS * blockDim.x;
+        fetch(next, first);
 #pragma unroll
         for (int i = 0; i < VECTORS; i += 2) {
             float x[2 * N];
@@ -58,12 +63,16 @@ template <typename T> __device__ inline void take_vectors(Partial &partial, cons
             widen(x + N, raw[i + 1], T());
             partial.take<2 * N>(x);
         }
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) raw[i] = next[i];
     }
 }
 
 // T: the logits' dtype, their elements side by side; void: any dtype and stride.
 template <typename T> __device__ inline void cross_entropy_row(const mtl_cuda_cross_entropy_args &p) {
     Offsets at = offsets_at(p.rows, blockIdx.x);
+    wait_for_earlier();
+    let_next_start();
     const char *logits = p.logits.data + at.of[LOGITS];
     int64_t target = load_integer(p.targets.data + at.of[TARGETS], p.targets.dtype);
     char *loss = p.loss.data + at.of[LOSS];
@@ -109,7 +118,7 @@ template <typename T> __device__ inline void cross_entropy_row(const mtl_cuda_cr
 }
 
 #define CROSS_ENTROPY_KERNEL(name, type)                                                                               \
-    extern "C" __global__ void __launch_bounds__(512, 3) name(const __grid_constant__ mtl_cuda_cross_entropy_args p) { \
+    extern "C" __global__ void __launch_bounds__(256, 4) name(const __grid_constant__ mtl_cuda_cross_entropy_args p) { \
         cross_entropy_row<type>(p);                                                                                    \
     }
 CROSS_ENTROPY_KERNEL(cross_entropy_f32, float)

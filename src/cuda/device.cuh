@@ -13,6 +13,21 @@ enum Dtype { F32, F16, BF16, F64, BOOL, I8, I16, I32, I64, U8, U16, U32, U64 };
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
+// ---- launches that overlap: mtl_cuda_grid.overlaps
+
+// What the stream had before is done, and its memory is seen.
+__device__ inline void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next launch may take the places that this one leaves, once all blocks have come here or are done.
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- elements of any dtype
 
 __device__ inline float load_float(const char *at, int dtype) {

@@ -99,7 +99,9 @@ static struct {
     atomic_bool ready;
     mtl_cuda_device device;
     CUmodule image[MTL_CUDA_IMAGE_COUNT];
+    atomic_bool waits[MTL_CUDA_IMAGE_COUNT]; /* compiled for an architecture that has wait_for_earlier */
     _Atomic(CUfunction) kernel[MTL_CUDA_IMAGE_COUNT][MTL_CUDA_KERNELS];
+    atomic_int shared_memory[MTL_CUDA_IMAGE_COUNT][MTL_CUDA_KERNELS]; /* that was asked for, in bytes */
 } devices[MTL_CUDA_DEVICES];
 
 static metalloid_status fill_device(mtl_cuda_device *device, const char *op, int id) {
@@ -184,6 +186,8 @@ metalloid_status mtl_cuda_end(mtl_cuda_call *call, metalloid_status status) {
 
 /* ---- kernels ----------------------------------------------------------------------------------------------------- */
 
+enum { ALWAYS_THERE = 48 << 10 }; /* bytes of dynamic shared memory */
+
 #define IMAGE_DECLARATION(name) extern const unsigned char mtl_cuda_image_##name[];
 #define IMAGE_ENTRY(name)       mtl_cuda_image_##name,
 MTL_CUDA_IMAGES(IMAGE_DECLARATION)
@@ -193,14 +197,12 @@ static metalloid_status load_kernel(const mtl_cuda_call *call, mtl_cuda_kernel k
     int id = call->device->id;
     CUmodule *image = &devices[id].image[kernel.image];
     CUfunction function;
+    int architecture = 0;
     if (!*image) DRIVER_TRY(call->op, "loading kernels", driver.cuModuleLoadData(image, images[kernel.image]));
     DRIVER_TRY(call->op, kernel.name, driver.cuModuleGetFunction(&function, *image, kernel.name));
-    /* Dynamic shared memory above 48 KiB has to be asked for; what a kernel has of its own comes off the device's
-     * limit. */
-    int most = call->device->shared_memory, own = 0;
-    DRIVER_TRY(call->op, kernel.name, driver.cuFuncGetAttribute(&own, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function));
     DRIVER_TRY(call->op, kernel.name,
-               driver.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most - own));
+               driver.cuFuncGetAttribute(&architecture, CU_FUNC_ATTRIBUTE_PTX_VERSION, function));
+    atomic_store_explicit(&devices[id].waits[kernel.image], architecture >= 90, memory_order_relaxed);
     if (call->device->major >= 9)
         DRIVER_TRY(call->op, kernel.name,
                    driver.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1));
@@ -223,9 +225,35 @@ static metalloid_status find_kernel(const mtl_cuda_call *call, mtl_cuda_kernel k
     return status;
 }
 
-static CUlaunchConfig configuration(const mtl_cuda_call *call, const mtl_cuda_grid *grid, CUlaunchAttribute *cluster) {
-    *cluster = (CUlaunchAttribute){.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-                                   .value.clusterDim = {(unsigned)grid->cluster, 1, 1}};
+/* Dynamic shared memory above what is always there has to be asked for, up to the device's limit less what the kernel
+ * has of its own. Only where it is needed: it comes off the first-level cache, where loads on their way have their
+ * place. */
+static metalloid_status allow_shared_memory(const mtl_cuda_call *call, mtl_cuda_kernel kernel, CUfunction function,
+                                            int bytes) {
+    atomic_int *allowed = &devices[call->device->id].shared_memory[kernel.image][kernel.index];
+    if (bytes <= ALWAYS_THERE || bytes <= atomic_load_explicit(allowed, memory_order_relaxed)) return METALLOID_OK;
+    int own = 0;
+    DRIVER_TRY(call->op, kernel.name, driver.cuFuncGetAttribute(&own, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function));
+    int most = call->device->shared_memory - own;
+    DRIVER_TRY(call->op, kernel.name,
+               driver.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most));
+    atomic_store_explicit(allowed, most, memory_order_relaxed);
+    return METALLOID_OK;
+}
+
+enum { ATTRIBUTES = 2 };
+
+static CUlaunchConfig configuration(const mtl_cuda_call *call, const mtl_cuda_grid *grid,
+                                    CUlaunchAttribute attributes[ATTRIBUTES]) {
+    unsigned count = 0;
+    if (grid->cluster > 1) {
+        attributes[count++] = (CUlaunchAttribute){.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                                                  .value.clusterDim = {(unsigned)grid->cluster, 1, 1}};
+    }
+    if (grid->overlaps) {
+        attributes[count++] = (CUlaunchAttribute){.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                                  .value.programmaticStreamSerializationAllowed = 1};
+    }
     return (CUlaunchConfig){.gridDimX = (unsigned)grid->blocks,
                             .gridDimY = grid->y ? (unsigned)grid->y : 1,
                             .gridDimZ = grid->z ? (unsigned)grid->z : 1,
@@ -234,8 +262,8 @@ static CUlaunchConfig configuration(const mtl_cuda_call *call, const mtl_cuda_gr
                             .blockDimZ = 1,
                             .sharedMemBytes = (unsigned)grid->shared_memory,
                             .hStream = call->stream,
-                            .attrs = cluster,
-                            .numAttrs = grid->cluster > 1};
+                            .attrs = attributes,
+                            .numAttrs = count};
 }
 
 metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid grid,
@@ -243,11 +271,13 @@ metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kern
     CUfunction function;
     MTL_TRY(find_kernel(call, kernel, &function));
     if (grid.blocks == 0) return METALLOID_OK;
+    MTL_TRY(allow_shared_memory(call, kernel, function, grid.shared_memory));
+    grid.overlaps &= atomic_load_explicit(&devices[call->device->id].waits[kernel.image], memory_order_relaxed);
     MTL_REQUIRE(grid.blocks <= INT32_MAX, call->op, "the tensors are too large for one launch (%lld blocks)",
                 (long long)grid.blocks);
     void *parameters[] = {(void *)(uintptr_t)arguments};
-    CUlaunchAttribute cluster;
-    CUlaunchConfig config = configuration(call, &grid, &cluster);
+    CUlaunchAttribute attributes[ATTRIBUTES];
+    CUlaunchConfig config = configuration(call, &grid, attributes);
     DRIVER_TRY(call->op, kernel.name, driver.cuLaunchKernelEx(&config, function, parameters, NULL));
     return METALLOID_OK;
 }
@@ -260,12 +290,13 @@ metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel
     if (found == 0) {
         CUfunction function;
         MTL_TRY(find_kernel(call, kernel, &function));
+        MTL_TRY(allow_shared_memory(call, kernel, function, grid->shared_memory));
         found = grid->cluster;
         for (mtl_cuda_grid tried = *grid; found > PORTABLE; found /= 2) {
-            CUlaunchAttribute cluster;
+            CUlaunchAttribute attributes[ATTRIBUTES];
             int places = 0;
             tried.cluster = found, tried.blocks = found;
-            CUlaunchConfig config = configuration(call, &tried, &cluster);
+            CUlaunchConfig config = configuration(call, &tried, attributes);
             if (driver.cuOccupancyMaxActiveClusters(&places, function, &config) == CUDA_SUCCESS && places > 0) break;
         }
         atomic_store_explicit(&most[call->device->id], found, memory_order_relaxed);
@@ -306,7 +337,6 @@ void mtl_cuda_release(const mtl_cuda_call *call, CUdeviceptr memory) { driver.cu
 
 metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, const char *name, int shared_memory,
                                CUfunction *function) {
-    enum { ALWAYS_THERE = 48 << 10 }; /* of dynamic shared memory */
     CUmodule module;
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED; /* as in find_kernel */
     driver.cuThreadExchangeStreamCaptureMode(&mode);

@@ -70,6 +70,7 @@ typedef struct mtl_cuda_grid {
     int threads, rows; /* a block is {threads, rows}; rows 0 counts as 1 */
     int shared_memory; /* dynamic, in bytes */
     int cluster;       /* blocks along x that form one; 0 counts as 1 */
+    bool overlaps;     /* the kernel waits by itself for what the stream had before, see device.cuh */
 } mtl_cuda_grid;
 
 /* Queues the kernel on the call's stream; its one parameter is the struct at `arguments`. */

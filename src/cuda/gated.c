@@ -46,7 +46,8 @@ static metalloid_status run(const metalloid_context *context, const char *op, co
         for (gated.first_row = 0; gated.first_row < gated.rows.count && status == METALLOID_OK;
              gated.first_row += MOST_ROWS) {
             int64_t rows = gated.rows.count - gated.first_row;
-            mtl_cuda_grid grid = {.blocks = chunks, .y = rows < MOST_ROWS ? (int)rows : MOST_ROWS, .threads = THREADS};
+            mtl_cuda_grid grid = {
+                .blocks = chunks, .y = rows < MOST_ROWS ? (int)rows : MOST_ROWS, .threads = THREADS, .overlaps = true};
             status = mtl_cuda_launch(&call, kernel, grid, &gated);
         }
     }

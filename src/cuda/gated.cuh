@@ -14,6 +14,8 @@ template <typename T, float (*act)(float)> __device__ inline void gated_rows(con
     constexpr int N = LANES<T>;
     Offsets at = offsets_at(p.rows, p.first_row + blockIdx.y);
     int64_t first = (int64_t)blockIdx.x * GATED_VECTORS * blockDim.x + threadIdx.x, vectors = p.length / N;
+    wait_for_earlier();
+    let_next_start();
     uint4 gate[GATED_VECTORS], up[GATED_VECTORS];
 #pragma unroll
     for (int i = 0; i < GATED_VECTORS; i++) {
@@ -39,6 +41,8 @@ template <typename T, float (*act)(float)> __device__ inline void gated_rows(con
 template <float (*act)(float)> __device__ inline void gated_any(const mtl_cuda_gated_args &p) {
     Offsets at = offsets_at(p.rows, p.first_row + blockIdx.y);
     int64_t stride = (int64_t)gridDim.x * blockDim.x;
+    wait_for_earlier();
+    let_next_start();
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < p.length; i += stride) {
         float gate = load_float(p.gate.data + at.of[GATE] + i * p.gate.stride, p.gate.dtype);
         float up = load_float(p.up.data + at.of[UP] + i * p.up.stride, p.up.dtype);

@@ -49,7 +49,7 @@ static metalloid_status launch(const mtl_cuda_call *call, mtl_cuda_image image, 
                                mtl_cuda_norm_args *norm) {
     int64_t rows = norm->rows.count;
     if (!fast) {
-        mtl_cuda_grid grid = {.blocks = rows < 65536 ? rows : 65536, .threads = 256};
+        mtl_cuda_grid grid = {.blocks = rows < 65536 ? rows : 65536, .threads = 256, .overlaps = true};
         return mtl_cuda_launch(call, kernel_of(image, ANY), grid, norm);
     }
     int64_t vectors = args->length * mtl_dtype_size(args->x.dtype) / VECTOR;
@@ -60,7 +60,7 @@ static metalloid_status launch(const mtl_cuda_call *call, mtl_cuda_image image, 
         step = 0;
     while (threads < MOST_THREADS && threads * preferred < vectors) threads *= 2;
     while (threads * each < vectors) each *= 2, step++;
-    mtl_cuda_grid grid = {.threads = threads, .rows = threads == 32 ? ROWS_OF_WARPS : 1};
+    mtl_cuda_grid grid = {.threads = threads, .rows = threads == 32 ? ROWS_OF_WARPS : 1, .overlaps = true};
     grid.blocks = (rows + grid.rows - 1) / grid.rows;
     return mtl_cuda_launch(call, kernel_of(image, (int)args->x.dtype * KERNELS + (args->residual.data ? 4 : 0) + step),
                            grid, norm);

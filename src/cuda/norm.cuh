@@ -24,13 +24,17 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= p.rows.count) return; // only where a row is a warp
     Offsets at = offsets_at(p.rows, row);
+    wait_for_earlier();
+    let_next_start();
     int vectors = (int)(p.length / N);
     auto inside = [&](int i) { return (int)(i * blockDim.x + threadIdx.x) < vectors; };
     auto place = [&](int i) { return (int)(i * blockDim.x + threadIdx.x) * 16; };
 
     uint4 raw[VECTORS];
-    uint4 weights[VECTORS]; // on their way while the row is summed
+    constexpr bool EARLY_BIAS = LAYER && !(ADD && VECTORS > 4); // where registers are left for it
+    uint4 weights[VECTORS], biases[EARLY_BIAS ? VECTORS : 1];   // on their way while the row is summed
     bool typed = p.weight.data && p.weight.dtype == Element<T>::dtype;
+    bool typed_bias = EARLY_BIAS && p.bias.data && p.bias.dtype == Element<T>::dtype;
     float sums[ADD ? VECTORS : 1][N], pivot = 0;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
@@ -53,6 +57,11 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
         weights[i] = typed && inside(i) ? *(const uint4 *)(p.weight.data + place(i)) : make_uint4(0, 0, 0, 0);
+    if constexpr (EARLY_BIAS) {
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            biases[i] = typed_bias && inside(i) ? *(const uint4 *)(p.bias.data + place(i)) : make_uint4(0, 0, 0, 0);
+    }
     auto read = [&](float *x, int i) { // less the pivot
         if constexpr (!ADD) widen(x, raw[i], T());
 #pragma unroll
@@ -70,13 +79,11 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
         float2 total = {}; // of deviations from the pivot, and of their squares
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
+            if (!inside(i)) continue;
             float x[N];
             read(x, i);
 #pragma unroll
-            for (int j = 0; j < N; j++) {
-                total.x += inside(i) ? x[j] : 0;
-                total.y += inside(i) ? x[j] * x[j] : 0;
-            }
+            for (int j = 0; j < N; j++) total.x += x[j], total.y += x[j] * x[j];
         }
         total = over_row<float2, add<float2>, 0>(total, float2{});
         mean = total.x / length;
@@ -127,7 +134,10 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
         read(x, i);
         if (typed) widen(weight, weights[i], T());
         else if (p.weight.data) load_vector<T>(weight, p.weight, first);
-        if (LAYER && p.bias.data) load_vector<T>(bias, p.bias, first);
+        if constexpr (LAYER) {
+            if (typed_bias) widen(bias, biases[EARLY_BIAS ? i : 0], T());
+            else if (p.bias.data) load_vector<T>(bias, p.bias, first);
+        }
 #pragma unroll
         for (int j = 0; j < N; j++) {
             x[j] = (x[j] * scale - mean) * inverse;
@@ -139,6 +149,8 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
 }
 
 template <bool LAYER> __device__ inline void norm_any(const mtl_cuda_norm_args &p) {
+    wait_for_earlier();
+    let_next_start();
     for (int64_t row = blockIdx.x; row < p.rows.count; row += gridDim.x) {
         Offsets at = offsets_at(p.rows, row);
         auto element = [&](int64_t i) {

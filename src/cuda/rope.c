@@ -7,7 +7,8 @@ enum {
     WARP = 32,
     MOST_PAIRS = 256,      /* of the fast kernel */
     ANY = 12,              /* the general kernel's place after 3 dtypes x 4 */
-    MOST_HEADS = 8,        /* for a thread's cosines and sines; past that they cost little */
+    MOST_HEADS = 4,        /* for a thread's cosines and sines: that many are on their way at once */
+    MOST_NORMED = 8,       /* the same where heads are normalized first */
     THREADS_WANTED = 2048, /* of a multiprocessor, over the whole call */
 };
 
@@ -46,14 +47,14 @@ static metalloid_status launch(const mtl_cuda_call *call, const mtl_rope_args *a
     for (int i = 0; i < args->sides; i++) heads += rope->side[i].heads.count;
     if (lanes == 0) {
         int64_t items = args->batch * heads * args->time;
-        mtl_cuda_grid grid = {.threads = WARP, .rows = THREADS / WARP};
+        mtl_cuda_grid grid = {.threads = WARP, .rows = THREADS / WARP, .overlaps = true};
         grid.blocks = (items + grid.rows - 1) / grid.rows;
         if (grid.blocks > 65536) grid.blocks = 65536;
         return mtl_cuda_launch(call, (mtl_cuda_kernel){MTL_CUDA_IMAGE_rope, ANY, names[ANY]}, grid, rope);
     }
     int64_t wanted = (int64_t)call->device->multiprocessors * THREADS_WANTED;
-    int64_t each = args->batch * args->time * heads * lanes / wanted;
-    rope->heads_a_block = each < 1 ? 1 : each > MOST_HEADS ? MOST_HEADS : (int)each;
+    int64_t each = args->batch * args->time * heads * lanes / wanted, limit = args->normed ? MOST_NORMED : MOST_HEADS;
+    rope->heads_a_block = (int)(each < 1 ? 1 : each > limit ? limit : each);
     /* All blocks alike: 15 heads of 32 would leave one of 2. */
     int64_t most = rope->side[0].heads.count, count = (most + rope->heads_a_block - 1) / rope->heads_a_block;
     rope->heads_a_block = (int)((most + count - 1) / count);
@@ -61,7 +62,7 @@ static metalloid_status launch(const mtl_cuda_call *call, const mtl_rope_args *a
     for (int i = 0; i < args->sides; i++)
         chunks += (rope->side[i].heads.count + rope->heads_a_block - 1) / rope->heads_a_block;
     int64_t items = args->batch * chunks * args->time;
-    mtl_cuda_grid grid = {.threads = lanes, .rows = THREADS / lanes};
+    mtl_cuda_grid grid = {.threads = lanes, .rows = THREADS / lanes, .overlaps = true};
     /* Whole warps, as sums over a head's lanes need. */
     if (args->normed && (int64_t)grid.rows * lanes > (items * lanes + WARP - 1) / WARP * WARP)
         grid.rows = (int)((items * lanes + WARP - 1) / WARP * WARP / lanes);

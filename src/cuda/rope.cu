@@ -13,12 +13,18 @@
 
 enum { X, OUT }; // operands of the loop over heads
 
+// Of angles for which the reduction by two pieces of pi/2 would run out of digits: rare, and long.
+__device__ __noinline__ float2 turn_far(double angle) {
+    double c, s;
+    sincos(angle, &s, &c);
+    return make_float2((float)c, (float)s);
+}
+
 // Cosine and sine of any angle, to float's accuracy.
 __device__ inline void turn(double angle, float &cosine, float &sine) {
-    if (fabs(angle) > 1e9) { // rare: the reduction by two pieces of pi/2 would run out of digits
-        double c, s;
-        sincos(angle, &s, &c);
-        cosine = (float)c, sine = (float)s;
+    if (fabs(angle) > 1e9) {
+        float2 both = turn_far(angle);
+        cosine = both.x, sine = both.y;
         return;
     }
     double quarters = rint(angle * 0.63661977236758134308); // 2/pi
@@ -99,6 +105,8 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < p.dims / 2; i += blockDim.x * blockDim.y)
         inv_freqs[i] = inv_freq(p, i);
     __syncthreads();
+    wait_for_earlier();
+    let_next_start();
     bool live = item < items;
     if (!live) {
         if (!NORMED) return;
@@ -106,8 +114,8 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
     }
     int64_t time, head_chunk, batch = divide(divide(item, p.time, time), chunks0 + chunks1, head_chunk);
     const mtl_cuda_rope_side &side = p.side[head_chunk >= chunks0];
-    int64_t head = (head_chunk >= chunks0 ? head_chunk - chunks0 : head_chunk) * p.heads_a_block;
-    int64_t end = head + p.heads_a_block < side.heads.count ? head + p.heads_a_block : side.heads.count;
+    int head = (int)((head_chunk >= chunks0 ? head_chunk - chunks0 : head_chunk) * p.heads_a_block);
+    int last = head + p.heads_a_block, end = last < side.heads.count ? last : (int)side.heads.count;
 
     // The thread's two vectors of a head, by their first elements: one of each half of what turns, or of what passes
     // through.
@@ -119,20 +127,23 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
 
     // Heads are in flight while those before them turn. Every lane of a warp makes the same number of turns, as sums
     // over lanes need; past its last head a lane repeats that one.
-    constexpr int AHEAD = NORMED ? 1 : 2;
+    constexpr int AHEAD = NORMED ? 2 : 4;
     uint4 raw[AHEAD][2];
     int64_t to[AHEAD];
-    auto fetch = [&](int64_t from) {
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            int64_t h = from + j < end ? from + j : end - 1;
-            Offsets at = offsets_at(side.heads, h);
-            raw[j][0] = load_once(x + at.of[X] + first * SIZE);
-            raw[j][1] = load_once(x + at.of[X] + second * SIZE);
-            to[j] = at.of[OUT];
-        }
+    auto fetch = [&](int j, int h) {
+        Offsets at = offsets_at(side.heads, h < end ? h : end - 1);
+        raw[j][0] = load_once(x + at.of[X] + first * SIZE);
+        raw[j][1] = load_once(x + at.of[X] + second * SIZE);
+        to[j] = at.of[OUT];
     };
-    fetch(head);
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) fetch(j, head + j);
+    bool typed = NORMED && side.weight.data && side.weight.dtype == Element<T>::dtype;
+    uint4 weights[2];
+    if (typed) {
+        weights[0] = *(const uint4 *)(side.weight.data + first * SIZE);
+        weights[1] = *(const uint4 *)(side.weight.data + second * SIZE);
+    }
 
     float cosine[N], sine[N];
     bool unrotated = false; // some pair: an infinite partner has no say in it
@@ -146,30 +157,32 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
         }
     }
 
-    for (int64_t now = head; now < head + p.heads_a_block; now += AHEAD) {
+    for (int now = head; now < last; now += AHEAD) {
         if (!NORMED && now >= end) return;
-        uint4 have[AHEAD][2];
-        char *there[AHEAD];
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) have[j][0] = raw[j][0], have[j][1] = raw[j][1], there[j] = out + to[j];
-        if (now + AHEAD < head + p.heads_a_block) fetch(now + AHEAD);
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             bool keeps = live && now + j < end;
-            if (!NORMED && !turns) { // passes through with its bits
-                if (keeps)
-                    store_once(there[j] + first * SIZE, have[j][0]), store_once(there[j] + second * SIZE, have[j][1]);
-                continue;
-            }
+            char *there = out + to[j];
             float v[2][N];
-            widen(v[0], have[j][0], T());
-            widen(v[1], have[j][1], T());
+            if (!NORMED && !turns) { // passes through with its bits
+                if (keeps) store_once(there + first * SIZE, raw[j][0]), store_once(there + second * SIZE, raw[j][1]);
+            } else {
+                widen(v[0], raw[j][0], T());
+                widen(v[1], raw[j][1], T());
+            }
+            if (now + j + AHEAD < last) fetch(j, now + j + AHEAD);
+            if (!NORMED && !turns) continue;
             if constexpr (NORMED) {
                 norm_head<N>(v, p, lanes);
                 if (side.weight.data) {
                     float weight[2][N];
-                    load_vector<T>(weight[0], side.weight, first);
-                    load_vector<T>(weight[1], side.weight, second);
+                    if (typed) {
+                        widen(weight[0], weights[0], T());
+                        widen(weight[1], weights[1], T());
+                    } else {
+                        load_vector<T>(weight[0], side.weight, first);
+                        load_vector<T>(weight[1], side.weight, second);
+                    }
 #pragma unroll
                     for (int i = 0; i < N; i++) v[0][i] *= weight[0][i], v[1][i] *= weight[1][i];
                 }
@@ -183,8 +196,8 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
                 }
             }
             if (!keeps) continue;
-            store_once(there[j] + first * SIZE, narrow(v[0], T()));
-            store_once(there[j] + second * SIZE, narrow(v[1], T()));
+            store_once(there + first * SIZE, narrow(v[0], T()));
+            store_once(there + second * SIZE, narrow(v[1], T()));
         }
     }
 }
@@ -194,6 +207,8 @@ extern "C" __global__ void __launch_bounds__(256) rope_any(const __grid_constant
     int64_t heads = p.side[0].heads.count + (p.sides > 1 ? p.side[1].heads.count : 0);
     int64_t items = p.batch * heads * p.time, stride = (int64_t)gridDim.x * blockDim.y;
     int lane = threadIdx.x;
+    wait_for_earlier();
+    let_next_start();
     for (int64_t item = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; item < items; item += stride) {
         int64_t head = item % heads, rest = item / heads, time = rest % p.time, batch = rest / p.time;
         const mtl_cuda_rope_side &side = p.side[head >= p.side[0].heads.count];

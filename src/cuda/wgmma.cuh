@@ -68,6 +68,14 @@ __device__ inline void barrier_wait(unsigned barrier, int parity) {
                  : "memory");
 }
 
+// A barrier of some of a block's threads, at which some do not wait.
+template <int BARRIER> __device__ inline void meet_at(int threads) {
+    asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "r"(threads) : "memory");
+}
+template <int BARRIER> __device__ inline void arrive_at(int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"n"(BARRIER), "r"(threads) : "memory");
+}
+
 // ---- a box of a tensor {feature, time, head, batch}, by the copy engine
 
 __device__ inline void copy_box(unsigned to, const void *map, unsigned barrier, int feature, int time, int head,
@@ -78,6 +86,8 @@ __device__ inline void copy_box(unsigned to, const void *map, unsigned barrier, 
         "l"(map), "r"(barrier), "r"(feature), "r"(time), "r"(head), "r"(batch)
         : "memory");
 }
+
+__device__ inline void prefetch_map(const void *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // ---- a cluster of blocks, which read each other's shared memory
 
@@ -96,6 +106,9 @@ __device__ inline unsigned cluster_size() {
 __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same in two halves, of which the first promises nothing but that its block has read what it uses.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 // What block `block` of the cluster has at the place where this one has `at`.
 __device__ inline float load_from_block(unsigned at, int block) {
     float x;
