@@ -2,14 +2,18 @@
 //
 //   (Dao et al. 2022, arXiv:2205.14135; Shah et al. 2024, arXiv:2407.08608)
 //
-// A block has 64 rows of one head for each of its GROUPS groups of four warps. One more group fetches: one thread asks
-// the copy engine for tiles of keys and values, two stages ahead. While the matrix units do the scores of the next tile
-// and the weighted values of this one, a group's ordinary instructions do the softmax in between: of the two products
-// in flight only the scores are waited for. (Blocks that stay, with items dealt out beforehand, were slower: under
-// causal items differ, and the hardware deals them out as blocks get free.)
+// A block has 64 rows of one head for each of its two groups of four warps. One more group fetches: one thread takes
+// items of 128 rows off a common counter, as blocks get free, and asks the copy engine for their tiles of keys and
+// values, some stages ahead, the next item's under the end of this one. While the matrix units do the scores of the next
+// tile and the weighted values of this one, a group's ordinary instructions do the softmax in between: of the two
+// products in flight only the scores are waited for.
+//
+// Numerics: a row's weights are relative to the maximum of its first tile, for as long as that leaves them small
+// (MOST); only then is a new maximum looked for. A sum of them and a comparison find that out, with no maximum and no
+// exchange between lanes in the usual tile. Weights round to the inputs' dtype, sums are float.
 //
 // What a key mask or a boolean mask shows is made into bits by the other three warps of the fetching group, ahead of
-// the tiles; a tile of which nothing shows is not loaded. Additive masks are read where the scores are.
+// the tiles; a tile of which nothing shows is not loaded. Additive masks are read while scores are multiplied.
 //
 // As in attention.cu a row that comes out NaN is done again by attention_row.
 #pragma once
@@ -17,8 +21,7 @@
 #include "cuda/attention.cuh"
 #include "cuda/wgmma.cuh"
 
-constexpr float MOST =
-    4096; // of a lane's weights of a row and tile: in float16 too they are far from the largest number
+constexpr float MOST = 4096; // sum of a lane's weights of a row and tile: float16 goes to 65504
 constexpr int GROUP = 4 * WARP, GROUP_ROWS = 64, GROUPS = 2, ROWS = GROUPS * GROUP_ROWS, STAGES = 2, MASK_STAGES = 4,
               MASK_WARPS = 3;
 
