@@ -90,7 +90,7 @@ typedef struct mtl_cuda_attention_args {
 typedef struct mtl_cuda_attention_hopper_args {
     __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128];
     mtl_cuda_attention_args attention;
-    int stages; /* of tiles on their way, in decoding */
+    int stages;            /* of tiles on their way, in decoding */
     unsigned items, *next; /* of rows, in prefill; which of them comes after each block's first: NULL where none does */
 } mtl_cuda_attention_hopper_args;
 
