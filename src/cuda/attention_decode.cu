@@ -301,8 +301,8 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         if (column == 0 && p.logsumexp.data) *(float *)place(p.logsumexp, batch, head, query) = log_sum;
         if (x != x || total != total) atomicOr(&wrong, 1u << row);
     }
-    cluster_arrive();
     __syncthreads();
+    cluster_arrive();
     if (wrong && warp == 0) {
         for (unsigned left = wrong; left; left &= left - 1) {
             int row = first_row + __ffs(left) - 1;

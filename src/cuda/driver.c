@@ -186,8 +186,6 @@ metalloid_status mtl_cuda_end(mtl_cuda_call *call, metalloid_status status) {
 
 /* ---- kernels ----------------------------------------------------------------------------------------------------- */
 
-enum { ALWAYS_THERE = 48 << 10 }; /* bytes of dynamic shared memory */
-
 #define IMAGE_DECLARATION(name) extern const unsigned char mtl_cuda_image_##name[];
 #define IMAGE_ENTRY(name)       mtl_cuda_image_##name,
 MTL_CUDA_IMAGES(IMAGE_DECLARATION)
@@ -225,13 +223,12 @@ static metalloid_status find_kernel(const mtl_cuda_call *call, mtl_cuda_kernel k
     return status;
 }
 
-/* Dynamic shared memory above what is always there has to be asked for, up to the device's limit less what the kernel
- * has of its own. Only where it is needed: it comes off the first-level cache, where loads on their way have their
- * place. */
+/* Much dynamic shared memory has to be asked for: the device's limit less what the kernel has of its own. Not by kernels
+ * that have none: they would get it at the cost of the first-level cache, where loads on their way have their place. */
 static metalloid_status allow_shared_memory(const mtl_cuda_call *call, mtl_cuda_kernel kernel, CUfunction function,
                                             int bytes) {
     atomic_int *allowed = &devices[call->device->id].shared_memory[kernel.image][kernel.index];
-    if (bytes <= ALWAYS_THERE || bytes <= atomic_load_explicit(allowed, memory_order_relaxed)) return METALLOID_OK;
+    if (bytes <= atomic_load_explicit(allowed, memory_order_relaxed)) return METALLOID_OK;
     int own = 0;
     DRIVER_TRY(call->op, kernel.name, driver.cuFuncGetAttribute(&own, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function));
     int most = call->device->shared_memory - own;
@@ -272,7 +269,8 @@ metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kern
     MTL_TRY(find_kernel(call, kernel, &function));
     if (grid.blocks == 0) return METALLOID_OK;
     MTL_TRY(allow_shared_memory(call, kernel, function, grid.shared_memory));
-    grid.overlaps &= atomic_load_explicit(&devices[call->device->id].waits[kernel.image], memory_order_relaxed);
+    if (!atomic_load_explicit(&devices[call->device->id].waits[kernel.image], memory_order_relaxed))
+        grid.overlaps = false;
     MTL_REQUIRE(grid.blocks <= INT32_MAX, call->op, "the tensors are too large for one launch (%lld blocks)",
                 (long long)grid.blocks);
     void *parameters[] = {(void *)(uintptr_t)arguments};
@@ -337,6 +335,7 @@ void mtl_cuda_release(const mtl_cuda_call *call, CUdeviceptr memory) { driver.cu
 
 metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, const char *name, int shared_memory,
                                CUfunction *function) {
+    enum { ALWAYS_THERE = 48 << 10 }; /* of dynamic shared memory */
     CUmodule module;
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED; /* as in find_kernel */
     driver.cuThreadExchangeStreamCaptureMode(&mode);

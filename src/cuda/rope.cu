@@ -102,6 +102,7 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
     int64_t chunks1 = p.sides > 1 ? (p.side[1].heads.count + p.heads_a_block - 1) / p.heads_a_block : 0;
     int64_t items = p.batch * (chunks0 + chunks1) * p.time, item = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     __shared__ double inv_freqs[256]; // a power of two takes long: each is made once a block
+    if (p.freqs.data) wait_for_earlier();
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < p.dims / 2; i += blockDim.x * blockDim.y)
         inv_freqs[i] = inv_freq(p, i);
     __syncthreads();
