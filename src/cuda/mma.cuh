@@ -47,3 +47,16 @@ template <int DIM> __device__ inline unsigned chunk_of_pair(unsigned tile, int r
     unsigned first = tile + row * DIM * 2 + ((odd ^ (row & 7)) << 4);
     return (first ^ (pair * 2 & 7) << 4) + (pair * 2 & ~7) * 16;
 }
+
+// Such a tile from rows in memory, zeros beyond `end` and beyond `features`.
+template <int DIM, int ROWS, int THREADS>
+__device__ inline void fetch_tile(unsigned tile, const char *from, int64_t stride, int64_t first, int64_t end,
+                                  int features) {
+    constexpr int CHUNKS = DIM / 8;
+#pragma unroll 4
+    for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+        int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+        bool there = first + row < end && chunk * 8 < features;
+        copy_async(chunk_at<DIM>(tile, row, chunk), there ? from + (first + row) * stride + chunk * 16 : from, there);
+    }
+}

@@ -1,0 +1,341 @@
+// O = softmax(scale Q K^T + mask) V in float32 arithmetic, for operands of any dtype. SPDX-License-Identifier: MIT
+//
+//   (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691)
+//
+// Both products are multiply-adds of tiles in registers: a thread has 8 rows by KEYS / COLUMN_LANES keys of scores, and
+// the same 8 rows by DIM / COLUMN_LANES columns of values. A warp owns 8 ROW_LANES rows, so that weights pass from the
+// first product to the second through memory that no other warp sees. Keys and values have one place each in shared
+// memory: cp.async fills that of the values during the first product, that of the next keys during the second. Operands
+// that are not float32 in 16-byte pieces are widened on their way there instead. All heads of a key/value head share a
+// block's keys; where rows are few, keys are split over blocks, and attention_merge joins the parts in their order.
+//
+// A tile's weighted values are summed on their own before they join the row's, so that a long row loses no more than a
+// short one, and where some key of a tile is hidden and a NaN comes out, the tile is summed again without the keys whose
+// weight is 0: what a hidden key holds changes no bit. A row that is NaN at the end is done again by attention_row.
+#include "cuda/attention.cuh"
+#include "cuda/mma.cuh"
+
+// Whether rows can be copied 16 bytes at a time.
+__device__ inline bool in_vectors(const mtl_cuda_strided &operand, int64_t features) {
+    int64_t odd = (int64_t)operand.data | operand.stride[0] | operand.stride[1] | operand.stride[2];
+    return operand.dtype == F32 && operand.stride[3] == 4 && odd % 16 == 0 && features % 4 == 0;
+}
+
+// A tile of rows of DIM floats, zeros where there are none. Its 16-byte chunks are exchanged by the row's last bits, of
+// which MASK says how many, so that the lanes that read a column at once find it in different banks. from(row): where
+// that row is, or NULL.
+template <int DIM, int ROWS, int THREADS, int MASK, typename From>
+__device__ inline void fetch_rows(float *tile, const mtl_cuda_strided &operand, int features, bool vectors, From from) {
+    constexpr int CHUNKS = DIM / 4;
+    if (vectors) {
+#pragma unroll 4
+        for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+            int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+            const char *start = chunk * 4 < features ? from(row) : NULL;
+            copy_async((unsigned)__cvta_generic_to_shared(tile + row * DIM + (chunk ^ (row & MASK)) * 4),
+                       start ? start + chunk * 16 : operand.data, start);
+        }
+        return;
+    }
+#pragma unroll 1
+    for (int at = threadIdx.x; at < ROWS * DIM; at += THREADS) {
+        int row = at / DIM, feature = at % DIM;
+        const char *start = feature < features ? from(row) : NULL;
+        tile[row * DIM + (feature ^ (row & MASK) * 4)] =
+            start ? load_float(start + feature * operand.stride[3], operand.dtype) : 0;
+    }
+}
+
+__device__ inline void add_product(float4 &sum, float weight, float4 x) {
+    sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y);
+    sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
+}
+
+template <int DIM, int ROW_LANES, int WARPS, int KEYS>
+__device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
+    constexpr int THREADS = WARPS * WARP, COLUMN_LANES = WARP / ROW_LANES, OWN = 8, ROWS = WARPS * OWN * ROW_LANES;
+    constexpr int OWN_KEYS = KEYS / COLUMN_LANES, OWN_COLUMNS = DIM / COLUMN_LANES / 4; // columns in fours
+    constexpr bool COMPENSATED = WARPS == 1 && DIM <= 128; // where there are registers for it
+    extern __shared__ __align__(128) float shared[];
+    float *q_tile = shared, *k_tile = q_tile + ROWS * DIM, *v_tile = k_tile + KEYS * DIM,
+          *weights = v_tile + KEYS * DIM;
+
+    // Neighbours at a distance of 1 share a row, at a distance of 2 a column: a load of 16 bytes a lane then takes two
+    // passes over the banks and not four.
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int row_lane = ROW_LANES == 1 ? 0 : ROW_LANES == 2 ? lane / 2 % 2 : lane / 2 % 2 + lane / 16 * 2;
+    int column_lane = ROW_LANES == 1 ? lane : ROW_LANES == 2 ? lane % 2 + lane / 4 * 2 : lane % 2 + lane / 4 % 4 * 2;
+    constexpr int OF_ROW = ROW_LANES == 1 ? 31 : ROW_LANES == 2 ? 29 : 13; // the lane's bits that tell columns apart
+
+    int64_t kv_head, batch = divide(blockIdx.y, p.kv_heads, kv_head);
+    int rows = (int)(p.group * p.q_len), group = (int)p.group;
+    int first_row =
+        (int)(gridDim.x - 1 - blockIdx.x) * ROWS; // under causal the last rows have most to do: they go first
+    int last_row = min(first_row + ROWS, rows) - 1, first_query = first_row / group, last_query = last_row / group;
+
+    const char *key_mask = key_mask_of(p, batch);
+    int64_t begin = first_query + p.first_visible, end = last_query + p.last_visible + 1;
+    begin = begin < 0 ? 0 : begin / KEYS * KEYS, end = end > p.kv_len ? p.kv_len : end;
+    if (p.splits > 1) {
+        int64_t from = blockIdx.z * p.split_keys, to = from + p.split_keys;
+        begin = begin > from ? begin : from, end = end < to ? end : to;
+    }
+    begin = next_tile<KEYS>(p, key_mask, begin, end);
+
+    auto meet = [] {
+        if (WARPS > 1) __syncthreads();
+        else __syncwarp();
+    };
+    const char *k = place(p.k, batch, kv_head, 0), *v = place(p.v, batch, kv_head, 0);
+    bool k_vectors = in_vectors(p.k, p.head_dim), v_vectors = in_vectors(p.v, p.value_dim);
+    auto fetch_keys = [&](int64_t first) {
+        if (first < end)
+            fetch_rows<DIM, KEYS, THREADS, 7>(k_tile, p.k, (int)p.head_dim, k_vectors, [&](int row) {
+                return first + row < p.kv_len ? k + (first + row) * p.k.stride[2] : NULL;
+            });
+        copies_end();
+    };
+    auto fetch_values = [&](int64_t first) {
+        if (first < end)
+            fetch_rows<DIM, KEYS, THREADS, 0>(v_tile, p.v, (int)p.value_dim, v_vectors, [&](int row) {
+                return first + row < p.kv_len ? v + (first + row) * p.v.stride[2] : NULL;
+            });
+        copies_end();
+    };
+    fetch_rows<DIM, ROWS, THREADS, ROW_LANES - 1>(
+        q_tile, p.q, (int)p.head_dim, in_vectors(p.q, p.head_dim), [&](int row) {
+            row += first_row;
+            return row < rows ? place(p.q, batch, kv_head * group + row % group, row / group) : NULL;
+        });
+    fetch_keys(begin);
+    copies_wait<0>();
+    meet();
+    fetch_values(begin);
+
+    // The thread's rows are i ROW_LANES + row_lane of its warp's.
+    int warp_row = warp * OWN * ROW_LANES + row_lane;
+    const float *q_rows = q_tile + warp_row * DIM, *k_rows = k_tile + column_lane * DIM;
+    float *weight_rows = weights + warp_row * KEYS;
+    auto weight_at = [&](int i, int key) {
+        return weight_rows + i * ROW_LANES * KEYS + (key ^ row_lane * COLUMN_LANES);
+    };
+    auto each_score = [&](auto f) {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+#pragma unroll
+            for (int j = 0; j < OWN_KEYS; j++) f(i, j, weight_at(i, column_lane + j * COLUMN_LANES));
+        }
+    };
+    int pairs = (int)(p.head_dim + 7) / 8;
+    bool plain = !p.mask.data && !key_mask && p.softcap == 0 && p.scale > 0;
+    float largest[OWN];
+    LongSum sum[OWN] = {};
+    float4 values[OWN][OWN_COLUMNS] = {}, lost[OWN][OWN_COLUMNS] = {};
+#pragma unroll
+    for (int i = 0; i < OWN; i++) largest[i] = -INFINITY;
+
+    for (int64_t first = begin, next; first < end; first = next) {
+        next = next_tile<KEYS>(p, key_mask, first + KEYS, end);
+
+        float scores[OWN][OWN_KEYS] = {};
+        for (int pair = 0; pair < pairs; pair++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int step = pair * 2 + half;
+                float4 b[OWN_KEYS];
+#pragma unroll
+                for (int j = 0; j < OWN_KEYS; j++)
+                    b[j] = *(const float4 *)(k_rows + j * COLUMN_LANES * DIM + (step ^ (column_lane & 7)) * 4);
+#pragma unroll
+                for (int i = 0; i < OWN; i++) {
+                    float4 a = *(const float4 *)(q_rows + i * ROW_LANES * DIM + (step ^ row_lane) * 4);
+#pragma unroll
+                    for (int j = 0; j < OWN_KEYS; j++) {
+                        scores[i][j] = fmaf(a.x, b[j].x, scores[i][j]);
+                        scores[i][j] = fmaf(a.y, b[j].y, scores[i][j]);
+                        scores[i][j] = fmaf(a.z, b[j].z, scores[i][j]);
+                        scores[i][j] = fmaf(a.w, b[j].w, scores[i][j]);
+                    }
+                }
+            }
+        }
+        copies_wait<0>(); // this tile's values are there
+        meet();
+        fetch_keys(next);
+
+        bool all_see_all = plain && first + KEYS <= end && first >= last_query + p.first_visible &&
+                           first + KEYS - 1 <= first_query + p.last_visible;
+        float scale = all_see_all ? p.scale : 1, factor[OWN];
+        if (!all_see_all) { // by way of memory: in a loop that is not unrolled
+            each_score([&](int i, int j, float *at) { *at = scores[i][j]; });
+#pragma unroll 1
+            for (int i = 0; i < OWN; i++) {
+                int row = first_row + warp_row + i * ROW_LANES, query = row / group;
+                const char *mask = mask_of(p, batch, kv_head * group + row % group, query);
+                int64_t low = query + p.first_visible, high = query + p.last_visible;
+                high = row >= rows ? -1 : high < end ? high : end - 1;
+#pragma unroll 1
+                for (int j = 0; j < OWN_KEYS; j++) {
+                    int64_t key = first + column_lane + j * COLUMN_LANES;
+                    float &score = *weight_at(i, column_lane + j * COLUMN_LANES);
+                    float x = capped(p, score);
+                    bool sees = key >= low && key <= high && passes_masks(p, x, key_mask, mask, key);
+                    score = sees ? x : -INFINITY;
+                }
+            }
+            each_score([&](int i, int j, float *at) { scores[i][j] = *at; });
+        }
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            float now = scores[i][0];
+#pragma unroll
+            for (int j = 1; j < OWN_KEYS; j++) now = larger(scores[i][j], now);
+#pragma unroll
+            for (int bit = 1; bit < WARP; bit *= 2)
+                if (OF_ROW & bit) now = larger(__shfl_xor_sync(ALL_LANES, now, bit), now);
+            now = larger(now * scale, largest[i]);
+            float base = now == -INFINITY ? 0 : now, of_tile = 0; // infinity - infinity would be NaN
+            factor[i] = exp_of_difference(largest[i], base);
+            largest[i] = now;
+#pragma unroll
+            for (int j = 0; j < OWN_KEYS; j++) {
+                float weight = power_of_2(fmaf(scores[i][j], scale, -base) * LOG2_E);
+                of_tile += weight;
+                *weight_at(i, column_lane + j * COLUMN_LANES) = weight;
+            }
+            sum[i].scale(factor[i]);
+            sum[i].add(of_tile);
+        }
+        __syncwarp();
+
+        float4 of_tile[OWN][OWN_COLUMNS] = {};
+#pragma unroll 1
+        for (int step = 0; step < KEYS / 4; step++) {
+            float4 b[4][OWN_COLUMNS];
+#pragma unroll
+            for (int key = 0; key < 4; key++) {
+#pragma unroll
+                for (int n = 0; n < OWN_COLUMNS; n++)
+                    b[key][n] =
+                        *(const float4 *)(v_tile + (step * 4 + key) * DIM + (column_lane + n * COLUMN_LANES) * 4);
+            }
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                float4 a = *(const float4 *)weight_at(i, step * 4);
+#pragma unroll
+                for (int n = 0; n < OWN_COLUMNS; n++) {
+                    add_product(of_tile[i][n], a.x, b[0][n]);
+                    add_product(of_tile[i][n], a.y, b[1][n]);
+                    add_product(of_tile[i][n], a.z, b[2][n]);
+                    add_product(of_tile[i][n], a.w, b[3][n]);
+                }
+            }
+        }
+        bool nan = false;
+        if (!all_see_all) {
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+#pragma unroll
+                for (int n = 0; n < OWN_COLUMNS; n++) {
+                    float4 x = of_tile[i][n];
+                    nan |= x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
+                }
+            }
+        }
+        if (__any_sync(ALL_LANES, nan)) { // the same sums in the same order, without the keys of weight 0
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+#pragma unroll
+                for (int n = 0; n < OWN_COLUMNS; n++) of_tile[i][n] = make_float4(0, 0, 0, 0);
+            }
+#pragma unroll 1
+            for (int key = 0; key < KEYS; key++) {
+#pragma unroll
+                for (int i = 0; i < OWN; i++) {
+                    float weight = *weight_at(i, key);
+#pragma unroll
+                    for (int n = 0; n < OWN_COLUMNS; n++)
+                        if (weight != 0)
+                            add_product(of_tile[i][n], weight,
+                                        *(const float4 *)(v_tile + key * DIM + (column_lane + n * COLUMN_LANES) * 4));
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+#pragma unroll
+            for (int n = 0; n < OWN_COLUMNS; n++) {
+                float *of_row = (float *)&values[i][n], *rest = (float *)&lost[i][n], *x = (float *)&of_tile[i][n];
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    if (COMPENSATED) {
+                        LongSum total = {of_row[e], rest[e]};
+                        total.scale(factor[i]);
+                        total.add(x[e]);
+                        of_row[e] = total.value, rest[e] = total.lost;
+                    } else {
+                        of_row[e] = fmaf(of_row[e], factor[i], x[e]);
+                    }
+                }
+            }
+        }
+        copies_wait<0>(); // the next tile's keys are there
+        meet();
+        fetch_values(next);
+    }
+    copies_wait<0>();
+
+    unsigned wrong = 0; // of the thread's rows, those that came out NaN
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        int row = first_row + warp_row + i * ROW_LANES, query = row / group;
+        int64_t head = kv_head * group + row % group;
+        float total = sum[i].value;
+#pragma unroll
+        for (int bit = 1; bit < WARP; bit *= 2)
+            if (OF_ROW & bit) total += __shfl_xor_sync(ALL_LANES, total, bit);
+        if (row >= rows) continue;
+        bool split = p.splits > 1;
+        RowEnd end_of_row = end_row(p, head, largest[i], total, split);
+        bool nan = end_of_row.factor != end_of_row.factor;
+        int64_t part = ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * rows + row;
+        char *out = (char *)place(p.out, batch, head, query);
+#pragma unroll
+        for (int n = 0; n < OWN_COLUMNS; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int column = (column_lane + n * COLUMN_LANES) * 4 + e;
+                if (column >= p.value_dim) continue;
+                float x = ((const float *)&values[i][n])[e] * end_of_row.factor;
+                nan |= x != x;
+                if (split) p.parts[part * p.value_dim + column] = x;
+                else store_float(out + column * p.out.stride[3], p.out.dtype, x);
+            }
+        }
+        if (column_lane == 0) {
+            if (split) p.part_logs[part] = end_of_row.log_sum;
+            else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head, query) = end_of_row.log_sum;
+        }
+        wrong |= (unsigned)(nan && !split) << i;
+    }
+    for (int of_lane = 0; of_lane < ROW_LANES; of_lane++) {
+        unsigned rest = __reduce_or_sync(ALL_LANES, row_lane == of_lane ? wrong : 0);
+        for (; rest; rest &= rest - 1) {
+            int row = first_row + warp * OWN * ROW_LANES + (__ffs(rest) - 1) * ROW_LANES + of_lane;
+            attention_row(p, batch, kv_head * group + row % group, row / group);
+        }
+    }
+}
+
+// For many rows, and for few: decoding, and devices with little shared memory.
+#define ATTENTION_KERNEL(name, dim, row_lanes, warps, keys, blocks)  \
+    extern "C" __global__ void __launch_bounds__(warps * 32, blocks) \
+        name(const __grid_constant__ mtl_cuda_attention_args p) {    \
+        attention_f32<dim, row_lanes, warps, keys>(p);               \
+    }
+ATTENTION_KERNEL(attention_f32_64, 64, 4, 4, 64, 2)
+ATTENTION_KERNEL(attention_f32_64_few, 64, 2, 1, 32, 8)
+ATTENTION_KERNEL(attention_f32_128, 128, 2, 4, 64, 2)
+ATTENTION_KERNEL(attention_f32_128_few, 128, 1, 1, 32, 6)
+ATTENTION_KERNEL(attention_f32_256, 256, 1, 8, 64, 1)
+ATTENTION_KERNEL(attention_f32_256_few, 256, 1, 1, 32, 3)
