@@ -12,6 +12,7 @@ enum {
     MOST_SPLITS = 256,
     MERGE_COLUMNS = 64,
     MERGE_GROUPS = 8,
+    CACHE = 24 << 20, /* of the second level: for keys and values in use at a time */
 };
 
 #define NAMES(dtype)                                                                      \
@@ -127,7 +128,7 @@ static bool describe_keys(const mtl_cuda_call *call, const mtl_attention_args *a
 static metalloid_status allocate_parts(const mtl_cuda_call *call, mtl_cuda_attention_args *attention, int64_t rows,
                                        CUdeviceptr *memory) {
     int64_t all = attention->splits * rows;
-    MTL_TRY(mtl_cuda_allocate(call, (size_t)(all * (attention->value_dim + 1)) * sizeof(float), memory));
+    MTL_TRY(mtl_cuda_allocate(call, (size_t)(all * (attention->value_dim + 2)) * sizeof(float), memory));
     attention->parts = (float *)*memory;
     attention->part_logs = attention->parts + all * attention->value_dim;
     return METALLOID_OK;
@@ -226,13 +227,15 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
 static metalloid_status attend_in_tiles(const mtl_cuda_call *call, const mtl_attention_args *args,
                                         mtl_cuda_attention_args *attention, mtl_cuda_kernel kernel, tile chosen) {
     int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
-    mtl_cuda_grid grid = {.blocks = (rows + chosen.rows - 1) / chosen.rows,
-                          .y = (int)heads,
+    mtl_cuda_grid grid = {.blocks = (rows + chosen.rows - 1) / chosen.rows * heads,
                           .threads = chosen.threads,
                           .shared_memory = chosen.memory};
+    int64_t of_head = args->kv_len * (args->head_dim + args->value_dim) * mtl_dtype_size(args->k.dtype);
+    int64_t together = CACHE / of_head;
+    attention->heads_a_turn = (int)(together < 1 ? 1 : together > heads ? heads : together);
 
     /* One range of keys for each place that would stay empty, but none of less than two tiles. */
-    int64_t places = (int64_t)call->device->multiprocessors * chosen.blocks, splits = places / (grid.blocks * heads);
+    int64_t places = (int64_t)call->device->multiprocessors * chosen.blocks, splits = places / grid.blocks;
     int64_t most = args->kv_len / (2 * chosen.keys);
     splits = splits < most ? splits : most;
     splits = splits < 1 ? 1 : splits > MOST_SPLITS ? MOST_SPLITS : splits;
@@ -241,7 +244,10 @@ static metalloid_status attend_in_tiles(const mtl_cuda_call *call, const mtl_att
     attention->splits = grid.z = (int)splits;
 
     CUdeviceptr memory = 0;
-    if (splits > 1) MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
+    if (splits > 1) {
+        MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
+        attention->part_sums = attention->part_logs + splits * heads * rows;
+    }
     metalloid_status status = mtl_cuda_launch(call, kernel, grid, attention);
     return memory ? merge_parts(call, attention, heads * rows, memory, status) : status;
 }

@@ -21,9 +21,9 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
     constexpr unsigned TILE = KEYS * DIM * 2, STAGE = 2 * TILE; // keys, then values
 
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int64_t kv_head, batch = divide(blockIdx.y, p.kv_heads, kv_head), rows = p.group * p.q_len;
-    int64_t first_row =
-        (int64_t)(gridDim.x - 1 - blockIdx.x) * ROWS; // under causal the last rows have most to do: they go first
+    Turn turn = turn_of_block(p);
+    int64_t kv_head, batch = divide(turn.head, p.kv_heads, kv_head), rows = p.group * p.q_len;
+    int64_t first_row = (int64_t)turn.block * ROWS;
     int64_t last_row = first_row + ROWS < rows ? first_row + ROWS - 1 : rows - 1;
     int64_t ignored, first_query = divide(first_row, p.group, ignored), last_query = divide(last_row, p.group, ignored);
 
@@ -45,8 +45,8 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
     }
     const char *k = place(p.k, batch, kv_head, 0), *v = place(p.v, batch, kv_head, 0);
     auto fetch = [&](int64_t first, unsigned stage) {
-        fetch_tile<DIM, KEYS, THREADS>(stage, k, p.k.stride[2], first, p.kv_len, (int)p.head_dim);
-        fetch_tile<DIM, KEYS, THREADS>(stage + TILE, v, p.v.stride[2], first, p.kv_len, (int)p.value_dim);
+        fetch_tile<DIM, KEYS, THREADS>(stage, k, p.k.stride[2], first, p.kv_len, (int)p.head_dim, DIM);
+        fetch_tile<DIM, KEYS, THREADS>(stage + TILE, v, p.v.stride[2], first, p.kv_len, (int)p.value_dim, DIM);
         copies_end();
     };
     if (begin < end) fetch(begin, stages);
@@ -65,12 +65,12 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
     float values[DIM / 8][4] = {};
     bool plain = !p.mask.data && !key_mask && p.softcap == 0 && p.scale > 0;
 
-    int64_t turn = 0;
-    for (int64_t first = begin, next; first < end; first = next, turn ^= 1) {
-        unsigned stage = stages + (unsigned)turn * STAGE;
+    int64_t stage_at = 0;
+    for (int64_t first = begin, next; first < end; first = next, stage_at ^= 1) {
+        unsigned stage = stages + (unsigned)stage_at * STAGE;
         next = next_tile<KEYS>(p, key_mask, first + KEYS, end);
         if (next < end) {
-            fetch(next, stages + (unsigned)(turn ^ 1) * STAGE);
+            fetch(next, stages + (unsigned)(stage_at ^ 1) * STAGE);
             copies_wait<1>();
         } else {
             copies_wait<0>();
@@ -176,7 +176,7 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
         RowEnd end_of_row = {};
         if (row[i] < rows) end_of_row = end_row(p, head[i], largest[i], sum[i], split);
         bool nan = end_of_row.factor != end_of_row.factor;
-        int64_t part = ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * rows + row[i];
+        int64_t part = ((int64_t)blockIdx.z * (p.batch * p.kv_heads) + turn.head) * rows + row[i];
         char *out = (char *)place(p.out, batch, head[i], query[i]);
 #pragma unroll
         for (int n = 0; n < DIM / 8; n++) {
@@ -191,7 +191,7 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
             }
         }
         if (row[i] < rows && lane % 4 == 0) {
-            if (split) p.part_logs[part] = end_of_row.log_sum;
+            if (split) p.part_logs[part] = largest[i], p.part_sums[part] = sum[i];
             else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head[i], query[i]) = end_of_row.log_sum;
         }
         unsigned of_lanes = __ballot_sync(ALL_LANES, nan && row[i] < rows && !split);
@@ -229,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
 #pragma unroll 8 // so that the loads of several ranges are in flight
         for (int split = threadIdx.y; split < p.splits; split += MERGE_GROUPS) {
             float weight = exp_of_difference(p.part_logs[split * all + at], base);
+            if (p.part_sums) weight *= p.part_sums[split * all + at];
             float part = p.parts[(split * all + at) * p.value_dim + from];
             sum += weight;
             x += weight == 0 ? 0 : weight * part;

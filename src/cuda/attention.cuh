@@ -33,6 +33,20 @@ __device__ inline const char *mask_of(const mtl_cuda_attention_args &p, int64_t 
     return p.mask.data ? place(p.mask, batch, head, query) : NULL;
 }
 
+// Which key/value head of all batches a block has, and which block of rows. Under causal the last rows have most to do:
+// they go first, those of several heads together, so that no long block is left for the end, but of no more heads than
+// the second-level cache has room for.
+struct Turn {
+    int head, block;
+};
+
+__device__ inline Turn turn_of_block(const mtl_cuda_attention_args &p) {
+    int heads = (int)(p.batch * p.kv_heads), blocks = gridDim.x / heads, most = p.heads_a_turn;
+    int first_head = blockIdx.x / (most * blocks) * most, at = blockIdx.x - first_head * blocks;
+    int together = min(most, heads - first_head), before = at / together;
+    return {first_head + at - before * together, blocks - 1 - before};
+}
+
 // The first tile of KEYS keys, from the one at `first` on, of which the key mask shows any. The block's threads call it
 // together.
 template <int KEYS>

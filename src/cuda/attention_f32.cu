@@ -25,18 +25,7 @@ __device__ inline bool in_vectors(const mtl_cuda_strided &operand, int64_t featu
 // which MASK says how many, so that the lanes that read a column at once find it in different banks. from(row): where
 // that row is, or NULL.
 template <int DIM, int ROWS, int THREADS, int MASK, typename From>
-__device__ inline void fetch_rows(float *tile, const mtl_cuda_strided &operand, int features, bool vectors, From from) {
-    constexpr int CHUNKS = DIM / 4;
-    if (vectors) {
-#pragma unroll 4
-        for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
-            int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-            const char *start = chunk * 4 < features ? from(row) : NULL;
-            copy_async((unsigned)__cvta_generic_to_shared(tile + row * DIM + (chunk ^ (row & MASK)) * 4),
-                       start ? start + chunk * 16 : operand.data, start);
-        }
-        return;
-    }
+__device__ inline void widen_rows(float *tile, const mtl_cuda_strided &operand, int features, From from) {
 #pragma unroll 1
     for (int at = threadIdx.x; at < ROWS * DIM; at += THREADS) {
         int row = at / DIM, feature = at % DIM;
@@ -49,6 +38,26 @@ __device__ inline void fetch_rows(float *tile, const mtl_cuda_strided &operand, 
 __device__ inline void add_product(float4 &sum, float weight, float4 x) {
     sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y);
     sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
+}
+
+// Four features of a query by those of several keys; four weights by several columns of their keys.
+template <int N> __device__ inline void add_products(float (&sums)[N], float4 a, const float4 (&b)[N]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) sums[n] = fmaf(a.x, b[n].x, sums[n]);
+#pragma unroll
+    for (int n = 0; n < N; n++) sums[n] = fmaf(a.y, b[n].y, sums[n]);
+#pragma unroll
+    for (int n = 0; n < N; n++) sums[n] = fmaf(a.z, b[n].z, sums[n]);
+#pragma unroll
+    for (int n = 0; n < N; n++) sums[n] = fmaf(a.w, b[n].w, sums[n]);
+}
+template <int N> __device__ inline void add_products(float4 (&sums)[N], float4 a, const float4 (&b)[4][N]) {
+    const float weights[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int key = 0; key < 4; key++) {
+#pragma unroll
+        for (int n = 0; n < N; n++) add_product(sums[n], weights[key], b[key][n]);
+    }
 }
 
 template <int DIM, int ROW_LANES, int WARPS, int KEYS>
@@ -67,10 +76,10 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
     int column_lane = ROW_LANES == 1 ? lane : ROW_LANES == 2 ? lane % 2 + lane / 4 * 2 : lane % 2 + lane / 4 % 4 * 2;
     constexpr int OF_ROW = ROW_LANES == 1 ? 31 : ROW_LANES == 2 ? 29 : 13; // the lane's bits that tell columns apart
 
-    int64_t kv_head, batch = divide(blockIdx.y, p.kv_heads, kv_head);
+    Turn turn = turn_of_block(p);
+    int64_t kv_head, batch = divide(turn.head, p.kv_heads, kv_head);
     int rows = (int)(p.group * p.q_len), group = (int)p.group;
-    int first_row =
-        (int)(gridDim.x - 1 - blockIdx.x) * ROWS; // under causal the last rows have most to do: they go first
+    int first_row = turn.block * ROWS;
     int last_row = min(first_row + ROWS, rows) - 1, first_query = first_row / group, last_query = last_row / group;
 
     const char *key_mask = key_mask_of(p, batch);
@@ -88,25 +97,48 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
     };
     const char *k = place(p.k, batch, kv_head, 0), *v = place(p.v, batch, kv_head, 0);
     bool k_vectors = in_vectors(p.k, p.head_dim), v_vectors = in_vectors(p.v, p.value_dim);
+    int key_dim = (int)p.head_dim, value_dim = (int)p.value_dim, pairs = (key_dim + 7) / 8; // of 4 features
     auto fetch_keys = [&](int64_t first) {
-        if (first < end)
-            fetch_rows<DIM, KEYS, THREADS, 7>(k_tile, p.k, (int)p.head_dim, k_vectors, [&](int row) {
+        if (first >= end) return;
+        if (k_vectors) {
+            unsigned tile = (unsigned)__cvta_generic_to_shared(k_tile);
+            fetch_tile<2 * DIM, KEYS, THREADS>(tile, k, p.k.stride[2], first, p.kv_len, 2 * key_dim, 16 * pairs);
+        } else {
+            widen_rows<DIM, KEYS, THREADS, 7>(k_tile, p.k, (int)p.head_dim, [&](int row) {
                 return first + row < p.kv_len ? k + (first + row) * p.k.stride[2] : NULL;
             });
+        }
         copies_end();
     };
     auto fetch_values = [&](int64_t first) {
-        if (first < end)
-            fetch_rows<DIM, KEYS, THREADS, 0>(v_tile, p.v, (int)p.value_dim, v_vectors, [&](int row) {
+        if (first >= end) return;
+        if (v_vectors) {
+            unsigned tile = (unsigned)__cvta_generic_to_shared(v_tile);
+            fetch_tile<2 * DIM, KEYS, THREADS, false>(tile, v, p.v.stride[2], first, p.kv_len, 2 * value_dim,
+                                                      2 * value_dim);
+        } else {
+            widen_rows<DIM, KEYS, THREADS, 0>(v_tile, p.v, (int)p.value_dim, [&](int row) {
                 return first + row < p.kv_len ? v + (first + row) * p.v.stride[2] : NULL;
             });
+        }
         copies_end();
     };
-    fetch_rows<DIM, ROWS, THREADS, ROW_LANES - 1>(
-        q_tile, p.q, (int)p.head_dim, in_vectors(p.q, p.head_dim), [&](int row) {
-            row += first_row;
-            return row < rows ? place(p.q, batch, kv_head * group + row % group, row / group) : NULL;
-        });
+    auto q_row = [&](int row) {
+        row += first_row;
+        return row < rows ? place(p.q, batch, kv_head * group + row % group, row / group) : NULL;
+    };
+    if (in_vectors(p.q, p.head_dim)) {
+        constexpr int CHUNKS = DIM / 4;
+#pragma unroll 4
+        for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+            int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+            const char *start = chunk * 4 < p.head_dim ? q_row(row) : NULL;
+            float *to = q_tile + row * DIM + (chunk ^ (row & (ROW_LANES - 1))) * 4;
+            copy_async((unsigned)__cvta_generic_to_shared(to), start ? start + chunk * 16 : p.q.data, start);
+        }
+    } else {
+        widen_rows<DIM, ROWS, THREADS, ROW_LANES - 1>(q_tile, p.q, (int)p.head_dim, q_row);
+    }
     fetch_keys(begin);
     copies_wait<0>();
     meet();
@@ -126,7 +158,6 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
             for (int j = 0; j < OWN_KEYS; j++) f(i, j, weight_at(i, column_lane + j * COLUMN_LANES));
         }
     };
-    int pairs = (int)(p.head_dim + 7) / 8;
     bool plain = !p.mask.data && !key_mask && p.softcap == 0 && p.scale > 0;
     float largest[OWN];
     LongSum sum[OWN] = {};
@@ -149,13 +180,7 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
 #pragma unroll
                 for (int i = 0; i < OWN; i++) {
                     float4 a = *(const float4 *)(q_rows + i * ROW_LANES * DIM + (step ^ row_lane) * 4);
-#pragma unroll
-                    for (int j = 0; j < OWN_KEYS; j++) {
-                        scores[i][j] = fmaf(a.x, b[j].x, scores[i][j]);
-                        scores[i][j] = fmaf(a.y, b[j].y, scores[i][j]);
-                        scores[i][j] = fmaf(a.z, b[j].z, scores[i][j]);
-                        scores[i][j] = fmaf(a.w, b[j].w, scores[i][j]);
-                    }
+                    add_products(scores[i], a, b);
                 }
             }
         }
@@ -222,13 +247,7 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
                 float4 a = *(const float4 *)weight_at(i, step * 4);
-#pragma unroll
-                for (int n = 0; n < OWN_COLUMNS; n++) {
-                    add_product(of_tile[i][n], a.x, b[0][n]);
-                    add_product(of_tile[i][n], a.y, b[1][n]);
-                    add_product(of_tile[i][n], a.z, b[2][n]);
-                    add_product(of_tile[i][n], a.w, b[3][n]);
-                }
+                add_products(of_tile[i], a, b);
             }
         }
         bool nan = false;
@@ -238,7 +257,8 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
 #pragma unroll
                 for (int n = 0; n < OWN_COLUMNS; n++) {
                     float4 x = of_tile[i][n];
-                    nan |= x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
+                    bool wrong = x.x != x.x || x.y != x.y || x.z != x.z || x.w != x.w;
+                    nan |= wrong && (column_lane + n * COLUMN_LANES) * 4 < value_dim;
                 }
             }
         }
@@ -298,7 +318,7 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
         bool split = p.splits > 1;
         RowEnd end_of_row = end_row(p, head, largest[i], total, split);
         bool nan = end_of_row.factor != end_of_row.factor;
-        int64_t part = ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * rows + row;
+        int64_t part = ((int64_t)blockIdx.z * (p.batch * p.kv_heads) + turn.head) * rows + row;
         char *out = (char *)place(p.out, batch, head, query);
 #pragma unroll
         for (int n = 0; n < OWN_COLUMNS; n++) {
@@ -313,7 +333,7 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
             }
         }
         if (column_lane == 0) {
-            if (split) p.part_logs[part] = end_of_row.log_sum;
+            if (split) p.part_logs[part] = largest[i], p.part_sums[part] = total;
             else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head, query) = end_of_row.log_sum;
         }
         wrong |= (unsigned)(nan && !split) << i;

@@ -25,10 +25,10 @@ __device__ inline void attention_wide(const mtl_cuda_attention_args &p) {
 
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, part = warp % PARTS,
         group_row = warp / PARTS * TILES * 16;
-    int64_t kv_head, batch = divide(blockIdx.y, p.kv_heads, kv_head);
+    Turn turn = turn_of_block(p);
+    int64_t kv_head, batch = divide(turn.head, p.kv_heads, kv_head);
     int rows = (int)(p.group * p.q_len), group = (int)p.group;
-    int first_row =
-        (int)(gridDim.x - 1 - blockIdx.x) * ROWS; // under causal the last rows have most to do: they go first
+    int first_row = turn.block * ROWS;
     int last_row = min(first_row + ROWS, rows) - 1, first_query = first_row / group, last_query = last_row / group;
 
     const char *key_mask = key_mask_of(p, batch);
@@ -47,13 +47,15 @@ __device__ inline void attention_wide(const mtl_cuda_attention_args &p) {
         copy_async(chunk_at<KEY_DIM>(q_tile, row, chunk), there ? from : p.q.data, there);
     }
     const char *k = place(p.k, batch, kv_head, 0), *v = place(p.v, batch, kv_head, 0);
+    int key_dim = (int)p.head_dim, value_dim = (int)p.value_dim, pairs = (key_dim + 31) / 32; // of 16 features
     auto fetch_keys = [&](int64_t first) {
-        if (first < end) fetch_tile<KEY_DIM, KEYS, THREADS>(k_tile, k, p.k.stride[2], first, p.kv_len, (int)p.head_dim);
+        if (first < end)
+            fetch_tile<KEY_DIM, KEYS, THREADS>(k_tile, k, p.k.stride[2], first, p.kv_len, key_dim, pairs * 32);
         copies_end();
     };
     auto fetch_values = [&](int64_t first) {
         if (first < end)
-            fetch_tile<VALUE_DIM, KEYS, THREADS>(v_tile, v, p.v.stride[2], first, p.kv_len, (int)p.value_dim);
+            fetch_tile<VALUE_DIM, KEYS, THREADS>(v_tile, v, p.v.stride[2], first, p.kv_len, value_dim, value_dim);
         copies_end();
     };
     fetch_keys(begin);
@@ -67,7 +69,6 @@ __device__ inline void attention_wide(const mtl_cuda_attention_args &p) {
     float values[TILES][OWN_COLUMNS / 8][4] = {}, largest[TILES][2], sum[TILES][2] = {};
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) largest[tile][0] = largest[tile][1] = -INFINITY;
-    int pairs = (int)(p.head_dim + 31) / 32;
     bool plain = !p.mask.data && !key_mask && p.softcap == 0 && p.scale > 0;
 
     for (int64_t first = begin, next; first < end; first = next) {
@@ -75,7 +76,7 @@ __device__ inline void attention_wide(const mtl_cuda_attention_args &p) {
 
         float scores[TILES][BLOCKS][4] = {};
 #pragma unroll 1
-        for (int pair = 0; pair < pairs; pair++) { // of 16 features
+        for (int pair = 0; pair < pairs; pair++) {
             unsigned b[BLOCKS][4];
             if (BLOCKS == 1) {
                 load_matrices(b[0], chunk_at<KEY_DIM>(k_tile, part * 8 + lane % 8, pair * 4 + lane / 8));
@@ -227,7 +228,7 @@ __device__ inline void attention_wide(const mtl_cuda_attention_args &p) {
             bool split = p.splits > 1;
             RowEnd end_of_row = end_row(p, head, largest[tile][i], total, split);
             bool nan = end_of_row.factor != end_of_row.factor;
-            int64_t at = ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * rows + row;
+            int64_t at = ((int64_t)blockIdx.z * (p.batch * p.kv_heads) + turn.head) * rows + row;
             char *out = (char *)place(p.out, batch, head, query);
 #pragma unroll
             for (int n = 0; n < OWN_COLUMNS / 8; n++) {
@@ -242,7 +243,7 @@ __device__ inline void attention_wide(const mtl_cuda_attention_args &p) {
                 }
             }
             if (part == 0 && lane % 4 == 0) {
-                if (split) p.part_logs[at] = end_of_row.log_sum;
+                if (split) p.part_logs[at] = largest[tile][i], p.part_sums[at] = total;
                 else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head, query) = end_of_row.log_sum;
             }
             if (nan && !split) wrong[in_block] = 1;

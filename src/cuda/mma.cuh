@@ -7,6 +7,12 @@ __device__ inline void copy_async(unsigned to, const void *from, bool there) { /
     int bytes = there ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+__device__ inline void copy_async(unsigned to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void store_zeros(unsigned to) { // 16 bytes
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+}
 __device__ inline void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ inline void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -48,15 +54,25 @@ template <int DIM> __device__ inline unsigned chunk_of_pair(unsigned tile, int r
     return (first ^ (pair * 2 & 7) << 4) + (pair * 2 & ~7) * 16;
 }
 
-// Such a tile from rows in memory, zeros beyond `end` and beyond `features`.
-template <int DIM, int ROWS, int THREADS>
+// Such a tile, or one whose chunks are not exchanged, from rows in memory: zeros beyond row `end`, and beyond `features`
+// as far as `filled`, a multiple of 8.
+template <int DIM, int ROWS, int THREADS, bool EXCHANGED = true>
 __device__ inline void fetch_tile(unsigned tile, const char *from, int64_t stride, int64_t first, int64_t end,
-                                  int features) {
-    constexpr int CHUNKS = DIM / 8;
-#pragma unroll 4
-    for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
-        int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-        bool there = first + row < end && chunk * 8 < features;
-        copy_async(chunk_at<DIM>(tile, row, chunk), there ? from + (first + row) * stride + chunk * 16 : from, there);
+                                  int features, int filled) {
+    constexpr int CHUNKS = DIM / 8, LANES_A_ROW = CHUNKS < WARP ? CHUNKS : WARP, STEP = THREADS / LANES_A_ROW;
+    int row = threadIdx.x / LANES_A_ROW, left = end - first < ROWS ? (int)(end - first) : ROWS;
+#pragma unroll
+    for (int j = 0; j < (CHUNKS + LANES_A_ROW - 1) / LANES_A_ROW; j++) {
+        int chunk = threadIdx.x % LANES_A_ROW + j * LANES_A_ROW;
+        if (chunk * 8 >= filled) break;
+        const char *at = from + (first + row) * stride + chunk * 16;
+        unsigned to = EXCHANGED ? chunk_at<DIM>(tile, row, chunk) : tile + row * DIM * 2 + chunk * 16;
+        int rows = chunk * 8 < features ? left - row : 0;
+#pragma unroll 8
+        for (int i = 0; i < ROWS / STEP; i++, at += STEP * stride) {
+            unsigned to_row = (EXCHANGED ? to ^ (i * STEP & 7) << 4 : to) + i * STEP * DIM * 2;
+            if (i * STEP < rows) copy_async(to_row, at);
+            else store_zeros(to_row);
+        }
     }
 }
