@@ -12,7 +12,7 @@ enum {
     MOST_SPLITS = 256,
     MERGE_COLUMNS = 64,
     MERGE_GROUPS = 8,
-    CACHE = 24 << 20, /* of the second level: for keys and values in use at a time */
+    CACHE = 32 << 20, /* of the second level: for keys and values in use at a time */
 };
 
 #define NAMES(dtype)                                                                      \
@@ -42,7 +42,7 @@ static const tile tiles[DIMS][2] = {{TILE(64, 128, 64, 2), TILE(64, 16, 64, 6)},
 
 /* attention_f32.cu, likewise: queries, keys, values and weights. */
 #define F32_TILE(dim, rows, keys, threads, blocks) \
-    { rows, keys, threads, blocks, ((rows + 2 * keys) * dim + rows * keys) * 4, }
+    { rows, keys, threads, blocks, ((rows + 2 * keys) * dim + rows * keys + (threads > 32) * keys * 4) * 4, }
 static const tile f32_tiles[DIMS][2] = {{F32_TILE(64, 128, 64, 128, 2), F32_TILE(64, 16, 32, 32, 8)},
                                         {F32_TILE(128, 64, 64, 128, 2), F32_TILE(128, 8, 32, 32, 6)},
                                         {F32_TILE(256, 64, 64, 256, 1), F32_TILE(256, 8, 32, 32, 3)}};
@@ -223,6 +223,18 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     return mtl_cuda_launch(call, kernel, grid, &hopper);
 }
 
+/* How many heads' blocks are launched together: those whose keys and values the cache holds, or as many as fill the
+ * device twice, in turns of about the same size. */
+static int heads_a_turn(const mtl_attention_args *args, int64_t heads, int64_t blocks, int64_t places) {
+    double bytes =
+        (double)args->kv_len * (double)(args->head_dim + args->value_dim) * (double)mtl_dtype_size(args->k.dtype);
+    double cached = CACHE / bytes, filling = 2 * (double)places / (double)blocks;
+    double most = cached > filling ? cached : filling;
+    if (most >= (double)heads) return (int)heads;
+    int64_t turns = (int64_t)((double)heads / (most < 1 ? 1 : most));
+    return (int)((heads + turns - 1) / turns);
+}
+
 /* Blocks of `chosen` over all rows; where that leaves multiprocessors idle, over ranges of keys too. */
 static metalloid_status attend_in_tiles(const mtl_cuda_call *call, const mtl_attention_args *args,
                                         mtl_cuda_attention_args *attention, mtl_cuda_kernel kernel, tile chosen) {
@@ -230,12 +242,9 @@ static metalloid_status attend_in_tiles(const mtl_cuda_call *call, const mtl_att
     mtl_cuda_grid grid = {.blocks = (rows + chosen.rows - 1) / chosen.rows * heads,
                           .threads = chosen.threads,
                           .shared_memory = chosen.memory};
-    int64_t of_head = args->kv_len * (args->head_dim + args->value_dim) * mtl_dtype_size(args->k.dtype);
-    int64_t together = CACHE / of_head;
-    attention->heads_a_turn = (int)(together < 1 ? 1 : together > heads ? heads : together);
-
     /* One range of keys for each place that would stay empty, but none of less than two tiles. */
     int64_t places = (int64_t)call->device->multiprocessors * chosen.blocks, splits = places / grid.blocks;
+    attention->heads_a_turn = heads_a_turn(args, heads, grid.blocks / heads, places);
     int64_t most = args->kv_len / (2 * chosen.keys);
     splits = splits < most ? splits : most;
     splits = splits < 1 ? 1 : splits > MOST_SPLITS ? MOST_SPLITS : splits;

@@ -24,15 +24,27 @@ __device__ inline bool in_vectors(const mtl_cuda_strided &operand, int64_t featu
 // A tile of rows of DIM floats, zeros where there are none. Its 16-byte chunks are exchanged by the row's last bits, of
 // which MASK says how many, so that the lanes that read a column at once find it in different banks. from(row): where
 // that row is, or NULL.
-template <int DIM, int ROWS, int THREADS, int MASK, typename From>
+template <int DIM, int ROWS, int THREADS, int PITCH, int MASK, typename From>
 __device__ inline void widen_rows(float *tile, const mtl_cuda_strided &operand, int features, From from) {
 #pragma unroll 1
     for (int at = threadIdx.x; at < ROWS * DIM; at += THREADS) {
         int row = at / DIM, feature = at % DIM;
         const char *start = feature < features ? from(row) : NULL;
-        tile[row * DIM + (feature ^ (row & MASK) * 4)] =
+        tile[row * PITCH + (feature ^ (row & MASK) * 4)] =
             start ? load_float(start + feature * operand.stride[3], operand.dtype) : 0;
     }
+}
+
+__device__ inline float4 load_shared(unsigned at) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(at));
+    return x;
+}
+// By an addition, in a register: a compiler would rather form each address anew, in the units that multiply.
+__device__ inline unsigned advanced(unsigned at, unsigned by) {
+    at += by;
+    asm volatile("" : "+r"(at));
+    return at;
 }
 
 __device__ inline void add_product(float4 &sum, float weight, float4 x) {
@@ -40,7 +52,7 @@ __device__ inline void add_product(float4 &sum, float weight, float4 x) {
     sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
 }
 
-// Four features of a query by those of several keys; four weights by several columns of their keys.
+// Four features of a query by those of several keys.
 template <int N> __device__ inline void add_products(float (&sums)[N], float4 a, const float4 (&b)[N]) {
 #pragma unroll
     for (int n = 0; n < N; n++) sums[n] = fmaf(a.x, b[n].x, sums[n]);
@@ -51,12 +63,24 @@ template <int N> __device__ inline void add_products(float (&sums)[N], float4 a,
 #pragma unroll
     for (int n = 0; n < N; n++) sums[n] = fmaf(a.w, b[n].w, sums[n]);
 }
-template <int N> __device__ inline void add_products(float4 (&sums)[N], float4 a, const float4 (&b)[4][N]) {
-    const float weights[4] = {a.x, a.y, a.z, a.w};
+
+// What a mask adds to the scores of N keys, `step` apart from `at` on, of which bits of `wanted` say which count; -infinity
+// where it hides. All loads are on their way before the first is used.
+template <int N>
+__device__ inline void load_masks(float (&added)[N], const mtl_cuda_attention_args &p, const char *at, int step,
+                                  unsigned wanted) {
+    int64_t stride = step * p.mask.stride[3];
+    auto load = [&](auto of_element) {
 #pragma unroll
-    for (int key = 0; key < 4; key++) {
-#pragma unroll
-        for (int n = 0; n < N; n++) add_product(sums[n], weights[key], b[key][n]);
+        for (int j = 0; j < N; j++)
+            if (wanted >> j & 1) added[j] = of_element(at + j * stride);
+    };
+    switch (p.mask.dtype) {
+    case BOOL: load([](const char *x) { return *(const uint8_t *)x ? 0 : -INFINITY; }); break;
+    case F32: load([](const char *x) { return *(const float *)x; }); break;
+    case F16: load([](const char *x) { return __half2float(*(const __half *)x); }); break;
+    case BF16: load([](const char *x) { return __bfloat162float(*(const __nv_bfloat16 *)x); }); break;
+    default: load([&](const char *x) { return load_float(x, p.mask.dtype); });
     }
 }
 
@@ -65,9 +89,13 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
     constexpr int THREADS = WARPS * WARP, COLUMN_LANES = WARP / ROW_LANES, OWN = 8, ROWS = WARPS * OWN * ROW_LANES;
     constexpr int OWN_KEYS = KEYS / COLUMN_LANES, OWN_COLUMNS = DIM / COLUMN_LANES / 4; // columns in fours
     constexpr bool COMPENSATED = WARPS == 1 && DIM <= 128; // where there are registers for it
+    // Keys lie a chunk further apart than they are long, or have their chunks exchanged where that memory is missed.
+    constexpr bool PADDED = WARPS > 1;
+    constexpr int K_PITCH = PADDED ? DIM + 4 : DIM, Q_MASK = ROW_LANES > 1;
+    constexpr int STEPS = OWN_KEYS > 4 ? 2 : 4; // of four features, that the first product is unrolled by
     extern __shared__ __align__(128) float shared[];
-    float *q_tile = shared, *k_tile = q_tile + ROWS * DIM, *v_tile = k_tile + KEYS * DIM,
-          *weights = v_tile + KEYS * DIM;
+    float *q_tile = shared, *k_tile = q_tile + ROWS * DIM, *v_tile = k_tile + KEYS * K_PITCH;
+    float *weights = v_tile + KEYS * DIM;
 
     // Neighbours at a distance of 1 share a row, at a distance of 2 a column: a load of 16 bytes a lane then takes two
     // passes over the banks and not four.
@@ -97,14 +125,15 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
     };
     const char *k = place(p.k, batch, kv_head, 0), *v = place(p.v, batch, kv_head, 0);
     bool k_vectors = in_vectors(p.k, p.head_dim), v_vectors = in_vectors(p.v, p.value_dim);
-    int key_dim = (int)p.head_dim, value_dim = (int)p.value_dim, pairs = (key_dim + 7) / 8; // of 4 features
+    int key_dim = (int)p.head_dim, value_dim = (int)p.value_dim, laps = (key_dim - 1) / (STEPS * 4) + 1;
     auto fetch_keys = [&](int64_t first) {
         if (first >= end) return;
         if (k_vectors) {
             unsigned tile = (unsigned)__cvta_generic_to_shared(k_tile);
-            fetch_tile<2 * DIM, KEYS, THREADS>(tile, k, p.k.stride[2], first, p.kv_len, 2 * key_dim, 16 * pairs);
+            fetch_tile<2 * DIM, KEYS, THREADS, PADDED ? 2 * K_PITCH : 0>(tile, k, p.k.stride[2], first, p.kv_len,
+                                                                         2 * key_dim, 8 * STEPS * laps);
         } else {
-            widen_rows<DIM, KEYS, THREADS, 7>(k_tile, p.k, (int)p.head_dim, [&](int row) {
+            widen_rows<DIM, KEYS, THREADS, K_PITCH, PADDED ? 0 : 7>(k_tile, p.k, (int)p.head_dim, [&](int row) {
                 return first + row < p.kv_len ? k + (first + row) * p.k.stride[2] : NULL;
             });
         }
@@ -114,10 +143,10 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
         if (first >= end) return;
         if (v_vectors) {
             unsigned tile = (unsigned)__cvta_generic_to_shared(v_tile);
-            fetch_tile<2 * DIM, KEYS, THREADS, false>(tile, v, p.v.stride[2], first, p.kv_len, 2 * value_dim,
-                                                      2 * value_dim);
+            fetch_tile<2 * DIM, KEYS, THREADS, 2 * DIM>(tile, v, p.v.stride[2], first, p.kv_len, 2 * value_dim,
+                                                        2 * value_dim);
         } else {
-            widen_rows<DIM, KEYS, THREADS, 0>(v_tile, p.v, (int)p.value_dim, [&](int row) {
+            widen_rows<DIM, KEYS, THREADS, DIM, 0>(v_tile, p.v, (int)p.value_dim, [&](int row) {
                 return first + row < p.kv_len ? v + (first + row) * p.v.stride[2] : NULL;
             });
         }
@@ -133,20 +162,22 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
         for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
             int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
             const char *start = chunk * 4 < p.head_dim ? q_row(row) : NULL;
-            float *to = q_tile + row * DIM + (chunk ^ (row & (ROW_LANES - 1))) * 4;
+            float *to = q_tile + row * DIM + (chunk ^ (row & Q_MASK)) * 4;
             copy_async((unsigned)__cvta_generic_to_shared(to), start ? start + chunk * 16 : p.q.data, start);
         }
     } else {
-        widen_rows<DIM, ROWS, THREADS, ROW_LANES - 1>(q_tile, p.q, (int)p.head_dim, q_row);
+        widen_rows<DIM, ROWS, THREADS, DIM, Q_MASK>(q_tile, p.q, (int)p.head_dim, q_row);
     }
     fetch_keys(begin);
-    copies_wait<0>();
-    meet();
     fetch_values(begin);
+    if (begin < end) copies_wait<1>();
+    meet();
 
     // The thread's rows are i ROW_LANES + row_lane of its warp's.
     int warp_row = warp * OWN * ROW_LANES + row_lane;
-    const float *q_rows = q_tile + warp_row * DIM, *k_rows = k_tile + column_lane * DIM;
+    unsigned q_rows = (unsigned)__cvta_generic_to_shared(q_tile + warp_row * DIM);
+    unsigned k_rows = (unsigned)__cvta_generic_to_shared(k_tile + column_lane * K_PITCH);
+    int exchanged = row_lane & Q_MASK; // whether chunks 2 n and 2 n + 1 of the thread's queries are
     float *weight_rows = weights + warp_row * KEYS;
     auto weight_at = [&](int i, int key) {
         return weight_rows + i * ROW_LANES * KEYS + (key ^ row_lane * COLUMN_LANES);
@@ -169,20 +200,21 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
         next = next_tile<KEYS>(p, key_mask, first + KEYS, end);
 
         float scores[OWN][OWN_KEYS] = {};
-        for (int pair = 0; pair < pairs; pair++) {
+        unsigned k_at = k_rows, q_at[2] = {q_rows + exchanged * 16, q_rows + (exchanged ^ 1) * 16};
+#pragma unroll 1
+        for (int lap = 0; lap < laps; lap++) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int step = pair * 2 + half;
+            for (int step = 0; step < STEPS; step++) {
                 float4 b[OWN_KEYS];
+                unsigned keys = PADDED ? k_at + step * 16 : k_rows + ((lap * STEPS + step) ^ (column_lane & 7)) * 16;
 #pragma unroll
-                for (int j = 0; j < OWN_KEYS; j++)
-                    b[j] = *(const float4 *)(k_rows + j * COLUMN_LANES * DIM + (step ^ (column_lane & 7)) * 4);
+                for (int j = 0; j < OWN_KEYS; j++) b[j] = load_shared(keys + j * COLUMN_LANES * K_PITCH * 4);
 #pragma unroll
-                for (int i = 0; i < OWN; i++) {
-                    float4 a = *(const float4 *)(q_rows + i * ROW_LANES * DIM + (step ^ row_lane) * 4);
-                    add_products(scores[i], a, b);
-                }
+                for (int i = 0; i < OWN; i++)
+                    add_products(scores[i], load_shared(q_at[step % 2] + step / 2 * 32 + i * ROW_LANES * DIM * 4), b);
             }
+            k_at = advanced(k_at, STEPS * 16);
+            q_at[0] = advanced(q_at[0], STEPS * 16), q_at[1] = advanced(q_at[1], STEPS * 16);
         }
         copies_wait<0>(); // this tile's values are there
         meet();
@@ -191,21 +223,49 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
         bool all_see_all = plain && first + KEYS <= end && first >= last_query + p.first_visible &&
                            first + KEYS - 1 <= first_query + p.last_visible;
         float scale = all_see_all ? p.scale : 1, factor[OWN];
-        if (!all_see_all) { // by way of memory: in a loop that is not unrolled
-            each_score([&](int i, int j, float *at) { *at = scores[i][j]; });
-#pragma unroll 1
+        // Of the tile's keys, those from low to high are shown to a row by causal and window.
+        auto shown = [&](int i, int &low, int &high) {
+            int row = first_row + warp_row + i * ROW_LANES, query = row / group;
+            int64_t from = query + p.first_visible - first, to = query + p.last_visible - first, last = end - 1 - first;
+            low = from > 0 ? from < KEYS ? (int)from : KEYS : 0;
+            high = row >= rows || to < 0 ? -1 : (int)(to < last ? to : last < KEYS ? last : KEYS);
+        };
+        if (!all_see_all && plain) {
+#pragma unroll
             for (int i = 0; i < OWN; i++) {
-                int row = first_row + warp_row + i * ROW_LANES, query = row / group;
-                const char *mask = mask_of(p, batch, kv_head * group + row % group, query);
-                int64_t low = query + p.first_visible, high = query + p.last_visible;
-                high = row >= rows ? -1 : high < end ? high : end - 1;
-#pragma unroll 1
+                int low, high;
+                shown(i, low, high);
+#pragma unroll
                 for (int j = 0; j < OWN_KEYS; j++) {
-                    int64_t key = first + column_lane + j * COLUMN_LANES;
-                    float &score = *weight_at(i, column_lane + j * COLUMN_LANES);
-                    float x = capped(p, score);
-                    bool sees = key >= low && key <= high && passes_masks(p, x, key_mask, mask, key);
-                    score = sees ? x : -INFINITY;
+                    int key = column_lane + j * COLUMN_LANES;
+                    scores[i][j] = key >= low && key <= high ? scores[i][j] * p.scale : -INFINITY;
+                }
+            }
+        } else if (!all_see_all) { // by way of memory: in a loop that is not unrolled
+            each_score([&](int i, int j, float *at) { *at = scores[i][j]; });
+            unsigned seen = 0; // of the thread's keys, those that the key mask shows
+#pragma unroll
+            for (int j = 0; j < OWN_KEYS; j++) {
+                int64_t key = first + column_lane + j * COLUMN_LANES;
+                bool shows = key < end;
+                if (shows && key_mask)
+                    shows = load_integer(key_mask + key * p.key_mask.stride[1], p.key_mask.dtype) != 0;
+                seen |= (unsigned)shows << j;
+            }
+#pragma unroll 2
+            for (int i = 0; i < OWN; i++) {
+                int row = first_row + warp_row + i * ROW_LANES, low, high;
+                shown(i, low, high);
+                float added[OWN_KEYS] = {};
+                const char *mask = mask_of(p, batch, kv_head * group + row % group, row / group);
+                if (mask && row < rows)
+                    load_masks(added, p, mask + (first + column_lane) * p.mask.stride[3], COLUMN_LANES, seen);
+#pragma unroll
+                for (int j = 0; j < OWN_KEYS; j++) {
+                    int key = column_lane + j * COLUMN_LANES;
+                    float *at = weight_at(i, key);
+                    bool sees = key >= low && key <= high && (seen >> j & 1) && added[j] != -INFINITY;
+                    *at = sees ? capped(p, *at) + added[j] : -INFINITY;
                 }
             }
             each_score([&](int i, int j, float *at) { scores[i][j] = *at; });
@@ -234,20 +294,30 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
         __syncwarp();
 
         float4 of_tile[OWN][OWN_COLUMNS] = {};
+        float4 of_rows[OWN], b[OWN_COLUMNS];
+        const float *v_at = v_tile + column_lane * 4;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) of_rows[i] = *(const float4 *)weight_at(i, 0);
+#pragma unroll
+        for (int n = 0; n < OWN_COLUMNS; n++) b[n] = *(const float4 *)(v_at + n * COLUMN_LANES * 4);
 #pragma unroll 1
         for (int step = 0; step < KEYS / 4; step++) {
-            float4 b[4][OWN_COLUMNS];
+            int next_step = (step + 1) % (KEYS / 4);
 #pragma unroll
             for (int key = 0; key < 4; key++) {
+                float4 ahead[OWN_COLUMNS];
+                v_at += DIM;
 #pragma unroll
-                for (int n = 0; n < OWN_COLUMNS; n++)
-                    b[key][n] =
-                        *(const float4 *)(v_tile + (step * 4 + key) * DIM + (column_lane + n * COLUMN_LANES) * 4);
-            }
+                for (int n = 0; n < OWN_COLUMNS; n++) ahead[n] = *(const float4 *)(v_at + n * COLUMN_LANES * 4);
 #pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                float4 a = *(const float4 *)weight_at(i, step * 4);
-                add_products(of_tile[i], a, b);
+                for (int i = 0; i < OWN; i++) {
+#pragma unroll
+                    for (int n = 0; n < OWN_COLUMNS; n++)
+                        add_product(of_tile[i][n], ((const float *)&of_rows[i])[key], b[n]);
+                    if (key == 3) of_rows[i] = *(const float4 *)weight_at(i, next_step * 4);
+                }
+#pragma unroll
+                for (int n = 0; n < OWN_COLUMNS; n++) b[n] = ahead[n];
             }
         }
         bool nan = false;

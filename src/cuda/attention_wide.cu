@@ -60,9 +60,9 @@ __device__ inline void attention_wide(const mtl_cuda_attention_args &p) {
     };
     fetch_keys(begin);
     if (threadIdx.x < ROWS) wrong[threadIdx.x] = 0;
-    copies_wait<0>();
-    __syncthreads();
     fetch_values(begin);
+    copies_wait<1>();
+    __syncthreads();
 
     // The lane's rows are those of lane / 4 and lane / 4 + 8 in each tile of its group.
     auto row_at = [&](int tile, int i) { return group_row + tile * 16 + lane / 4 + 8 * i; };
@@ -75,7 +75,7 @@ __device__ inline void attention_wide(const mtl_cuda_attention_args &p) {
         next = next_tile<KEYS>(p, key_mask, first + KEYS, end);
 
         float scores[TILES][BLOCKS][4] = {};
-#pragma unroll 1
+#pragma unroll 2
         for (int pair = 0; pair < pairs; pair++) {
             unsigned b[BLOCKS][4];
             if (BLOCKS == 1) {

@@ -54,25 +54,32 @@ template <int DIM> __device__ inline unsigned chunk_of_pair(unsigned tile, int r
     return (first ^ (pair * 2 & 7) << 4) + (pair * 2 & ~7) * 16;
 }
 
-// Such a tile, or one whose chunks are not exchanged, from rows in memory: zeros beyond row `end`, and beyond `features`
+// Such a tile, or one of rows PITCH apart whose chunks are not exchanged, from rows in memory: zeros beyond row `end`, and beyond `features`
 // as far as `filled`, a multiple of 8.
-template <int DIM, int ROWS, int THREADS, bool EXCHANGED = true>
+template <int DIM, int ROWS, int THREADS, int PITCH = 0>
 __device__ inline void fetch_tile(unsigned tile, const char *from, int64_t stride, int64_t first, int64_t end,
                                   int features, int filled) {
     constexpr int CHUNKS = DIM / 8, LANES_A_ROW = CHUNKS < WARP ? CHUNKS : WARP, STEP = THREADS / LANES_A_ROW;
+    constexpr int APART = PITCH ? PITCH : DIM;
     int row = threadIdx.x / LANES_A_ROW, left = end - first < ROWS ? (int)(end - first) : ROWS;
+    bool whole = left == ROWS && features >= filled; // the same for all: then nothing is asked for each copy
 #pragma unroll
     for (int j = 0; j < (CHUNKS + LANES_A_ROW - 1) / LANES_A_ROW; j++) {
         int chunk = threadIdx.x % LANES_A_ROW + j * LANES_A_ROW;
         if (chunk * 8 >= filled) break;
         const char *at = from + (first + row) * stride + chunk * 16;
-        unsigned to = EXCHANGED ? chunk_at<DIM>(tile, row, chunk) : tile + row * DIM * 2 + chunk * 16;
-        int rows = chunk * 8 < features ? left - row : 0;
+        unsigned to = PITCH ? tile + row * PITCH * 2 + chunk * 16 : chunk_at<DIM>(tile, row, chunk);
+        auto to_row = [&](int i) { return (PITCH ? to : to ^ (i * STEP & 7) << 4) + i * STEP * APART * 2; };
+        if (whole) {
 #pragma unroll 8
-        for (int i = 0; i < ROWS / STEP; i++, at += STEP * stride) {
-            unsigned to_row = (EXCHANGED ? to ^ (i * STEP & 7) << 4 : to) + i * STEP * DIM * 2;
-            if (i * STEP < rows) copy_async(to_row, at);
-            else store_zeros(to_row);
+            for (int i = 0; i < ROWS / STEP; i++, at += STEP * stride) copy_async(to_row(i), at);
+        } else {
+            int rows = chunk * 8 < features ? left - row : 0;
+#pragma unroll 1
+            for (int i = 0; i < ROWS / STEP; i++, at += STEP * stride) {
+                if (i * STEP < rows) copy_async(to_row(i), at);
+                else store_zeros(to_row(i));
+            }
         }
     }
 }
