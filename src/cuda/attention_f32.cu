@@ -295,18 +295,18 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
 
         float4 of_tile[OWN][OWN_COLUMNS] = {};
         float4 of_rows[OWN], b[OWN_COLUMNS];
-        const float *v_at = v_tile + column_lane * 4;
+        const float *v_columns = v_tile + column_lane * 4;
 #pragma unroll
         for (int i = 0; i < OWN; i++) of_rows[i] = *(const float4 *)weight_at(i, 0);
 #pragma unroll
-        for (int n = 0; n < OWN_COLUMNS; n++) b[n] = *(const float4 *)(v_at + n * COLUMN_LANES * 4);
-#pragma unroll 1
+        for (int n = 0; n < OWN_COLUMNS; n++) b[n] = *(const float4 *)(v_columns + n * COLUMN_LANES * 4);
+#pragma unroll 2
         for (int step = 0; step < KEYS / 4; step++) {
             int next_step = (step + 1) % (KEYS / 4);
 #pragma unroll
             for (int key = 0; key < 4; key++) {
                 float4 ahead[OWN_COLUMNS];
-                v_at += DIM;
+                const float *v_at = v_columns + (key < 3 ? step * 4 + key + 1 : next_step * 4) * DIM;
 #pragma unroll
                 for (int n = 0; n < OWN_COLUMNS; n++) ahead[n] = *(const float4 *)(v_at + n * COLUMN_LANES * 4);
 #pragma unroll
