@@ -92,10 +92,10 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
     // Keys lie a chunk further apart than they are long, or have their chunks exchanged where that memory is missed.
     constexpr bool PADDED = WARPS > 1;
     constexpr int K_PITCH = PADDED ? DIM + 4 : DIM, Q_MASK = ROW_LANES > 1;
-    constexpr int STEPS = OWN_KEYS > 4 ? 2 : 4; // of four features, that the first product is unrolled by
+    constexpr int STEPS = 2; // of four features, that the first product is unrolled by
     extern __shared__ __align__(128) float shared[];
-    float *q_tile = shared, *k_tile = q_tile + ROWS * DIM, *v_tile = k_tile + KEYS * K_PITCH;
-    float *weights = v_tile + KEYS * DIM;
+    float *v_tile = shared, *q_tile = v_tile + KEYS * DIM, *k_tile = q_tile + ROWS * DIM;
+    float *weights = k_tile + KEYS * K_PITCH;
 
     // Neighbours at a distance of 1 share a row, at a distance of 2 a column: a load of 16 bytes a lane then takes two
     // passes over the banks and not four.
@@ -295,18 +295,18 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
 
         float4 of_tile[OWN][OWN_COLUMNS] = {};
         float4 of_rows[OWN], b[OWN_COLUMNS];
-        const float *v_columns = v_tile + column_lane * 4;
+        const float *v_at = v_tile + column_lane * 4;
 #pragma unroll
         for (int i = 0; i < OWN; i++) of_rows[i] = *(const float4 *)weight_at(i, 0);
 #pragma unroll
-        for (int n = 0; n < OWN_COLUMNS; n++) b[n] = *(const float4 *)(v_columns + n * COLUMN_LANES * 4);
+        for (int n = 0; n < OWN_COLUMNS; n++) b[n] = *(const float4 *)(v_at + n * COLUMN_LANES * 4);
 #pragma unroll 2
         for (int step = 0; step < KEYS / 4; step++) {
             int next_step = (step + 1) % (KEYS / 4);
 #pragma unroll
             for (int key = 0; key < 4; key++) {
                 float4 ahead[OWN_COLUMNS];
-                const float *v_at = v_columns + (key < 3 ? step * 4 + key + 1 : next_step * 4) * DIM;
+                v_at += DIM; // in the end a row of queries, which is not used
 #pragma unroll
                 for (int n = 0; n < OWN_COLUMNS; n++) ahead[n] = *(const float4 *)(v_at + n * COLUMN_LANES * 4);
 #pragma unroll
