@@ -36,9 +36,9 @@ typedef struct tile {
 /* attention.cu, by its dimension and whether its rows are few: queries and two stages of keys and values. */
 #define TILE(dim, rows, keys, blocks) \
     { rows, keys, rows * 2, blocks, (rows + 4 * keys) * dim * 2, }
-static const tile tiles[DIMS][2] = {{TILE(64, 128, 64, 2), TILE(64, 16, 64, 6)},
-                                    {TILE(128, 128, 64, 1), TILE(128, 16, 32, 6)},
-                                    {TILE(256, 128, 32, 1), TILE(256, 16, 32, 3)}};
+static const tile mma_tiles[DIMS][2] = {{TILE(64, 128, 64, 2), TILE(64, 16, 64, 6)},
+                                        {TILE(128, 128, 64, 1), TILE(128, 16, 32, 6)},
+                                        {TILE(256, 128, 32, 1), TILE(256, 16, 32, 3)}};
 
 /* attention_f32.cu, likewise: queries, keys, values and weights. */
 #define F32_TILE(dim, rows, keys, threads, blocks) \
@@ -47,8 +47,8 @@ static const tile f32_tiles[DIMS][2] = {{F32_TILE(64, 128, 64, 128, 2), F32_TILE
                                         {F32_TILE(128, 64, 64, 128, 2), F32_TILE(128, 8, 32, 32, 6)},
                                         {F32_TILE(256, 64, 64, 256, 1), F32_TILE(256, 8, 32, 32, 3)}};
 
-/* attention_wide.cu: for many rows, for many and short tiles of keys, for few. Queries, keys, values, weights of 64 keys,
- * four numbers and a flag a row. */
+/* attention_wide.cu: for many rows, for many and short tiles of keys, for few. Queries, keys, values, weights of 64
+ * keys, four numbers and a flag a row. */
 #define WIDE_TILE(rows, keys, threads, blocks)                                                     \
     {                                                                                              \
         rows, keys, threads, blocks,                                                               \
@@ -290,8 +290,8 @@ static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_ar
     if (done || status != METALLOID_OK) return status;
     status = attend_hopper(call, args, attention, &done);
     if (done) return status;
-    few |= tiles[class][0].memory > memory;
-    return attend_in_tiles(call, args, attention, kernel_of(bf16 * 2 * DIMS + class * 2 + few), tiles[class][few]);
+    few |= mma_tiles[class][0].memory > memory;
+    return attend_in_tiles(call, args, attention, kernel_of(bf16 * 2 * DIMS + class * 2 + few), mma_tiles[class][few]);
 }
 
 metalloid_status mtl_cuda_attention(const metalloid_context *context, const char *op, const mtl_attention_args *args) {

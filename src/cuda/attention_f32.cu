@@ -9,9 +9,10 @@
 // that are not float32 in 16-byte pieces are widened on their way there instead. All heads of a key/value head share a
 // block's keys; where rows are few, keys are split over blocks, and attention_merge joins the parts in their order.
 //
-// A tile's weighted values are summed on their own before they join the row's, so that a long row loses no more than a
-// short one, and where some key of a tile is hidden and a NaN comes out, the tile is summed again without the keys whose
-// weight is 0: what a hidden key holds changes no bit. A row that is NaN at the end is done again by attention_row.
+// A tile's weighted values are summed on their own before they join the row's, so that a long row loses little more
+// than a short one, and where some key of a tile is hidden and a NaN comes out, the tile is summed again without the
+// keys whose weight is 0: what a hidden key holds changes no bit. A row that is NaN at the end is done again by
+// attention_row.
 #include "cuda/attention.cuh"
 #include "cuda/mma.cuh"
 
@@ -64,8 +65,8 @@ template <int N> __device__ inline void add_products(float (&sums)[N], float4 a,
     for (int n = 0; n < N; n++) sums[n] = fmaf(a.w, b[n].w, sums[n]);
 }
 
-// What a mask adds to the scores of N keys, `step` apart from `at` on, of which bits of `wanted` say which count; -infinity
-// where it hides. All loads are on their way before the first is used.
+// What a mask adds to the scores of N keys, `step` apart from `at` on, of which bits of `wanted` say which count;
+// -infinity where it hides. All loads are on their way before the first is used.
 template <int N>
 __device__ inline void load_masks(float (&added)[N], const mtl_cuda_attention_args &p, const char *at, int step,
                                   unsigned wanted) {

@@ -3,11 +3,11 @@
 //
 //   (Dao 2023, arXiv:2307.08691; 576 and 512: DeepSeek-AI 2024, arXiv:2405.04434)
 //
-// One warp's registers cannot hold so long a row. Four warps share 16 TILES rows: each scores a quarter of a tile's keys
-// and has a quarter of the values' columns. Between the two products the rows' maxima and the weights, rounded to the
-// 16-bit type, pass through shared memory. Keys and values have one place each there: cp.async fills that of the values
-// during the first product, that of the next keys during the second. The rest is as in attention.cu: scores and sums in
-// float, heads of a key/value head together, keys split where rows are few, rows that come out NaN done again.
+// One warp's registers cannot hold so long a row. Four warps share 16 TILES rows: each scores a quarter of a tile's
+// keys and has a quarter of the values' columns. Between the two products the rows' maxima and the weights, rounded to
+// the 16-bit type, pass through shared memory. Keys and values have one place each there: cp.async fills that of the
+// values during the first product, that of the next keys during the second. The rest is as in attention.cu: scores and
+// sums in float, heads of a key/value head together, keys split where rows are few, rows that come out NaN done again.
 #include "cuda/attention.cuh"
 #include "cuda/mma.cuh"
 

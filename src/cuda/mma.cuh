@@ -54,8 +54,8 @@ template <int DIM> __device__ inline unsigned chunk_of_pair(unsigned tile, int r
     return (first ^ (pair * 2 & 7) << 4) + (pair * 2 & ~7) * 16;
 }
 
-// Such a tile, or one of rows PITCH apart whose chunks are not exchanged, from rows in memory: zeros beyond row `end`, and beyond `features`
-// as far as `filled`, a multiple of 8.
+// Such a tile, or one of rows PITCH apart whose chunks are not exchanged, from rows in memory: zeros beyond row `end`,
+// and beyond `features` as far as `filled`, a multiple of 8.
 template <int DIM, int ROWS, int THREADS, int PITCH = 0>
 __device__ inline void fetch_tile(unsigned tile, const char *from, int64_t stride, int64_t first, int64_t end,
                                   int features, int filled) {
