@@ -51,3 +51,6 @@ foreach(source IN LISTS CUDA_KERNELS)
 endforeach()
 set_source_files_properties(src/cuda/images.c PROPERTIES
     COMPILE_DEFINITIONS "MTL_CUDA_IMAGE_DIR=\"${image_dir}\"" OBJECT_DEPENDS "${cuda_images}")
+if(NOT "90a" IN_LIST METALLOID_CUDA_ARCHITECTURES)
+    set_source_files_properties(src/cuda/driver.c PROPERTIES COMPILE_DEFINITIONS MTL_CUDA_WITHOUT_HOPPER)
+endif()

@@ -6,28 +6,57 @@ enum {
     WARP = 32,
     DIMS = 3, /* classes of head dimensions */
     MOST_DIM = 256,
-    FEW_ROWS = 32,   /* for which a block is a warp of 16 rows */
-    MANY_ROWS = 128, /* of any other block */
+    MOST_KEY_DIM = 576, /* of attention_wide */
+    MOST_VALUE_DIM = 512,
+    FEW_ROWS = 32, /* for which blocks of few rows do */
     MOST_SPLITS = 256,
     MERGE_COLUMNS = 64,
     MERGE_GROUPS = 8,
+    CACHE = 32 << 20, /* of the second level: for keys and values in use at a time */
 };
 
 #define NAMES(dtype)                                                                      \
     "attention_" #dtype "_64", "attention_" #dtype "_64_few", "attention_" #dtype "_128", \
         "attention_" #dtype "_128_few", "attention_" #dtype "_256", "attention_" #dtype "_256_few"
 static const char *const names[] = {NAMES(f16), NAMES(bf16), "attention_any", "attention_merge", "attention_append"};
+static const char *const f32_names[] = {NAMES(f32)};
+#define WIDE_NAMES(dtype) "attention_wide_" #dtype, "attention_wide_" #dtype "_short", "attention_wide_" #dtype "_few"
+static const char *const wide_names[] = {WIDE_NAMES(f16), WIDE_NAMES(bf16)};
 enum { ANY = 12, MERGE, APPEND };
 
 static mtl_cuda_kernel kernel_of(int index) { return (mtl_cuda_kernel){MTL_CUDA_IMAGE_attention, index, names[index]}; }
 
-/* A block of attention.cu, by its dimension and whether its rows are few. */
+/* A block of a kernel that is not Hopper's own. */
 typedef struct tile {
-    int dim, rows, keys, blocks; /* blocks that a multiprocessor holds */
+    int rows, keys, threads;
+    int blocks; /* that a multiprocessor holds */
+    int memory; /* shared, in bytes */
 } tile;
-static const tile tiles[DIMS][2] = {{{64, MANY_ROWS, 64, 2}, {64, 16, 64, 6}},
-                                    {{128, MANY_ROWS, 64, 1}, {128, 16, 32, 6}},
-                                    {{256, MANY_ROWS, 32, 1}, {256, 16, 32, 3}}};
+
+/* attention.cu, by its dimension and whether its rows are few: queries and two stages of keys and values. */
+#define TILE(dim, rows, keys, blocks) \
+    { rows, keys, rows * 2, blocks, (rows + 4 * keys) * dim * 2, }
+static const tile mma_tiles[DIMS][2] = {{TILE(64, 128, 64, 2), TILE(64, 16, 64, 6)},
+                                        {TILE(128, 128, 64, 1), TILE(128, 16, 32, 6)},
+                                        {TILE(256, 128, 32, 1), TILE(256, 16, 32, 3)}};
+
+/* attention_f32.cu, likewise: queries, keys, values and weights. */
+#define F32_TILE(dim, rows, keys, threads, blocks) \
+    { rows, keys, threads, blocks, ((rows + 2 * keys) * dim + rows * keys + (threads > 32) * keys * 4) * 4, }
+static const tile f32_tiles[DIMS][2] = {{F32_TILE(64, 128, 64, 128, 2), F32_TILE(64, 16, 32, 32, 8)},
+                                        {F32_TILE(128, 64, 64, 128, 2), F32_TILE(128, 8, 32, 32, 6)},
+                                        {F32_TILE(256, 64, 64, 256, 1), F32_TILE(256, 8, 32, 32, 3)}};
+
+/* attention_wide.cu: for many rows, for many and short tiles of keys, for few. Queries, keys, values, weights of 64
+ * keys, four numbers and a flag a row. */
+#define WIDE_TILE(rows, keys, threads, blocks)                                                     \
+    {                                                                                              \
+        rows, keys, threads, blocks,                                                               \
+            ((rows + keys) * MOST_KEY_DIM + keys * MOST_VALUE_DIM + rows * 64) * 2 + rows * 5 * 4, \
+    }
+enum { WIDE_FORMS = 3 };
+static const tile wide_tiles[WIDE_FORMS] = {WIDE_TILE(64, 64, 256, 1), WIDE_TILE(64, 32, 256, 1),
+                                            WIDE_TILE(16, 32, 128, 2)};
 
 static mtl_cuda_strided strided(mtl_attention_operand operand) {
     return (mtl_cuda_strided){
@@ -40,12 +69,18 @@ static bool aligned(mtl_attention_operand operand) {
     return odd == 0 && operand.stride[3] == mtl_dtype_size(operand.dtype);
 }
 
+/* Whether there is something to do in tiles, and as much as a grid can count. */
+static bool tiles_serve(const mtl_attention_args *args) {
+    int64_t most_rows = INT32_MAX - 1024, group = args->q_heads / args->kv_heads;
+    return args->head_dim > 0 && args->value_dim > 0 && args->kv_len > 0 && args->batch * args->kv_heads <= 65535 &&
+           group <= most_rows && args->q_len <= most_rows / group;
+}
+
 static bool tensor_cores_serve(const mtl_attention_args *args) {
     mtl_dtype dtype = args->q.dtype;
     return (dtype == MTL_F16 || dtype == MTL_BF16) && args->k.dtype == dtype && args->v.dtype == dtype &&
            aligned(args->q) && aligned(args->k) && aligned(args->v) && args->head_dim % 8 == 0 &&
-           args->value_dim % 8 == 0 && args->head_dim > 0 && args->value_dim > 0 && args->head_dim <= MOST_DIM &&
-           args->value_dim <= MOST_DIM && args->kv_len > 0 && args->batch * args->kv_heads <= 65535;
+           args->value_dim % 8 == 0 && args->head_dim <= MOST_KEY_DIM && args->value_dim <= MOST_VALUE_DIM;
 }
 
 static metalloid_status append(const mtl_cuda_call *call, const mtl_attention_args *args,
@@ -93,7 +128,7 @@ static bool describe_keys(const mtl_cuda_call *call, const mtl_attention_args *a
 static metalloid_status allocate_parts(const mtl_cuda_call *call, mtl_cuda_attention_args *attention, int64_t rows,
                                        CUdeviceptr *memory) {
     int64_t all = attention->splits * rows;
-    MTL_TRY(mtl_cuda_allocate(call, (size_t)(all * (attention->value_dim + 1)) * sizeof(float), memory));
+    MTL_TRY(mtl_cuda_allocate(call, (size_t)(all * (attention->value_dim + 2)) * sizeof(float), memory));
     attention->parts = (float *)*memory;
     attention->part_logs = attention->parts + all * attention->value_dim;
     return METALLOID_OK;
@@ -213,28 +248,28 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     return status;
 }
 
-static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_args *args,
-                               mtl_cuda_attention_args *attention) {
-    if (!tensor_cores_serve(args)) {
-        int64_t rows = args->batch * args->q_heads * args->q_len, blocks = (rows + 3) / 4;
-        mtl_cuda_grid grid = {.blocks = blocks < 1 << 20 ? blocks : 1 << 20, .threads = WARP, .rows = 4};
-        return mtl_cuda_launch(call, kernel_of(ANY), grid, attention);
-    }
-    bool done;
-    metalloid_status status = decode_hopper(call, args, attention, &done);
-    if (done || status != METALLOID_OK) return status;
-    status = attend_hopper(call, args, attention, &done);
-    if (done) return status;
-    int64_t dim = args->head_dim > args->value_dim ? args->head_dim : args->value_dim;
-    int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
-    int class = dim <= 64 ? 0 : dim <= 128 ? 1 : 2, few = rows <= FEW_ROWS;
-    const tile chosen = tiles[class][few];
-    mtl_cuda_grid grid = {
-        .blocks = (rows + chosen.rows - 1) / chosen.rows, .y = (int)heads, .threads = chosen.rows * 2};
-    grid.shared_memory = (chosen.rows + 4 * chosen.keys) * chosen.dim * 2;
+/* How many heads' blocks are launched together: those whose keys and values the cache holds, or as many as fill the
+ * device twice, in turns of about the same size. */
+static int heads_a_turn(const mtl_attention_args *args, int64_t heads, int64_t blocks, int64_t places) {
+    double bytes =
+        (double)args->kv_len * (double)(args->head_dim + args->value_dim) * (double)mtl_dtype_size(args->k.dtype);
+    double cached = CACHE / bytes, filling = 2 * (double)places / (double)blocks;
+    double most = cached > filling ? cached : filling;
+    if (most >= (double)heads) return (int)heads;
+    int64_t turns = (int64_t)((double)heads / (most < 1 ? 1 : most));
+    return (int)((heads + turns - 1) / turns);
+}
 
+/* Blocks of `chosen` over all rows; where that leaves multiprocessors idle, over ranges of keys too. */
+static metalloid_status attend_in_tiles(const mtl_cuda_call *call, const mtl_attention_args *args,
+                                        mtl_cuda_attention_args *attention, mtl_cuda_kernel kernel, tile chosen) {
+    int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
+    mtl_cuda_grid grid = {.blocks = (rows + chosen.rows - 1) / chosen.rows * heads,
+                          .threads = chosen.threads,
+                          .shared_memory = chosen.memory};
     /* One range of keys for each place that would stay empty, but none of less than two tiles. */
-    int64_t places = (int64_t)call->device->multiprocessors * chosen.blocks, splits = places / (grid.blocks * heads);
+    int64_t places = (int64_t)call->device->multiprocessors * chosen.blocks, splits = places / grid.blocks;
+    attention->heads_a_turn = heads_a_turn(args, heads, grid.blocks / heads, places);
     int64_t most = args->kv_len / (2 * chosen.keys);
     splits = splits < most ? splits : most;
     splits = splits < 1 ? 1 : splits > MOST_SPLITS ? MOST_SPLITS : splits;
@@ -243,10 +278,45 @@ static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_ar
     attention->splits = grid.z = (int)splits;
 
     CUdeviceptr memory = 0;
-    if (splits > 1) MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
-    int index = (args->q.dtype == MTL_BF16 ? 2 * DIMS : 0) + class * 2 + few;
-    status = mtl_cuda_launch(call, kernel_of(index), grid, attention);
+    if (splits > 1) {
+        MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
+        attention->part_sums = attention->part_logs + splits * heads * rows;
+    }
+    metalloid_status status = mtl_cuda_launch(call, kernel, grid, attention);
     return memory ? merge_parts(call, attention, heads * rows, memory, status) : status;
+}
+
+static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_args *args,
+                               mtl_cuda_attention_args *attention) {
+    int64_t dim = args->head_dim > args->value_dim ? args->head_dim : args->value_dim;
+    int64_t rows = attention->group * args->q_len;
+    int class = dim <= 64 ? 0 : dim <= 128 ? 1 : 2, few = rows <= FEW_ROWS, memory = call->device->shared_memory;
+    bool bf16 = args->q.dtype == MTL_BF16, on_tensor_cores = tensor_cores_serve(args);
+    if (!tiles_serve(args) || (!on_tensor_cores && dim > MOST_DIM)) {
+        int64_t all = args->batch * args->q_heads * args->q_len, blocks = (all + 3) / 4;
+        mtl_cuda_grid grid = {.blocks = blocks < 1 << 20 ? blocks : 1 << 20, .threads = WARP, .rows = 4};
+        return mtl_cuda_launch(call, kernel_of(ANY), grid, attention);
+    }
+    if (!on_tensor_cores) {
+        few |= f32_tiles[class][0].memory > memory;
+        int index = class * 2 + few;
+        mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_f32, index, f32_names[index]};
+        return attend_in_tiles(call, args, attention, kernel, f32_tiles[class][few]);
+    }
+    if (dim > MOST_DIM) {
+        int form = few ? 2 : 0;
+        while (form < 2 && wide_tiles[form].memory > memory) form++;
+        int index = bf16 * WIDE_FORMS + form;
+        mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_wide, index, wide_names[index]};
+        return attend_in_tiles(call, args, attention, kernel, wide_tiles[form]);
+    }
+    bool done;
+    metalloid_status status = decode_hopper(call, args, attention, &done);
+    if (done || status != METALLOID_OK) return status;
+    status = attend_hopper(call, args, attention, &done);
+    if (done) return status;
+    few |= mma_tiles[class][0].memory > memory;
+    return attend_in_tiles(call, args, attention, kernel_of(bf16 * 2 * DIMS + class * 2 + few), mma_tiles[class][few]);
 }
 
 metalloid_status mtl_cuda_attention(const metalloid_context *context, const char *op, const mtl_attention_args *args) {

@@ -13,18 +13,6 @@
 #include "cuda/attention.cuh"
 #include "cuda/mma.cuh"
 
-template <int DIM, int ROWS, int THREADS>
-__device__ inline void fetch_tile(unsigned tile, const char *from, int64_t stride, int64_t first, int64_t end,
-                                  int features) {
-    constexpr int CHUNKS = DIM / 8;
-#pragma unroll
-    for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
-        int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-        bool there = first + row < end && chunk * 8 < features;
-        copy_async(chunk_at<DIM>(tile, row, chunk), there ? from + (first + row) * stride + chunk * 16 : from, there);
-    }
-}
-
 template <typename T, int DIM, int WARPS, int KEYS>
 __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
     constexpr int THREADS = WARPS * WARP, ROWS = WARPS * 16, CHUNKS = DIM / 8;
@@ -33,9 +21,9 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
     constexpr unsigned TILE = KEYS * DIM * 2, STAGE = 2 * TILE; // keys, then values
 
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int64_t kv_head, batch = divide(blockIdx.y, p.kv_heads, kv_head), rows = p.group * p.q_len;
-    int64_t first_row =
-        (int64_t)(gridDim.x - 1 - blockIdx.x) * ROWS; // under causal the last rows have most to do: they go first
+    Turn turn = turn_of_block(p);
+    int64_t kv_head, batch = divide(turn.head, p.kv_heads, kv_head), rows = p.group * p.q_len;
+    int64_t first_row = (int64_t)turn.block * ROWS;
     int64_t last_row = first_row + ROWS < rows ? first_row + ROWS - 1 : rows - 1;
     int64_t ignored, first_query = divide(first_row, p.group, ignored), last_query = divide(last_row, p.group, ignored);
 
@@ -45,6 +33,8 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
         int64_t from = blockIdx.z * p.split_keys, to = from + p.split_keys;
         begin = begin > from ? begin : from, end = end < to ? end : to;
     }
+    const char *key_mask = key_mask_of(p, batch);
+    begin = next_tile<KEYS>(p, key_mask, begin, end);
 
     for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
         int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
@@ -55,8 +45,8 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
     }
     const char *k = place(p.k, batch, kv_head, 0), *v = place(p.v, batch, kv_head, 0);
     auto fetch = [&](int64_t first, unsigned stage) {
-        fetch_tile<DIM, KEYS, THREADS>(stage, k, p.k.stride[2], first, p.kv_len, (int)p.head_dim);
-        fetch_tile<DIM, KEYS, THREADS>(stage + TILE, v, p.v.stride[2], first, p.kv_len, (int)p.value_dim);
+        fetch_tile<DIM, KEYS, THREADS>(stage, k, p.k.stride[2], first, p.kv_len, (int)p.head_dim, DIM);
+        fetch_tile<DIM, KEYS, THREADS>(stage + TILE, v, p.v.stride[2], first, p.kv_len, (int)p.value_dim, DIM);
         copies_end();
     };
     if (begin < end) fetch(begin, stages);
@@ -73,13 +63,14 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
         head[i] = kv_head * p.group + in_group;
     }
     float values[DIM / 8][4] = {};
-    bool plain = !p.mask.data && !p.key_mask.data && p.softcap == 0 && p.scale > 0;
+    bool plain = !p.mask.data && !key_mask && p.softcap == 0 && p.scale > 0;
 
-    int64_t turn = 0;
-    for (int64_t first = begin; first < end; first += KEYS, turn ^= 1) {
-        unsigned stage = stages + (unsigned)turn * STAGE;
-        if (first + KEYS < end) {
-            fetch(first + KEYS, stages + (unsigned)(turn ^ 1) * STAGE);
+    int64_t stage_at = 0;
+    for (int64_t first = begin, next; first < end; first = next, stage_at ^= 1) {
+        unsigned stage = stages + (unsigned)stage_at * STAGE;
+        next = next_tile<KEYS>(p, key_mask, first + KEYS, end);
+        if (next < end) {
+            fetch(next, stages + (unsigned)(stage_at ^ 1) * STAGE);
             copies_wait<1>();
         } else {
             copies_wait<0>();
@@ -104,7 +95,7 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
         // Scores that everyone sees are scaled within the exponential.
         bool all_see_all = plain && first + KEYS <= end && first >= last_query + p.first_visible &&
                            first + KEYS - 1 <= first_query + p.last_visible;
-        float scale = all_see_all ? p.scale * LOG2_E : 1;
+        float scale = all_see_all ? p.scale : 1;
         if (!all_see_all) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -118,7 +109,7 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
                                        : (int)high;
                 if (first + to >= end) to = (int)(end - first) - 1;
                 if (row[i] >= rows) to = -1;
-                const char *mask = mask_of(p, batch, head[i], query[i]), *key_mask = key_mask_of(p, batch);
+                const char *mask = mask_of(p, batch, head[i], query[i]);
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
@@ -127,7 +118,7 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
                         float &score = scores[n][2 * i + e];
                         score = capped(p, score);
                         bool sees = key >= from && key <= to && passes_masks(p, score, key_mask, mask, first + key);
-                        score = sees ? score * LOG2_E : -INFINITY;
+                        score = sees ? score : -INFINITY;
                     }
                 }
             }
@@ -142,13 +133,13 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
             now = larger(__shfl_xor_sync(ALL_LANES, now, 2), now);
             now = larger(now * scale, largest[i]);
             float base = now == -INFINITY ? 0 : now; // infinity - infinity would be NaN
-            float factor = power_of_2(largest[i] - base);
+            float factor = exp_of_difference(largest[i], base);
             largest[i] = now;
             sum[i] *= factor;
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
-                scores[n][2 * i] = power_of_2(fmaf(scores[n][2 * i], scale, -base));
-                scores[n][2 * i + 1] = power_of_2(fmaf(scores[n][2 * i + 1], scale, -base));
+                scores[n][2 * i] = power_of_2(fmaf(scores[n][2 * i], scale, -base) * LOG2_E);
+                scores[n][2 * i + 1] = power_of_2(fmaf(scores[n][2 * i + 1], scale, -base) * LOG2_E);
                 sum[i] += scores[n][2 * i] + scores[n][2 * i + 1];
             }
 #pragma unroll
@@ -181,40 +172,27 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
     for (int i = 0; i < 2; i++) {
         sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
         sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
-        float top = largest[i] / LOG2_E; // in base e
         bool split = p.splits > 1;
-        if (p.sinks.data && !split && row[i] < rows) {
-            float sink = load_float(p.sinks.data + head[i] * p.sinks.stride, p.sinks.dtype) * LOG2_E;
-            float now = larger(sink, largest[i]), factor = largest[i] == -INFINITY ? 0 : power_of_2(largest[i] - now);
-            sum[i] = sink == INFINITY    ? INFINITY
-                     : sink == -INFINITY ? sum[i]
-                                         : sum[i] * factor + power_of_2(sink - now);
-            if (now != -INFINITY) {
-#pragma unroll
-                for (int n = 0; n < DIM / 8; n++) values[n][2 * i] *= factor, values[n][2 * i + 1] *= factor;
-                top = now / LOG2_E;
-            }
-        }
-        float inverse = sum[i] == 0 ? 0 : 1 / sum[i];
-        bool nan = sum[i] != sum[i];
-        int64_t part = ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * rows + row[i];
+        RowEnd end_of_row = {};
+        if (row[i] < rows) end_of_row = end_row(p, head[i], largest[i], sum[i], split);
+        bool nan = end_of_row.factor != end_of_row.factor;
+        int64_t part = ((int64_t)blockIdx.z * (p.batch * p.kv_heads) + turn.head) * rows + row[i];
         char *out = (char *)place(p.out, batch, head[i], query[i]);
 #pragma unroll
         for (int n = 0; n < DIM / 8; n++) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 int column = n * 8 + lane % 4 * 2 + e;
-                float x = values[n][2 * i + e] * inverse;
+                float x = values[n][2 * i + e] * end_of_row.factor;
                 nan |= x != x && column < p.value_dim;
                 if (row[i] >= rows || column >= p.value_dim) continue;
                 if (split) p.parts[part * p.value_dim + column] = x;
                 else store_float(out + column * p.out.stride[3], p.out.dtype, x);
             }
         }
-        float log_sum = sum[i] == 0 ? -INFINITY : top + logf(sum[i]);
         if (row[i] < rows && lane % 4 == 0) {
-            if (split) p.part_logs[part] = log_sum;
-            else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head[i], query[i]) = log_sum;
+            if (split) p.part_logs[part] = largest[i], p.part_sums[part] = sum[i];
+            else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head[i], query[i]) = end_of_row.log_sum;
         }
         unsigned of_lanes = __ballot_sync(ALL_LANES, nan && row[i] < rows && !split);
         for (int r = 0; r < 8; r++) wrong |= (of_lanes >> 4 * r & 15 ? 1u : 0u) << (r + 8 * i);
@@ -253,6 +231,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
 #pragma unroll 8 // so that the loads of several ranges are in flight
         for (int split = threadIdx.y; split < p.splits; split += MERGE_GROUPS) {
             float weight = exp_of_difference(p.part_logs[split * all + at], base);
+            if (p.part_sums) weight *= p.part_sums[split * all + at];
             float part = p.parts[(split * all + at) * p.value_dim + from];
             sum += weight;
             x += weight == 0 ? 0 : weight * part;

@@ -33,15 +33,63 @@ __device__ inline const char *mask_of(const mtl_cuda_attention_args &p, int64_t 
     return p.mask.data ? place(p.mask, batch, head, query) : NULL;
 }
 
+// Which key/value head of all batches a block has, and which block of rows. Under causal the last rows have most to do:
+// they go first, those of several heads together, so that no long block is left for the end, but of no more heads than
+// the second-level cache has room for.
+struct Turn {
+    int head, block;
+};
+
+__device__ inline Turn turn_of_block(const mtl_cuda_attention_args &p) {
+    int heads = (int)(p.batch * p.kv_heads), blocks = gridDim.x / heads, most = p.heads_a_turn;
+    int first_head = blockIdx.x / (most * blocks) * most, at = blockIdx.x - first_head * blocks;
+    int together = min(most, heads - first_head), before = at / together;
+    return {first_head + at - before * together, blocks - 1 - before};
+}
+
+// The first tile of KEYS keys, from the one at `first` on, of which the key mask shows any. The block's threads call it
+// together.
+template <int KEYS>
+__device__ inline int64_t next_tile(const mtl_cuda_attention_args &p, const char *key_mask, int64_t first,
+                                    int64_t end) {
+    if (!key_mask) return first;
+    for (; first < end; first += KEYS) {
+        bool seen = false;
+        for (int64_t key = first + threadIdx.x; key < first + KEYS && key < end; key += blockDim.x)
+            seen |= load_integer(key_mask + key * p.key_mask.stride[1], p.key_mask.dtype) != 0;
+        if (__syncthreads_or(seen)) break;
+    }
+    return first;
+}
+
 __device__ inline float exp_of_difference(float x, float y) { return power_of_2((x - y) * LOG2_E); }
+
+// What a row's weighted values are multiplied by in the end, and the logarithm of its weights' sum. `total` is that sum
+// over exp(`largest`). The sink takes part, but not in one of several parts.
+struct RowEnd {
+    float factor, log_sum;
+};
+
+__device__ inline RowEnd end_row(const mtl_cuda_attention_args &p, int64_t head, float largest, float total,
+                                 bool split) {
+    float factor = 1;
+    if (p.sinks.data && !split) {
+        float sink = load_float(p.sinks.data + head * p.sinks.stride, p.sinks.dtype), top = larger(sink, largest);
+        factor = largest == -INFINITY ? 0 : exp_of_difference(largest, top);
+        float weight = sink == -INFINITY ? 0 : exp_of_difference(sink, top);
+        total = sink == INFINITY ? INFINITY : total == 0 ? weight : total * factor + weight;
+        largest = top;
+    }
+    return {total == 0 ? 0 : factor / total, total == 0 ? -INFINITY : largest + logf(total)};
+}
 
 // A sum of many terms, with what rounding has taken from it (Kahan 1965).
 struct LongSum {
     float value, lost;
 
     __device__ void add(float x) {
-        float y = x - lost, total = value + y;
-        lost = (total - value) - y;
+        float y = x - lost, total = value + y, taken = (total - value) - y;
+        lost = taken == taken ? taken : 0; // infinities have none
         value = total;
     }
     __device__ void scale(

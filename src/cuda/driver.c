@@ -306,6 +306,9 @@ metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel
 bool mtl_cuda_describe(const mtl_cuda_call *call, void *map, const mtl_attention_operand *operand, int64_t features,
                        int64_t time, int64_t heads, int64_t batch, int rows) {
     enum { FEATURES = 64, VECTOR = 16 };
+#ifdef MTL_CUDA_WITHOUT_HOPPER
+    return false; /* its kernels are empty in what was built */
+#endif
     if (call->device->major != 9) return false;
     const int64_t extent[] = {features, time, heads, batch},
                   stride[] = {operand->stride[2], operand->stride[1], operand->stride[0]};

@@ -29,6 +29,8 @@ enum {
     X(gated_delta)             \
     X(gated_delta_chunks)      \
     X(attention)               \
+    X(attention_f32)           \
+    X(attention_wide)          \
     X(attention_decode)        \
     X(attention_hopper)        \
     X(attention_hopper_masked) \

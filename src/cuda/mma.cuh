@@ -7,6 +7,12 @@ __device__ inline void copy_async(unsigned to, const void *from, bool there) { /
     int bytes = there ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+__device__ inline void copy_async(unsigned to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void store_zeros(unsigned to) { // 16 bytes
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+}
 __device__ inline void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ inline void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -46,4 +52,34 @@ template <int DIM> __device__ inline unsigned chunk_at(unsigned tile, int row, i
 template <int DIM> __device__ inline unsigned chunk_of_pair(unsigned tile, int row, int odd, int pair) {
     unsigned first = tile + row * DIM * 2 + ((odd ^ (row & 7)) << 4);
     return (first ^ (pair * 2 & 7) << 4) + (pair * 2 & ~7) * 16;
+}
+
+// Such a tile, or one of rows PITCH apart whose chunks are not exchanged, from rows in memory: zeros beyond row `end`,
+// and beyond `features` as far as `filled`, a multiple of 8.
+template <int DIM, int ROWS, int THREADS, int PITCH = 0>
+__device__ inline void fetch_tile(unsigned tile, const char *from, int64_t stride, int64_t first, int64_t end,
+                                  int features, int filled) {
+    constexpr int CHUNKS = DIM / 8, LANES_A_ROW = CHUNKS < WARP ? CHUNKS : WARP, STEP = THREADS / LANES_A_ROW;
+    constexpr int APART = PITCH ? PITCH : DIM;
+    int row = threadIdx.x / LANES_A_ROW, left = end - first < ROWS ? (int)(end - first) : ROWS;
+    bool whole = left == ROWS && features >= filled; // the same for all: then nothing is asked for each copy
+#pragma unroll
+    for (int j = 0; j < (CHUNKS + LANES_A_ROW - 1) / LANES_A_ROW; j++) {
+        int chunk = threadIdx.x % LANES_A_ROW + j * LANES_A_ROW;
+        if (chunk * 8 >= filled) break;
+        const char *at = from + (first + row) * stride + chunk * 16;
+        unsigned to = PITCH ? tile + row * PITCH * 2 + chunk * 16 : chunk_at<DIM>(tile, row, chunk);
+        auto to_row = [&](int i) { return (PITCH ? to : to ^ (i * STEP & 7) << 4) + i * STEP * APART * 2; };
+        if (whole) {
+#pragma unroll 8
+            for (int i = 0; i < ROWS / STEP; i++, at += STEP * stride) copy_async(to_row(i), at);
+        } else {
+            int rows = chunk * 8 < features ? left - row : 0;
+#pragma unroll 1
+            for (int i = 0; i < ROWS / STEP; i++, at += STEP * stride) {
+                if (i * STEP < rows) copy_async(to_row(i), at);
+                else store_zeros(to_row(i));
+            }
+        }
+    }
 }

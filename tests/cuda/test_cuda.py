@@ -56,11 +56,15 @@ def test_layer_norm_whose_first_element_lies_far_out(outlier):
     close(out, reference_norm(x, one, zero, 1e-5), ROUNDING[torch.float32])
 
 
-def reference_attention(q, k, v, *, causal=False, mask=None, window=None, causal_offset=None, sinks=None):
+def reference_attention(
+    q, k, v, *, causal=False, mask=None, window=None, causal_offset=None, sinks=None, softcap=None, key_mask=None
+):
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.mT / q.shape[-1] ** 0.5
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     queries, keys = scores.shape[-2:]
     offset = keys - queries if causal_offset is None else causal_offset
     at = torch.arange(queries, device="cuda")[:, None] + offset
@@ -69,8 +73,10 @@ def reference_attention(q, k, v, *, causal=False, mask=None, window=None, causal
         scores = scores.masked_fill(key > at, -torch.inf)
     if window:
         scores = scores.masked_fill((key > at) | (key <= at - window), -torch.inf)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
     if sinks is not None:
         scores = torch.cat((scores, sinks.double()[:, None, None].expand(*scores.shape[:3], 1)), -1)
         v = torch.nn.functional.pad(v, (0, 0, 0, 1))
@@ -89,19 +95,20 @@ def attend(q, k, v, **options):
 SIXTEEN = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
+# Whole blocks, blocks with ends, one query, a few: with split keys and without.
+LENGTHS = [
+    ((4, 4), 384, 384),
+    ((8, 2), 333, 1001),
+    ((8, 2), 1, 8192),
+    ((4, 1), 5, 700),
+    ((40, 8), 520, 1000),
+    ((40, 8), 300, 1001),
+]
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN)
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
-@pytest.mark.parametrize(
-    ("heads", "queries", "keys"),
-    [
-        ((4, 4), 384, 384),
-        ((8, 2), 333, 1001),
-        ((8, 2), 1, 8192),
-        ((4, 1), 5, 700),
-        ((40, 8), 520, 1000),
-        ((40, 8), 300, 1001),
-    ],
-)
+@pytest.mark.parametrize(("heads", "queries", "keys"), LENGTHS)
 @pytest.mark.parametrize("form", ["full", "causal", "window", "mask"])
 def test_attention_on_tensor_cores(form, heads, queries, keys, dims, dtype):
     q = randn(2, heads[0], queries, dims[0], dtype=dtype)
@@ -117,6 +124,94 @@ def test_attention_on_tensor_cores(form, heads, queries, keys, dims, dtype):
     assert (log.double() - ref_log).abs().max().item() <= 1e-4
 
 
+def options_of(form, batch, heads, queries, keys, dtype):
+    """One form of attention; what it hides is another key for every query and head."""
+    where = torch.arange(keys, device="cuda")
+    return {
+        "full": {},
+        "causal": {"causal": True},
+        "window": {"causal": True, "window": 100},
+        "mask": {"mask": randn(batch, heads, queries, keys, seed=3) < 1},
+        "added": {"mask": randn(1, heads, queries, keys, seed=3).to(dtype)},
+        "key_mask": {"key_mask": (randn(batch, keys, seed=3) < 1) & (where < keys - 90) & (where > 200)},
+        "softcap": {"softcap": 2.0},
+        "sinks": {"sinks": randn(heads, dtype=dtype, seed=6) + 3, "causal": True},
+    }[form]
+
+
+FORMS = ["full", "causal", "window", "mask", "added", "key_mask", "softcap", "sinks"]
+
+
+@pytest.mark.parametrize("dims", [(264, 264), (320, 512), (512, 512), (576, 512)])
+@pytest.mark.parametrize(("heads", "queries", "keys"), LENGTHS)
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_of_wide_heads(form, heads, queries, keys, dims):
+    dtype = torch.float16 if queries % 2 else torch.bfloat16
+    q = randn(2, heads[0], queries, dims[0], dtype=dtype)
+    k = randn(2, heads[1], keys, dims[0], dtype=dtype, seed=1)
+    v = randn(2, heads[1], keys, dims[1], dtype=dtype, seed=2)
+    options = options_of(form, 2, heads[0], queries, keys, dtype)
+    out, log = attend(q, k, v, **options)
+    ref, ref_log = reference_attention(q, k, v, **options)
+    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
+    assert error <= SIXTEEN[dtype], error
+    assert (log.double() - ref_log).abs().max().item() <= 1e-4
+    assert torch.equal(out, attend(q, k, v, **options)[0])
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (80, 96), (128, 128), (96, 33), (256, 256), (192, 128), (7, 200)])
+@pytest.mark.parametrize(("heads", "queries", "keys"), LENGTHS)
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_in_float32(form, heads, queries, keys, dims):
+    q = randn(2, heads[0], queries, dims[0])
+    k, v = randn(2, heads[1], keys, dims[0], seed=1), randn(2, heads[1], keys, dims[1], seed=2)
+    options = options_of(form, 2, heads[0], queries, keys, torch.float32)
+    out, log = attend(q, k, v, **options)
+    ref, ref_log = reference_attention(q, k, v, **options)
+    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
+    assert error <= 2e-6, error  # the contract allows 1e-5
+    assert (log.double() - ref_log).abs().max().item() <= 1e-5
+    assert torch.equal(out, attend(q, k, v, **options)[0])
+
+
+@pytest.mark.parametrize("queries", [1, 200])
+def test_attention_of_any_dtypes_and_strides_is_exact(queries):
+    q = randn(2, queries, 8, 100, dtype=torch.bfloat16)[..., 3:67].transpose(1, 2)
+    k = randn(2, 4, 64, 900, dtype=torch.float16, seed=1).mT
+    v = randn(2, 1, 900, 48, seed=2).expand(2, 4, 900, 48)
+    out = poisoned(2, 8, 50, queries, dtype=torch.float32).mT[..., 1:49]
+    run("scaled_dot_product_attention", q, k, v, 0.125, attention_options(causal=True), out)
+    ref, _ = reference_attention(q, k, v, causal=True)
+    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
+    assert error <= 2e-6, error
+
+
+def test_a_long_row_of_float32_loses_nothing():
+    q, k = torch.zeros(1, 32, 1024, 64, device="cuda"), randn(1, 32, 32768, 64)
+    out, log = attend(q, k, torch.full_like(k, 1.1))
+    assert (out.double() / torch.tensor(1.1).double() - 1).abs().max().item() <= 1e-5
+    assert (log - np.log(32768)).abs().max().item() <= 2e-5
+
+
+@pytest.mark.parametrize("queries", [1, 200])
+@pytest.mark.parametrize("dims", [64, 512])
+def test_an_infinite_value_that_is_seen_shows(dims, queries):
+    dtype = torch.float32 if dims == 64 else torch.bfloat16
+    q, k = randn(1, 8, queries, dims, dtype=dtype), randn(1, 2, 1000, dims, dtype=dtype, seed=1)
+    v = k.clone()
+    v[:, :, 77, 5] = torch.inf
+    out, _ = attend(q, k, v)
+    assert (out[..., 5] == torch.inf).all()
+    assert out[..., 6:].isfinite().all()
+
+
+def test_a_row_of_the_lowest_masks_is_a_mean():
+    q, k = randn(1, 2, 70, 512, dtype=torch.bfloat16), randn(1, 2, 300, 512, dtype=torch.bfloat16, seed=1)
+    mask = torch.full((70, 300), torch.finfo(torch.bfloat16).min, device="cuda", dtype=torch.bfloat16)
+    out, _ = attend(q, k, k, mask=mask)
+    torch.testing.assert_close(out.double(), k.double().mean(2, keepdim=True).expand(out.shape), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("queries", [1, 700])
 def test_the_same_call_gives_the_same_bits(queries):
     q, k = randn(1, 32, queries, 128, dtype=torch.bfloat16), randn(1, 8, 4096, 128, dtype=torch.bfloat16, seed=1)
@@ -127,20 +222,29 @@ def test_the_same_call_gives_the_same_bits(queries):
 
 @pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_a_hidden_key_never_shows(poison, queries):
-    q, k = randn(2, 8, queries, 64, dtype=torch.bfloat16), randn(2, 2, 2048, 64, dtype=torch.bfloat16, seed=1)
+@pytest.mark.parametrize("dim", [64, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("by", ["key_mask", "mask"])
+def test_a_hidden_key_never_shows(by, dtype, dim, poison, queries):
+    if dtype == torch.float32 and dim == 512:
+        dim = 128
+    q, k = randn(2, 8, queries, dim, dtype=dtype), randn(2, 2, 2048, dim, dtype=dtype, seed=1)
     v = k.clone()
     visible = torch.ones(2, 2048, device="cuda", dtype=torch.bool)
     visible[:, 100:150] = False
-    clean = attend(q, k, v, key_mask=visible)
+    options = {"key_mask": visible} if by == "key_mask" else {"mask": visible[:, None, None]}
+    clean = attend(q, k, v, **options)
     k[:, :, 100:150] = poison
     v[:, :, 100:150] = poison
-    for a, b in zip(clean, attend(q, k, v, key_mask=visible), strict=True):
+    for a, b in zip(clean, attend(q, k, v, **options), strict=True):
         assert not b.isnan().any()
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+        if dtype == torch.float32:
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)])
 @pytest.mark.parametrize("form", ["plain", "key_mask", "causal", "window", "sinks"])
 @pytest.mark.parametrize(
     ("batch", "heads", "queries", "keys"),
@@ -155,6 +259,7 @@ def test_decoding(batch, heads, queries, keys, form, dims):
     if form == "key_mask":
         lengths = torch.randint(1, keys, (batch, 1), device="cuda")
         visible = (torch.arange(keys, device="cuda") < lengths) & (randn(batch, keys, seed=5) < 2)
+        visible[:, 0] = True  # softmax of nothing, in the reference, is NaN
         options["key_mask"] = visible
         reference["mask"] = visible[:, None, None]
     if form == "sinks":

@@ -200,19 +200,22 @@ delta_case(64, 1)
 delta_case(1, 8192)
 
 
-def attention_case(batch, heads, kv_heads, queries, keys, dim, *, causal=False, mask=False, decode=False, sets=1):
+def attention_case(
+    batch, heads, kv_heads, queries, keys, dim, *, causal=False, mask=False, decode=False, sets=1, dtype=BF16
+):
     if decode:
-        work, unit = 2 * batch * kv_heads * keys * dim * 2, "GB/s"
+        work, unit = 2 * batch * kv_heads * keys * dim * dtype.itemsize, "GB/s"
         name = f"decode GQA {heads}/{kv_heads} D{dim} B{batch} T{keys}"
     else:
         work = 4 * batch * heads * queries * keys * dim / (2 if causal else 1)
         unit = "TFLOP/s"
         name = f"attention B{batch} H{heads}/{kv_heads} S{queries} D{dim}{' causal' * causal}{' bool mask' * mask}"
+    name += " float32" * (dtype == torch.float32)
 
     @case(name, work, unit, sets)
     def _(ops):
-        q = randn(batch, heads, queries, dim)
-        k, v = randn(batch, kv_heads, keys, dim), randn(batch, kv_heads, keys, dim)
+        q = randn(batch, heads, queries, dim, dtype=dtype)
+        k, v = (randn(batch, kv_heads, keys, dim, dtype=dtype) for _ in range(2))
         out = torch.empty_like(q)
         allowed = None
         if mask:
@@ -244,6 +247,13 @@ attention_case(1, 32, 8, 1, 8192, 128, decode=True, sets=8)
 attention_case(1, 32, 8, 1, 65536, 128, decode=True, sets=2)
 attention_case(8, 32, 8, 1, 8192, 128, decode=True, sets=2)
 attention_case(64, 32, 8, 1, 8192, 128, decode=True, sets=1)
+for causal in (False, True):
+    attention_case(1, 8, 8, 4096, 4096, 512, causal=causal)
+    attention_case(1, 16, 16, 4096, 4096, 64, causal=causal, dtype=torch.float32)
+    attention_case(1, 16, 16, 4096, 4096, 128, causal=causal, dtype=torch.float32)
+attention_case(8, 16, 2, 1, 8192, 512, decode=True, sets=2)
+attention_case(1, 32, 8, 1, 8192, 128, decode=True, sets=4, dtype=torch.float32)
+attention_case(8, 32, 8, 1, 8192, 128, decode=True, sets=1, dtype=torch.float32)
 
 
 def main(ops, chosen, peers=True):
