@@ -281,7 +281,8 @@ __device__ inline void gated_delta_prepare(const mtl_cuda_gated_delta_chunks_arg
     }
     __syncthreads();
 
-    // X (1 + L) = 1 by rows of blocks, from the diagonal leftwards: X_IJ = -(sum over K = J + 1 ... I of X_IK L_KJ) X_JJ
+    // X (1 + L) = 1 by rows of blocks, from the diagonal leftwards: X_IJ = -(sum over K = J + 1 ... I of X_IK L_KJ)
+    // X_JJ.
     unsigned inverse[BLOCKS][2][4]; // [I - J][part]
 #pragma unroll
     for (int distance = 0; distance < BLOCKS; distance++) {
@@ -439,7 +440,7 @@ __device__ inline void store_transposed(const unsigned (&m)[4], unsigned at) {
 constexpr int GROUP = 4 * WARP, ROWS = 64; // threads that hold the state, and as many that fetch; rows of a block
 enum Barrier { VOTE = 1, FETCHERS };
 
-// What stands behind the stages: for each, whether it is full, whether it is empty, and whether its chunk went by steps.
+// What stands behind the stages: for each, whether it is full, whether it is empty, whether its chunk went by steps.
 struct Signals {
     uint64_t full[MTL_CUDA_STAGES], empty[MTL_CUDA_STAGES];
     int by_steps[MTL_CUDA_STAGES];
