@@ -4,7 +4,7 @@
 // rescales the rest (Milakov & Gimelshein 2018, arXiv:1805.02867). The loss is (m - logits[target]) + log1p(rest): the
 // term of m itself is 1 and stays out of the sum, as a confident row's loss is what lies beside that 1. To keep it out
 // without a search, the logits of a batch pass m one after the other: the larger of the two stays as m, the smaller
-// goes on.
+// goes on. A thread's next vectors are on their way while it takes these.
 #include "cuda/device.cuh"
 
 enum { LOGITS, TARGETS, LOSS }; // operands of the loop

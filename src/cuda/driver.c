@@ -223,8 +223,9 @@ static metalloid_status find_kernel(const mtl_cuda_call *call, mtl_cuda_kernel k
     return status;
 }
 
-/* Much dynamic shared memory has to be asked for: the device's limit less what the kernel has of its own. Not by kernels
- * that have none: they would get it at the cost of the first-level cache, where loads on their way have their place. */
+/* Much dynamic shared memory has to be asked for: the device's limit less what the kernel has of its own. Not by
+ * kernels that have none: what they were given would come off the first-level cache, where loads on their way have
+ * their place. */
 static metalloid_status allow_shared_memory(const mtl_cuda_call *call, mtl_cuda_kernel kernel, CUfunction function,
                                             int bytes) {
     atomic_int *allowed = &devices[call->device->id].shared_memory[kernel.image][kernel.index];

@@ -27,7 +27,7 @@ static int lanes_of_head(const mtl_rope_args *args) {
     if (dims / 2 > MOST_PAIRS || lanes > THREADS || (args->normed && (lanes > WARP || (lanes & (lanes - 1)) != 0)))
         return 0;
     for (const mtl_rope_side *side = args->side; side < args->side + args->sides; side++) {
-        bool fast = side->x.dtype == dtype && side->out.dtype == dtype &&
+        bool fast = side->heads.count < INT32_MAX / 2 && side->x.dtype == dtype && side->out.dtype == dtype &&
                     mtl_cuda_vectors(side->x, &side->heads, MTL_ROPE_X) &&
                     mtl_cuda_vectors(side->out, &side->heads, MTL_ROPE_OUT) &&
                     aligned(side->x_batch_stride, side->x_time_stride) &&

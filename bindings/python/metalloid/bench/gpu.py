@@ -11,12 +11,14 @@ that has the C library alone.
 import importlib.util
 import math
 import statistics
+import time
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BF16 = torch.bfloat16
+WARM_UP = 0.1  # seconds
 
 
 def seconds(functions, replays=20):
@@ -31,9 +33,11 @@ def seconds(functions, replays=20):
         with torch.cuda.graph(graph, stream=stream):
             for f in functions:
                 f()
-        graph.replay()
-        graph.replay()
-        stream.synchronize()
+        # A case's first tens of milliseconds can be a sixth slower than all that follow.
+        warm = time.monotonic() + WARM_UP
+        while time.monotonic() < warm:
+            graph.replay()
+            stream.synchronize()
         times = []
         for _ in range(replays):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
