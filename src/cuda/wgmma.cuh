@@ -35,7 +35,7 @@ template <int N> __device__ inline void settle(float (&d)[N]) {
 }
 
 // Products read registers until they are waited for, of which the assembler knows nothing: it takes them for free once
-// the product is issued. Where a kernel could come to this after a loop (and never does), it has them in use throughout.
+// the product is issued. Where a kernel could come to this after a loop (and never does), it has them in use throughout (tools/check_products).
 template <int N> __device__ inline void keep(const unsigned (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("st.shared.u32 [%0], %1;" ::"r"(4 * i), "r"(x[i]) : "memory");
