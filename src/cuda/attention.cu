@@ -27,14 +27,8 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
     int64_t last_row = first_row + ROWS < rows ? first_row + ROWS - 1 : rows - 1;
     int64_t ignored, first_query = divide(first_row, p.group, ignored), last_query = divide(last_row, p.group, ignored);
 
-    int64_t begin = first_query + p.first_visible, end = last_query + p.last_visible + 1;
-    begin = begin < 0 ? 0 : begin / KEYS * KEYS, end = end > p.kv_len ? p.kv_len : end;
-    if (p.splits > 1) {
-        int64_t from = blockIdx.z * p.split_keys, to = from + p.split_keys;
-        begin = begin > from ? begin : from, end = end < to ? end : to;
-    }
     const char *key_mask = key_mask_of(p, batch);
-    begin = next_tile<KEYS>(p, key_mask, begin, end);
+    auto [begin, end] = keys_of<KEYS>(p, key_mask, first_query, last_query);
 
     for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
         int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;

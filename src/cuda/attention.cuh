@@ -62,6 +62,23 @@ __device__ inline int64_t next_tile(const mtl_cuda_attention_args &p, const char
     return first;
 }
 
+// The keys that causal, window and the block's part of split keys leave to its queries, from a whole tile on, and from
+// the first of which the key mask shows any.
+struct KeyRange {
+    int64_t begin, end;
+};
+template <int KEYS>
+__device__ inline KeyRange keys_of(const mtl_cuda_attention_args &p, const char *key_mask, int64_t first_query,
+                                   int64_t last_query) {
+    int64_t begin = first_query + p.first_visible, end = last_query + p.last_visible + 1;
+    begin = begin < 0 ? 0 : begin / KEYS * KEYS, end = end > p.kv_len ? p.kv_len : end;
+    if (p.splits > 1) {
+        int64_t from = blockIdx.z * p.split_keys, to = from + p.split_keys;
+        begin = begin > from ? begin : from, end = end < to ? end : to;
+    }
+    return {next_tile<KEYS>(p, key_mask, begin, end), end};
+}
+
 __device__ inline float exp_of_difference(float x, float y) { return power_of_2((x - y) * LOG2_E); }
 
 // What a row's weighted values are multiplied by in the end, and the logarithm of its weights' sum. `total` is that sum

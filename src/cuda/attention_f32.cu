@@ -112,13 +112,7 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
     int last_row = min(first_row + ROWS, rows) - 1, first_query = first_row / group, last_query = last_row / group;
 
     const char *key_mask = key_mask_of(p, batch);
-    int64_t begin = first_query + p.first_visible, end = last_query + p.last_visible + 1;
-    begin = begin < 0 ? 0 : begin / KEYS * KEYS, end = end > p.kv_len ? p.kv_len : end;
-    if (p.splits > 1) {
-        int64_t from = blockIdx.z * p.split_keys, to = from + p.split_keys;
-        begin = begin > from ? begin : from, end = end < to ? end : to;
-    }
-    begin = next_tile<KEYS>(p, key_mask, begin, end);
+    auto [begin, end] = keys_of<KEYS>(p, key_mask, first_query, last_query);
 
     auto meet = [] {
         if (WARPS > 1) __syncthreads();
