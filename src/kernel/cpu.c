@@ -108,6 +108,7 @@ static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, ch
         "-march=native",
         "-Wno-everything",
         "-fno-color-diagnostics",
+        "-fno-sanitize=undefined", /* which zig has on without optimization */
         "-ferror-limit=20",
         "-fmax-type-align=8", /* of what pointers point to: vectors in any array (msl/vectors.h) */
         "-Werror=frame-larger-than",
@@ -123,7 +124,8 @@ static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, ch
                                           "-Xclang",
                                           "-ffp-contract=fast-honor-pragmas",
                                           NULL};
-    static const char *const fast[] = {"-ffast-math", NULL};
+    /* Infinity and NaN count all the same: masks are made of them. clang then leaves out the macro, which Metal has. */
+    static const char *const fast[] = {"-ffast-math", "-fno-finite-math-only", "-D__FAST_MATH__=1", NULL};
     int count = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++) arguments[count++] = always[i];
     const char *const *mode = kernel->math_mode == METALLOID_MATH_SAFE      ? safe

@@ -238,6 +238,55 @@ static void translate_global(translation *t, size_t i) {
     mtl_blank(t, i);
 }
 
+/* ---- alignment ---------------------------------------------------------------------------------------------------------------------- */
+
+/* Behind what gives a type an alignment at `i`: alignas(E), __attribute__((aligned(E))). `i` where nothing does; [*begin, *end): E. */
+static size_t behind_alignment(const translation *t, size_t i, size_t *begin, size_t *end) {
+    bool attribute = mtl_is(t, i, "__attribute__");
+    if (!attribute && !mtl_is(t, i, "alignas")) return i;
+    size_t open = mtl_after(t, i);
+    if (!mtl_is(t, open, "(")) return i;
+    size_t behind = mtl_behind_bracket(t, open);
+    if (attribute) {
+        size_t word = mtl_after(t, mtl_after(t, open));
+        open = mtl_after(t, word);
+        if ((!mtl_is(t, word, "aligned") && !mtl_is(t, word, "__aligned__")) || !mtl_is(t, open, "(")) return i;
+    }
+    *begin = mtl_after(t, open);
+    *end = mtl_before(t, mtl_behind_bracket(t, open));
+    return behind;
+}
+
+/* struct alignas(E) S {...}   becomes   struct S {... alignas(E) char _[0] = {};}
+ *
+ * The size and the layout are the same, but the compiler does not count on it behind a pointer: arrays begin anywhere. */
+static void translate_alignment(translation *t, size_t i) {
+    size_t before = mtl_before(t, i);
+    if (before != SIZE_MAX && mtl_is(t, before, "enum")) return;
+    bool is_union = mtl_is(t, i, "union");
+    size_t at = mtl_after(t, i), begin = 0, end = 0, behind = behind_alignment(t, at, &begin, &end);
+    size_t open = behind;
+    while (open < t->count && (mtl_is_identifier(t, open) || mtl_is(t, open, "<") || mtl_is(t, open, ":"))) {
+        size_t next = mtl_is(t, open, "<") ? mtl_behind_angle(t, open) : mtl_after(t, open);
+        if (next == open) return;
+        open = next;
+    }
+    if (!mtl_is(t, open, "{")) return;
+    size_t after = mtl_behind_bracket(t, open), close = mtl_before(t, after);
+    if (behind == at) { /* struct S {...} __attribute__((aligned(E))); */
+        at = after, behind = behind_alignment(t, at, &begin, &end);
+        if (behind == at) return;
+    }
+    if (end >= t->count || close >= t->count || !mtl_is(t, close, "}")) return;
+    mtl_text member = {0};
+    mtl_text_add_string(&member, "alignas(");
+    for (size_t of = begin; of < end; of++) mtl_write_token(&member, &t->token[of]);
+    mtl_text_add_string(&member, is_union ? ") char __mtl_aligned[0]; " : ") char __mtl_aligned[0] = {}; ");
+    mtl_add_before(t, close, mtl_keep(t, &member));
+    mtl_text_free(&member);
+    mtl_blank_range(t, at, behind);
+}
+
 /* ---- loops ------------------------------------------------------------------------------------------------------------------------- */
 
 /* for (...) statement   becomes   for (...) if (__mtl_iterate()); else statement */
@@ -303,13 +352,14 @@ static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) 
     return t->count;
 }
 
-/* [begin, end) in metal::arm(...), which gives both arms a type that C++ finds in common: half is a class. A literal has one. */
+/* [begin, end) as (metal::armed(), (...)), which gives both arms a type that C++ finds in common: half is a class. A literal has
+ * one. */
 static void wrap_arm(translation *t, size_t begin, size_t end) {
     size_t last = mtl_before(t, end);
     if (begin >= end || last == SIZE_MAX || last < begin) return;
     if (begin == last && t->token[begin].kind == MTL_TOKEN_NUMBER) return;
-    mtl_add_before(t, begin, "metal::arm(");
-    mtl_add_behind(t, last, ")");
+    mtl_add_before(t, begin, "(metal::armed(), (");
+    mtl_add_behind(t, last, "))");
 }
 
 static void translate_condition(translation *t, size_t i) {
@@ -348,6 +398,9 @@ static void translate_token(translation *t, size_t i) {
         if (mtl_is_one_of(t, i, plain_spaces)) mtl_blank(t, i);
         else if (mtl_is(t, i, "constant")) translate_constant(t, i);
         else if (mtl_is(t, i, "threadgroup")) translate_threadgroup(t, i);
+        else if (t->options->target == MTL_TARGET_CPU &&
+                 (mtl_is(t, i, "struct") || mtl_is(t, i, "class") || mtl_is(t, i, "union")))
+            translate_alignment(t, i);
         else if (mtl_is(t, i, "kernel") && mtl_is_identifier(t, mtl_after(t, i))) mtl_blank(t, i);
         else if (t->options->count_iterations && (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do")))
             count_iterations(t, i);

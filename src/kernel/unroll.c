@@ -143,11 +143,20 @@ static size_t find(const translation *t, size_t begin, size_t end, const char *w
     return end;
 }
 
+/* Whether a statement begins behind the token at `before`. */
+static bool begins_statement(const translation *t, size_t before) {
+    static const char *const ends[] = {";", "{", "}", ":", "else", "do", NULL};
+    static const char *const heads[] = {"if", "for", "while", "switch", "constexpr", NULL};
+    if (before == SIZE_MAX || mtl_is_one_of(t, before, ends)) return true;
+    if (!mtl_is(t, before, ")")) return false;
+    size_t open = mtl_opening_bracket(t, before), head = open == SIZE_MAX ? SIZE_MAX : mtl_before(t, open);
+    return head != SIZE_MAX && mtl_is_one_of(t, head, heads);
+}
+
 void mtl_unroll(translation *t, size_t i) {
     size_t open = mtl_after(t, i), before = mtl_before(t, i);
     if (t->token[i].in_directive || !mtl_is(t, open, "(")) return;
-    if (before != SIZE_MAX && t->token[before].kind == MTL_TOKEN_VERBATIM)
-        return; /* #pragma: the author has a word in it */
+    if (!begins_statement(t, before)) return; /* behind #pragma, _Pragma or a macro: the author has a word in it */
     size_t close = mtl_before(t, mtl_behind_bracket(t, open));
     if (close == SIZE_MAX || close <= open || !mtl_is(t, close, ")")) return;
     size_t begin = mtl_after(t, open), first = find(t, begin, close, ";");

@@ -130,12 +130,33 @@ static void overloads_are_left_out(void **state) {
     expect_translation(statements, 1, MTL_REGION_BODY, &options);
 }
 
+static void alignment_goes_to_a_member(void **state) {
+    (void)state;
+#define MEMBER(e) "alignas(" e ") char __mtl_aligned[0] = {}; }"
+    static const pair pairs[] = {
+        {"struct alignas(16) Q { float v[4]; };", "struct             Q { float v[4]; " MEMBER("16") ";"},
+        {"template <int n> struct alignas(n * sizeof(T)) R : B<n> { uchar v[n]; };",
+         "template <int n> struct                        R : B<n> { uchar v[n]; " MEMBER("n * sizeof(T)") ";"},
+        {"struct __attribute__((aligned(8))) Q { half v[4]; };",
+         "struct                             Q { half v[4]; " MEMBER("8") ";"},
+        {"struct Q { half v[4]; } __attribute__((aligned(8))) q;",
+         "struct Q { half v[4]; " MEMBER("8") "                             q;"},
+        {"union alignas(16) U { float4 v; int i; };",
+         "union             U { float4 v; int i; alignas(16) char __mtl_aligned[0]; };"},
+        {"struct alignas(16) Q; struct Q { alignas(16) float v[4]; };",
+         "struct alignas(16) Q; struct Q { alignas(16) float v[4]; };"},
+    };
+    const mtl_unit_options options = {.target = MTL_TARGET_CPU};
+    expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_HEADER, &options);
+}
+
 static void arms_are_wrapped(void **state) {
     (void)state;
     static const pair pairs[] = {
-        {"x = c ? a : b;", "x = c ? metal::arm(a) : metal::arm(b);"},
-        {"f(c ? a + 1 : 0, d);", "f(c ? metal::arm(a + 1) : 0, d);"},
-        {"x = a ? b : c ? d : e;", "x = a ? metal::arm(b) : metal::arm(c ? metal::arm(d) : metal::arm(e));"},
+#define ARM(x) "(metal::armed(), (" x "))"
+        {"x = c ? a : b;", "x = c ? " ARM("a") " : " ARM("b") ";"},
+        {"f(c ? a + 1 : 0, d);", "f(c ? " ARM("a + 1") " : 0, d);"},
+        {"x = a ? b : c ? d : e;", "x = a ? " ARM("b") " : " ARM("c ? " ARM("d") " : " ARM("e")) ";"},
         {"#if A ? B : C\n", "#if A ? B : C\n"},
     };
     const mtl_unit_options options = {.arms = true};
@@ -161,6 +182,11 @@ static void loops_over_a_share_are_unrolled(void **state) {
         {"for (uint i = lid; i < N / 0; i += 256) a();", "for (uint i = lid; i < N / 0; i += 256) a();"},
         {"#pragma unroll 1\nfor (uint i = lid; i < N; i += 256) a();",
          "#pragma unroll 1\nfor (uint i = lid; i < N; i += 256) a();"},
+        {"_Pragma(\"nounroll\") for (uint i = lid; i < N; i += 256) a();",
+         "_Pragma(\"nounroll\") for (uint i = lid; i < N; i += 256) a();"},
+        {"ONCE for (uint i = lid; i < N; i += 256) a();", "ONCE for (uint i = lid; i < N; i += 256) a();"},
+        {"if (x) for (uint i = lid; i < N; i += 256) a();",
+         "if (x) " UNROLLED "for (uint i = lid; i < N; i += 256) a();"},
         {"for (uint i = lid; i < N; i += (256", "for (uint i = lid; i < N; i += (256"},
         {"for (", "for ("},
     };
@@ -214,6 +240,7 @@ int main(void) {
         cmocka_unit_test(numbers_end_where_they_should),
         cmocka_unit_test(metal_becomes_cxx),
         cmocka_unit_test(overloads_are_left_out),
+        cmocka_unit_test(alignment_goes_to_a_member),
         cmocka_unit_test(arms_are_wrapped),
         cmocka_unit_test(loops_over_a_share_are_unrolled),
         cmocka_unit_test(places_are_marked),

@@ -144,6 +144,58 @@ def test_one_name_two_sources():
     assert np.array_equal(moved, x + 100)
 
 
+ALIGNED = {
+    "alignas": "struct alignas(32) Q { float4 a, b; };",
+    "no vector": "struct alignas(16) Q { float v[8]; };",
+    "attribute": "struct __attribute__((aligned(16))) Q { float v[8]; };",
+    "behind": "struct Q { float v[8]; } __attribute__((aligned(32)));",
+    "template": "template <typename T, int n> struct alignas(n * sizeof(T)) V { T v[n]; }; using Q = V<float, 8>;",
+}
+
+
+@pytest.mark.parametrize(
+    "body", ["((device Q*)out)[0] = q;", "threadgroup Q s[2]; s[1] = q; ((device Q*)out)[0] = s[1];"]
+)
+@pytest.mark.parametrize("header", ALIGNED.values(), ids=ALIGNED)
+def test_aligned_structs_in_an_array_that_begins_anywhere(header, body):
+    raw = np.zeros(80, F32)
+    x = raw[-raw.ctypes.data % 64 // 4 + 1 :][:8]
+    x[:] = range(8)
+    body = 'static_assert(sizeof(Q) == 32 && alignof(Q) >= 16, ""); Q q = ((const device Q*)x)[0]; ' + body
+    assert (run(body, {"x": x}, out=((8,), F32), grid=(1, 1, 1), header=header) == x).all()
+
+
+def test_aligned_structs_are_aggregates():
+    body = "struct alignas(16) Q { float x, y, z; }; Q q = {1, 2, 3}, r{4}; out[0] = q.x + q.y + q.z; out[1] = r.x;"
+    assert run(body, {}, out=((2,), F32), grid=(1, 1, 1)).tolist() == [6, 4]
+
+
+def test_arms_of_any_kind():
+    """void, bit-fields, swizzles, scalars beside 16-bit vectors."""
+    body = """
+        float ab = 0; i >= 0 ? (void)(ab = 3) : (void)0; out[0] = ab;
+        struct B { int f : 4, g : 4; } b = {3, 5}; out[1] = i > 0 ? b.f : b.g;
+        float4 v(1, 2, 3, 4); float2 w = i > 0 ? v.xy : v.zw; out[2] = w.x;
+        half4 h = 1; out[3] = (i > 0 ? h : 0.0f).w; half one = 1; out[4] = i > 0 ? 7 : one;"""
+    got = run(body.replace("i >", "thread_position_in_grid.x >"), {}, out=((5,), F32), grid=(1, 1, 1))
+    assert got.tolist() == [3, 5, 3, 0, 1]
+
+
+def test_16_bit_vectors_of_other_scalars():
+    body = "half4 r = 0; r = 2.5f; half4 u = x[1]; bfloat2 b = 3; out[0] = r.x + u.y; out[1] = b.y;"
+    assert run(body, {"x": np.array([1, 4], F32)}, out=((2,), F32), grid=(1, 1, 1)).tolist() == [6.5, 3]
+
+
+@pytest.mark.parametrize("mode", ["safe", "relaxed", "fast"])
+def test_infinity_and_nan_count_in_every_math_mode(mode):
+    body = """
+        float m = -INFINITY; for (int k = 0; k < 4; k++) m = max(m, x[k] + (k > 1 ? -INFINITY : 0.0f));
+        out[0] = m; out[1] = exp(x[1] - INFINITY); out[2] = isnan(x[1] * NAN); out[3] = isinf(x[1] / 0.0f);"""
+    x = np.arange(4, dtype=F32)
+    got = run(body, {"x": x}, out=((4,), F32), grid=(1, 1, 1), compile_options={"math_mode": mode})
+    assert got.tolist() == [1, 0, 1, 1]
+
+
 def test_math_mode():
     source = """
         #if defined(__FAST_MATH__) && __FAST_MATH__

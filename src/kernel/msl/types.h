@@ -390,8 +390,9 @@ constexpr bfloat operator"" BF(long double x) { return bfloat(float(x)); }
 #undef MSL_16_BIT
 
 // `c ? h : 0` and `c ? h : 0.0f` are ambiguous with a class that converts both ways. The generated source wraps both arms of a
-// conditional in arm(), which gives a half a type that integers convert to and that converts to float: what C does. Vectors of
-// them, and swizzles, follow in vectors.h.
+// conditional in (armed(), (...)), which gives a half a type that integers convert to and that converts to float: what C does.
+// Vectors of them, and swizzles, follow in vectors.h. All else is left to the comma that C++ has, which changes nothing: an arm may
+// be void or a bit-field.
 namespace msl_ {
 template <class H> struct arm {
     H value;
@@ -425,9 +426,11 @@ template <class H> struct arm {
     friend MSL_FN constexpr H operator-(arm a) { return -a.value; }
 };
 } // namespace msl_
-template <class T> MSL_FN constexpr T arm(T &&x) { return static_cast<T &&>(x); }
-MSL_FN constexpr msl_::arm<half> arm(half x) { return x; }
-MSL_FN constexpr msl_::arm<bfloat> arm(bfloat x) { return x; }
+struct armed {};
+namespace msl_ {
+template <class H> using if_16_bit = enable_if_t<is_same_v<H, half> || is_same_v<H, bfloat>>;
+} // namespace msl_
+template <class H, class = msl_::if_16_bit<H>> MSL_FN constexpr msl_::arm<H> operator,(armed, H x) { return x; }
 
 // ---- limits
 

@@ -16,6 +16,9 @@ template <class V> struct packed_vec;
 
 namespace msl_ {
 template <class... A> using if_scalars = enable_if_t<((scalar<A>::kind > 0) && ...)>;
+// Another scalar, from which a 16-bit float, a class, would be one conversion too many on the way to its vectors.
+template <class T, class A>
+using if_scalar_for = enable_if_t<(scalar<A>::kind > 0) && !is_same_v<T, A> && (is_same_v<T, half> || is_same_v<T, bfloat>)>;
 
 // Components I of the Width elements that this member of a union overlays, as a value of type V.
 template <class V, class T, int Width, int... I> struct swizzle {
@@ -102,6 +105,7 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
         else whole = b.whole;                                                                                \
         return *this;                                                                                        \
     }                                                                                                        \
+    template <class A, class = msl_::if_scalar_for<T, A>> MSL_FN constexpr vec(A s) : vec(T(s)) {}           \
     template <class U> MSL_FN constexpr explicit vec(vec<U, N> b) : vec(EACH(T, MSL_CONVERT, )) {}           \
     template <class V, class U, int W, int... I>                                                             \
     MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(b.operator V()) {}            \
@@ -345,10 +349,12 @@ template <class V> struct vector_arm : V {
     MSL_FN constexpr vector_arm(arm<T> a) : V(T(a)) {}
 };
 } // namespace msl_
-template <int N> MSL_FN constexpr msl_::vector_arm<vec<half, N>> arm(vec<half, N> v) { return v; }
-template <int N> MSL_FN constexpr msl_::vector_arm<vec<bfloat, N>> arm(vec<bfloat, N> v) { return v; }
-template <class V, class T, int W, int... I> MSL_FN constexpr auto arm(msl_::swizzle<V, T, W, I...> s) {
-    return arm(V(s));
+template <class H, int N, class = msl_::if_16_bit<H>>
+MSL_FN constexpr msl_::vector_arm<vec<H, N>> operator,(armed, vec<H, N> v) {
+    return v;
+}
+template <class V, class T, int W, int... I> MSL_FN constexpr auto operator,(armed, msl_::swizzle<V, T, W, I...> s) {
+    return (armed(), V(s));
 }
 
 namespace msl_ {
