@@ -590,6 +590,15 @@ metalloid_status metalloid_kernel_launch(metalloid_context *context, metalloid_k
     return status;
 }
 
+metalloid_status mtl_kernel_compile(metalloid_kernel *kernel, const metalloid_kernel_call *given) {
+    checked c;
+    metalloid_kernel_call call = METALLOID_KERNEL_CALL_INIT;
+    metalloid_status status = check(kernel, given, &c, &call);
+    if (!status && kernel->language == METALLOID_KERNEL_METAL) status = mtl_kernel_compile_cpu(kernel, &c.launch);
+    release(NULL, &c, 0);
+    return status;
+}
+
 metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metalloid_kernel_call *given, bool translated,
                                          char *text, size_t capacity, size_t *length) {
     checked c;

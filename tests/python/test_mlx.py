@@ -470,6 +470,58 @@ def test_a_custom_kernel_that_is_wrong(square):
 
 
 @has_clang
+def test_nothing_comes_of_a_custom_kernel_that_fails(mode, capsys):
+    """NumPy swallows what MLX raises when an array is evaluated, and asks again: then it has to be seen in the values."""
+    barrier = "if (x[0] > 0 && thread_position_in_grid.x) threadgroup_barrier(mem_flags::mem_none); y[0] = 1;"
+    how = {"inputs": [mx.ones(4)], "grid": (4, 1, 1), "threadgroup": (4, 1, 1), "output_shapes": [(4,), (0,)]}
+    with mm.installed():
+        names = {"input_names": ["x"], "output_names": ["y", "empty"]}
+        wrong = mx.fast.metal_kernel(name="wrong", source="y[0] = nowhere;", **names)
+        stuck = mx.fast.metal_kernel(name="stuck", source=barrier, **names)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="nowhere"):
+                wrong(output_dtypes=[mx.float32] * 2, verbose=True, **how)
+            assert "custom_kernel_wrong" in capsys.readouterr().out
+        for dtype in (*(mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64), *(mx.int32, mx.uint8, mx.bool_)):
+            if mm.mode() == "evaluating":
+                with pytest.raises(RuntimeError, match="barrier"):
+                    stuck(output_dtypes=[dtype] * 2, **how)
+                continue
+            y, _ = stuck(output_dtypes=[dtype] * 2, **how)
+            with pytest.raises(RuntimeError, match="barrier"):
+                mx.eval(y)
+            try:  # it counts as evaluated, or it is evaluated again
+                values = y.tolist()
+            except RuntimeError as error:
+                assert "barrier" in str(error)
+                continue
+            assert all(value != value if mx.issubdtype(dtype, mx.inexact) else value == 0 for value in values)
+        if mm.mode() == "evaluating":
+            return
+        for _ in range(20):
+            y, _ = stuck(output_dtypes=[mx.float32] * 2, **how)
+            try:
+                values = np.array(y + 1)
+            except RuntimeError as error:
+                assert "barrier" in str(error)
+            else:
+                assert np.isnan(values).all()
+
+
+def test_nothing_comes_of_an_operation_that_fails():
+    if not primitive_is_possible():
+        pytest.skip("no C++ compiler or no nanobind")
+    mm.build()
+    for _ in range(20):
+        try:
+            losses = np.array(mm.cross_entropy(mx.ones((3, 4)), mx.array([0, 9, 1])) + 1)
+        except ValueError as error:
+            assert "targets" in str(error)
+        else:
+            assert np.isnan(losses).all()
+
+
+@has_clang
 def test_vectors_in_mlx_arrays(mode):
     """MLX's memory begins 8 bytes behind a multiple of 16; slices anywhere."""
     source = "uint i = thread_position_in_grid.x; ((device float4*)y)[i] = 2 * ((const device float4*)x)[i];"

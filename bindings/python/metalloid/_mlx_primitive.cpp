@@ -5,6 +5,10 @@
 // operation, and needs no header of Metalloid's but operations.h.
 #include <Python.h>
 
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -97,6 +101,23 @@ struct View {
         result.bits = static_cast<uint8_t>(8 * mx::size_of(array.dtype()));
         return result;
     }
+
+    // NaN in a result that is not there, 0 where the dtype has none. To MLX it is evaluated, and who asks again, as NumPy does
+    // after an exception of the buffer protocol, gets what is in its memory.
+    void spoil() {
+        constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+        constexpr uint16_t nan_of_float16 = 0x7e00, nan_of_bfloat16 = 0x7fc0;
+        char *data = array.data<char>();
+        size_t count = array.size();
+        switch (array.dtype()) {
+        case mx::float16: std::fill_n(reinterpret_cast<uint16_t *>(data), count, nan_of_float16); break;
+        case mx::bfloat16: std::fill_n(reinterpret_cast<uint16_t *>(data), count, nan_of_bfloat16); break;
+        case mx::float32: std::fill_n(reinterpret_cast<float *>(data), count, nan); break;
+        case mx::complex64: std::fill_n(reinterpret_cast<float *>(data), 2 * count, nan); break;
+        case mx::float64: std::fill_n(reinterpret_cast<double *>(data), count, nan); break;
+        default: std::fill_n(data, array.nbytes(), '\0'); break;
+        }
+    }
 };
 
 // Does `run` when the stream comes to it; its status is an exception where the outputs are waited for.
@@ -117,8 +138,10 @@ template <class Run> void queue(mx::Stream stream, const Arrays &inputs, Arrays 
         arguments.output_count = static_cast<int32_t>(written.size());
         constexpr int invalid_argument = 1; // METALLOID_INVALID_ARGUMENT
         int status = run(arguments);
+        if (status == 0) return;
+        for (auto &view : written) view.spoil();
         if (status == invalid_argument) throw std::invalid_argument(operations->last_error());
-        if (status != 0) throw std::runtime_error(operations->last_error());
+        throw std::runtime_error(operations->last_error());
     });
 }
 

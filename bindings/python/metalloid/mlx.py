@@ -563,8 +563,8 @@ def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
     kernel: Any = fast.metal_kernel(*args, **keywords)
 
     @functools.lru_cache(maxsize=256)
-    def prepared(told_apart: object, *arguments: Any) -> tuple[Any, str]:
-        return kernel._native.prepare(*arguments)
+    def prepared(told_apart: object, *arguments: Any) -> Any:
+        return kernel._native.prepare(*arguments)[0]
 
     def call(
         *,
@@ -597,9 +597,12 @@ def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
         results = tuple(zip(shapes, names, strict=True))
         initial = _kernel._initial(init_value)
         told_apart = tuple(type(value) for _, value in values), str(initial)  # True and 1, 0.0 and -0.0
-        launch, source = prepared(told_apart, described, results, *sizes, values, initial)
+        arguments = (described, results, *sizes, values, initial)
         if verbose:
+            source = kernel._native.prepare(*arguments, False)[1]
             print(f"Generated source code for `{kernel._name}`:\n```\n{source}\n```")
+        # Compiled here: what raises when MLX evaluates leaves arrays that count as evaluated.
+        launch = prepared(told_apart, *arguments)
         if stream is None and _default_device().type != mx.cpu:
             stream = mx.cpu
         dtypes = [_DTYPE_OF[name] for name in names]
