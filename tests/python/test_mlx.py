@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 
 import metalloid
@@ -446,6 +447,69 @@ def test_a_custom_kernel_in_a_custom_function(square):
 
 
 @has_clang
+def test_the_jvp_and_the_vmap_of_a_custom_function_around_a_kernel():
+    if not primitive_is_possible():
+        pytest.skip("no C++ compiler or no nanobind")
+    mm.build()
+    x = mx.arange(4, dtype=mx.float32)
+    with mm.installed():
+        kernel = mx.fast.metal_kernel(
+            name="cube", input_names=["x"], output_names=["y"],
+            source="uint i = thread_position_in_grid.x; y[i] = x[i] * x[i] * x[i];",
+        )  # fmt: skip
+
+        @mx.custom_function
+        def f(x):
+            how = {"grid": (x.size, 1, 1), "threadgroup": (64, 1, 1)}
+            return kernel(inputs=[x], output_shapes=[x.shape], output_dtypes=[x.dtype], **how)[0]
+
+        @f.jvp
+        def f_jvp(x, tangent):
+            return 3 * x * x * tangent
+
+        @f.vmap
+        def f_vmap(x, axis):
+            return f(x), axis
+
+        (y,), (dy,) = mx.jvp(f, [x], [mx.ones(4)])
+        assert y.tolist() == [0, 1, 8, 27]
+        assert dy.tolist() == [0, 3, 12, 27]
+        both = mx.stack([x, x + 1])
+        assert mx.vmap(f)(both).tolist() == [[0, 1, 8, 27], [1, 8, 27, 64]]
+        assert mx.vmap(f, in_axes=1, out_axes=1)(both).tolist() == [[0, 1, 8, 27], [1, 8, 27, 64]]
+
+
+@has_clang
+def test_calls_of_a_large_graph_are_let_go_of():
+    """The stream's thread, which has no GIL, is the last to hold them."""
+    if not primitive_is_possible():
+        pytest.skip("no C++ compiler or no nanobind")
+    mm.build()
+    native = metalloid._native.Kernel("add", ("x",), ("y",), "y[thread_position_in_grid.x] = x[0] + 1;")
+    references = sys.getrefcount(native)
+
+    def launch(x):
+        described = (((4,), "float32"),)
+        call, _ = native.prepare(described, described, (4, 1, 1), (4, 1, 1), (), None)
+        return mm._primitive.launch(call, [x], [[4]], [mx.float32], stream=mx.cpu)[0]
+
+    for _ in range(3):
+        x = mx.zeros(4)
+        for _ in range(100):
+            x = launch(x)
+        assert x.tolist() == [100] * 4
+    x = launch(mx.zeros(4))
+    mx.eval(x)
+    mx.synchronize(mx.cpu)
+    del x
+    for _ in range(100):  # where Python looks for pending calls
+        if sys.getrefcount(native) == references:
+            break
+        time.sleep(0.01)
+    assert sys.getrefcount(native) == references
+
+
+@has_clang
 def test_a_custom_kernel_that_is_wrong(square):
     x = mx.ones(4)
     wrong = mx.fast.metal_kernel(name="wrong", input_names=["x"], output_names=["y"], source="\ny[0] = nowhere;")
@@ -496,29 +560,21 @@ def test_nothing_comes_of_a_custom_kernel_that_fails(mode, capsys):
                 assert "barrier" in str(error)
                 continue
             assert all(value != value if mx.issubdtype(dtype, mx.inexact) else value == 0 for value in values)
-        if mm.mode() == "evaluating":
-            return
-        for _ in range(20):
-            y, _ = stuck(output_dtypes=[mx.float32] * 2, **how)
-            try:
-                values = np.array(y + 1)
-            except RuntimeError as error:
-                assert "barrier" in str(error)
-            else:
-                assert np.isnan(values).all()
 
 
 def test_nothing_comes_of_an_operation_that_fails():
     if not primitive_is_possible():
         pytest.skip("no C++ compiler or no nanobind")
     mm.build()
-    for _ in range(20):
-        try:
-            losses = np.array(mm.cross_entropy(mx.ones((3, 4)), mx.array([0, 9, 1])) + 1)
-        except ValueError as error:
-            assert "targets" in str(error)
-        else:
-            assert np.isnan(losses).all()
+    losses = mm.cross_entropy(mx.ones((3, 4)), mx.array([0, 9, 1]))
+    with pytest.raises((ValueError, RuntimeError), match="targets"):
+        mx.eval(losses)
+    try:  # it counts as evaluated, or it is evaluated again
+        values = losses.tolist()
+    except (ValueError, RuntimeError) as error:
+        assert "targets" in str(error)
+    else:
+        assert np.isnan(values).all()
 
 
 @has_clang
