@@ -534,6 +534,37 @@ def test_a_custom_kernel_that_is_wrong(square):
 
 
 @has_clang
+@pytest.mark.parametrize(
+    ("bad", "exception", "words"),
+    [
+        ({"output_shapes": [(2**31,)]}, ValueError, r"output_shapes\[0\]"),
+        ({"stream": 7}, TypeError, "stream"),
+        ({"output_dtypes": mx.float32}, TypeError, "output_dtypes must be a list"),
+        ({"output_dtypes": [1.0]}, ValueError, "output_dtypes"),
+        ({"inputs": [None]}, TypeError, r"inputs\[0\]"),
+        ({"inputs": [np.array(["a"])]}, ValueError, r"inputs\[0\]"),
+        ({"inputs": [2**63]}, ValueError, r"inputs\[0\] must fit"),
+        ({"inputs": mx.ones((1, 4))}, TypeError, "inputs must be a list"),
+        ({"template": [("N", 1.0)]}, ValueError, "template argument N must be"),
+        ({"template": [("N", mx.array(1))]}, ValueError, "template argument N must be"),
+        ({"template": [("N", np.float32(1))]}, ValueError, "template argument N must be"),
+        ({"template": [1]}, TypeError, "template must consist of pairs"),
+        ({"template": {"T": 1}}, TypeError, "template must be a list of pairs"),
+        ({"template": [("x", 1)]}, ValueError, "template argument x has the name of an input"),
+        ({"template": [("y", 1)]}, ValueError, "template argument y has the name of an output"),
+        ({"template": [("N", 2**70)]}, ValueError, "template argument N must fit.*0x4000"),
+    ],
+)
+def test_bad_arguments_of_a_custom_kernel_are_named(bad, exception, words, mode):
+    how = {"inputs": [mx.ones(4)], "grid": (4, 1, 1), "threadgroup": (4, 1, 1)}
+    how |= {"output_shapes": [(4,)], "output_dtypes": [mx.float32]}
+    with mm.installed():
+        kernel = mx.fast.metal_kernel(name="k", input_names=["x"], output_names=["y"], source="y[0] = 1;")
+        with pytest.raises(exception, match="^metal_kernel: .*" + words):
+            kernel(**{**how, **bad})
+
+
+@has_clang
 def test_nothing_comes_of_a_custom_kernel_that_fails(mode, capsys):
     """NumPy swallows what MLX raises when an array is evaluated, and asks again: then it has to be seen in the values."""
     barrier = "if (x[0] > 0 && thread_position_in_grid.x) threadgroup_barrier(mem_flags::mem_none); y[0] = 1;"
