@@ -329,7 +329,7 @@ typedef enum metalloid_template_kind {
 } metalloid_template_kind;
 
 typedef struct metalloid_template_argument {
-    const char *name; /* an identifier */
+    const char *name; /* an identifier, and no input's or output's */
     metalloid_template_kind kind;
     int64_t value; /* of an int (in its range) or a bool */
     DLDataType dtype;

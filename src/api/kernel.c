@@ -270,7 +270,8 @@ static metalloid_status check_scalars(const metalloid_kernel *kernel, const meta
     return METALLOID_OK;
 }
 
-static metalloid_status check_templates(const metalloid_kernel_call *call, mtl_template_value *values) {
+static metalloid_status check_templates(const mtl_definition *definition, const metalloid_kernel_call *call,
+                                        mtl_template_value *values) {
     for (int i = 0; i < call->template_count; i++) {
         const metalloid_template_argument *argument = &call->template_arguments[i];
         char element[64];
@@ -278,6 +279,13 @@ static metalloid_status check_templates(const metalloid_kernel_call *call, mtl_t
         MTL_TRY(check_name(argument->name, element, false));
         MTL_REQUIRE(!is_keyword(argument->name), op, "%s must not be a word of the language, got %s", element,
                     argument->name);
+        for (int j = 0; j < definition->input_count + definition->output_count; j++) {
+            bool is_input = j < definition->input_count;
+            const char *parameter =
+                is_input ? definition->input_names[j] : definition->output_names[j - definition->input_count];
+            MTL_REQUIRE(strcmp(argument->name, parameter) != 0, op, "template argument %s has the name of an %s",
+                        argument->name, is_input ? "input" : "output");
+        }
         for (int j = 0; j < i; j++) {
             MTL_REQUIRE(strcmp(argument->name, call->template_arguments[j].name) != 0, op,
                         "two template arguments are called %s", argument->name);
@@ -432,7 +440,7 @@ static metalloid_status check(const metalloid_kernel *kernel, const metalloid_ke
     MTL_TRY(check_scalars(kernel, call));
     MTL_TRY(check_grid(call, &c->launch));
     MTL_TRY(allocate(c, call));
-    MTL_TRY(check_templates(call, c->templates));
+    MTL_TRY(check_templates(&kernel->definition, call, c->templates));
     MTL_TRY(check_tensors(kernel, call, c));
     bool along_y = c->device.device_type == kDLCPU && !kernel->mentions.lanes_meet && c->launch.grid[0] == 1 &&
                    c->launch.grid[1] > 1;
@@ -587,6 +595,15 @@ metalloid_status metalloid_kernel_launch(metalloid_context *context, metalloid_k
     metalloid_status status = check(kernel, given, &c, &call);
     if (!status) status = launch_checked(context, kernel, &call, &c);
     release(context, &c, call.input_count);
+    return status;
+}
+
+metalloid_status mtl_kernel_compile(metalloid_kernel *kernel, const metalloid_kernel_call *given) {
+    checked c;
+    metalloid_kernel_call call = METALLOID_KERNEL_CALL_INIT;
+    metalloid_status status = check(kernel, given, &c, &call);
+    if (!status && kernel->language == METALLOID_KERNEL_METAL) status = mtl_kernel_compile_cpu(kernel, &c.launch);
+    release(NULL, &c, 0);
     return status;
 }
 

@@ -429,6 +429,12 @@ static metalloid_status run(const metalloid_context *context, const metalloid_ke
     return status;
 }
 
+metalloid_status mtl_kernel_compile_cpu(metalloid_kernel *kernel, const mtl_launch *launch) {
+    metalloid_status status = METALLOID_OK;
+    get_variant(kernel, launch, &status);
+    return status;
+}
+
 metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metalloid_kernel *kernel,
                                        const mtl_launch *launch) {
     metalloid_status status = METALLOID_OK;

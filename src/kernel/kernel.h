@@ -52,6 +52,10 @@ typedef struct mtl_launch {
 /* Sets all elements of a row-contiguous array in CPU memory; integers get the nearest value that they have. */
 void mtl_kernel_fill(const mtl_view *output, double value);
 
+/* What a launch on the CPU of arrays such as these would compile, ahead of it; only their types are looked at. */
+metalloid_status mtl_kernel_compile(metalloid_kernel *kernel, const metalloid_kernel_call *call);
+metalloid_status mtl_kernel_compile_cpu(metalloid_kernel *kernel, const mtl_launch *launch);
+
 metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metalloid_kernel *kernel,
                                        const mtl_launch *launch);
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 
 import metalloid
@@ -446,6 +447,69 @@ def test_a_custom_kernel_in_a_custom_function(square):
 
 
 @has_clang
+def test_the_jvp_and_the_vmap_of_a_custom_function_around_a_kernel():
+    if not primitive_is_possible():
+        pytest.skip("no C++ compiler or no nanobind")
+    mm.build()
+    x = mx.arange(4, dtype=mx.float32)
+    with mm.installed():
+        kernel = mx.fast.metal_kernel(
+            name="cube", input_names=["x"], output_names=["y"],
+            source="uint i = thread_position_in_grid.x; y[i] = x[i] * x[i] * x[i];",
+        )  # fmt: skip
+
+        @mx.custom_function
+        def f(x):
+            how = {"grid": (x.size, 1, 1), "threadgroup": (64, 1, 1)}
+            return kernel(inputs=[x], output_shapes=[x.shape], output_dtypes=[x.dtype], **how)[0]
+
+        @f.jvp
+        def f_jvp(x, tangent):
+            return 3 * x * x * tangent
+
+        @f.vmap
+        def f_vmap(x, axis):
+            return f(x), axis
+
+        (y,), (dy,) = mx.jvp(f, [x], [mx.ones(4)])
+        assert y.tolist() == [0, 1, 8, 27]
+        assert dy.tolist() == [0, 3, 12, 27]
+        both = mx.stack([x, x + 1])
+        assert mx.vmap(f)(both).tolist() == [[0, 1, 8, 27], [1, 8, 27, 64]]
+        assert mx.vmap(f, in_axes=1, out_axes=1)(both).tolist() == [[0, 1, 8, 27], [1, 8, 27, 64]]
+
+
+@has_clang
+def test_calls_of_a_large_graph_are_let_go_of():
+    """The stream's thread, which has no GIL, is the last to hold them."""
+    if not primitive_is_possible():
+        pytest.skip("no C++ compiler or no nanobind")
+    mm.build()
+    native = metalloid._native.Kernel("add", ("x",), ("y",), "y[thread_position_in_grid.x] = x[0] + 1;")
+    references = sys.getrefcount(native)
+
+    def launch(x):
+        described = (((4,), "float32"),)
+        call, _ = native.prepare(described, described, (4, 1, 1), (4, 1, 1), (), None)
+        return mm._primitive.launch(call, [x], [[4]], [mx.float32], stream=mx.cpu)[0]
+
+    for _ in range(3):
+        x = mx.zeros(4)
+        for _ in range(100):
+            x = launch(x)
+        assert x.tolist() == [100] * 4
+    x = launch(mx.zeros(4))
+    mx.eval(x)
+    mx.synchronize(mx.cpu)
+    del x
+    for _ in range(100):  # where Python looks for pending calls
+        if sys.getrefcount(native) == references:
+            break
+        time.sleep(0.01)
+    assert sys.getrefcount(native) == references
+
+
+@has_clang
 def test_a_custom_kernel_that_is_wrong(square):
     x = mx.ones(4)
     wrong = mx.fast.metal_kernel(name="wrong", input_names=["x"], output_names=["y"], source="\ny[0] = nowhere;")
@@ -467,6 +531,81 @@ def test_a_custom_kernel_that_is_wrong(square):
     stuck = mx.fast.metal_kernel(name="stuck", input_names=["x"], output_names=["y"], source=barrier)
     with pytest.raises(RuntimeError, match="barrier"):
         mx.eval(stuck(inputs=[x], grid=(4, 1, 1), **how))
+
+
+@has_clang
+@pytest.mark.parametrize(
+    ("bad", "exception", "words"),
+    [
+        ({"output_shapes": [(2**31,)]}, ValueError, r"output_shapes\[0\]"),
+        ({"stream": 7}, TypeError, "stream"),
+        ({"output_dtypes": mx.float32}, TypeError, "output_dtypes must be a list"),
+        ({"output_dtypes": [1.0]}, ValueError, "output_dtypes"),
+        ({"inputs": [None]}, TypeError, r"inputs\[0\]"),
+        ({"inputs": [np.array(["a"])]}, ValueError, r"inputs\[0\]"),
+        ({"inputs": [2**63]}, ValueError, r"inputs\[0\] must fit"),
+        ({"inputs": mx.ones((1, 4))}, TypeError, "inputs must be a list"),
+        ({"template": [("N", 1.0)]}, ValueError, "template argument N must be"),
+        ({"template": [("N", mx.array(1))]}, ValueError, "template argument N must be"),
+        ({"template": [("N", np.float32(1))]}, ValueError, "template argument N must be"),
+        ({"template": [1]}, TypeError, "template must consist of pairs"),
+        ({"template": {"T": 1}}, TypeError, "template must be a list of pairs"),
+        ({"template": [("x", 1)]}, ValueError, "template argument x has the name of an input"),
+        ({"template": [("y", 1)]}, ValueError, "template argument y has the name of an output"),
+        ({"template": [("N", 2**70)]}, ValueError, "template argument N must fit.*0x4000"),
+    ],
+)
+def test_bad_arguments_of_a_custom_kernel_are_named(bad, exception, words, mode):
+    how = {"inputs": [mx.ones(4)], "grid": (4, 1, 1), "threadgroup": (4, 1, 1)}
+    how |= {"output_shapes": [(4,)], "output_dtypes": [mx.float32]}
+    with mm.installed():
+        kernel = mx.fast.metal_kernel(name="k", input_names=["x"], output_names=["y"], source="y[0] = 1;")
+        with pytest.raises(exception, match="^metal_kernel: .*" + words):
+            kernel(**{**how, **bad})
+
+
+def values_after_failing(array):
+    """None of them where MLX evaluates it again, in vain."""
+    try:
+        return array.tolist()
+    except (ValueError, RuntimeError):
+        return []
+
+
+@has_clang
+def test_nothing_comes_of_a_custom_kernel_that_fails(mode, capsys):
+    """NumPy swallows what MLX raises when an array is evaluated, and asks again: the values show it."""
+    barrier = "if (x[0] > 0 && thread_position_in_grid.x) threadgroup_barrier(mem_flags::mem_none); y[0] = 1;"
+    how = {"inputs": [mx.ones(4)], "grid": (4, 1, 1), "threadgroup": (4, 1, 1), "output_shapes": [(4,), (0,)]}
+    with mm.installed():
+        names = {"input_names": ["x"], "output_names": ["y", "empty"]}
+        wrong = mx.fast.metal_kernel(name="wrong", source="y[0] = nowhere;", **names)
+        stuck = mx.fast.metal_kernel(name="stuck", source=barrier, **names)
+        dtypes = (mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64, mx.int32, mx.uint8, mx.bool_)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="nowhere"):
+                wrong(output_dtypes=[mx.float32] * 2, verbose=True, **how)
+            assert "custom_kernel_wrong" in capsys.readouterr().out
+        for dtype in dtypes:
+            if mm.mode() == "evaluating":
+                with pytest.raises(RuntimeError, match="barrier"):
+                    stuck(output_dtypes=[dtype] * 2, **how)
+                continue
+            y, _ = stuck(output_dtypes=[dtype] * 2, **how)
+            with pytest.raises(RuntimeError, match="barrier"):
+                mx.eval(y)
+            for value in values_after_failing(y):
+                assert value != value if mx.issubdtype(dtype, mx.inexact) else value == 0
+
+
+def test_nothing_comes_of_an_operation_that_fails():
+    if not primitive_is_possible():
+        pytest.skip("no C++ compiler or no nanobind")
+    mm.build()
+    losses = mm.cross_entropy(mx.ones((3, 4)), mx.array([0, 9, 1]))
+    with pytest.raises((ValueError, RuntimeError), match="targets"):
+        mx.eval(losses)
+    assert np.isnan(values_after_failing(losses)).all()
 
 
 @has_clang

@@ -45,11 +45,30 @@ def _dtype_name(dtype: Any) -> str:
         raise ValueError(f"metal_kernel: {dtype!r} is no dtype") from None
 
 
-def _name_of(dtype: Any) -> str:
+def _name_of(what: str, dtype: Any) -> str:
+    is_number = isinstance(dtype, (int, float, complex, np.generic)) or type(dtype).__name__ in ("array", "Tensor")
     try:
-        return _dtype_name(dtype)
+        if not is_number:
+            return _dtype_name(dtype)
+        reason = f"{dtype!r:.60} is no dtype"
     except TypeError:  # not hashable
-        raise ValueError(f"metal_kernel: {dtype!r} is no dtype") from None
+        reason = f"{dtype!r:.60} is no dtype"
+    except ValueError as error:
+        reason = str(error).removeprefix("metal_kernel: ")
+    raise ValueError(f"metal_kernel: {what}: {reason}")
+
+
+def _template(argument: Any) -> tuple[str, int | str]:
+    if not isinstance(argument, (tuple, list)) or len(argument) != 2 or not isinstance(argument[0], str):
+        raise TypeError(f"metal_kernel: template must consist of pairs (name, value), got {argument!r:.60}")
+    name, value = argument
+    if isinstance(value, (bool, np.bool_)):
+        return name, bool(value)
+    if isinstance(value, (int, np.integer)):
+        if not -(2**31) <= value < 2**31:
+            raise ValueError(f"metal_kernel: template argument {name} must fit in 32 bits, got {int(value):#x}"[:200])
+        return name, int(value)
+    return name, _name_of(f"template argument {name} must be an int, a bool or a dtype", value)
 
 
 @functools.cache
@@ -65,11 +84,13 @@ def _library(array: Any) -> str:
     return type(array).__module__.partition(".")[0]
 
 
-def _scalar(value: Any) -> Any:
+def _scalar(value: Any, place: int) -> Any:
     """A Python scalar as an array of rank 0, with the dtype that MLX gives it; anything else as it is."""
     if isinstance(value, bool):
         return np.array(value)
     if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"metal_kernel: inputs[{place}] must fit in 64 bits, got {value:#x}"[:200])
         return np.array(value, np.int32 if -(2**31) <= value < 2**31 else np.int64)
     if isinstance(value, float):
         return np.array(value, np.float32)
@@ -174,17 +195,16 @@ class MetalKernel:
             ("output_shapes", output_shapes, self._outputs),
             ("output_dtypes", output_dtypes, self._outputs),
         ):
+            if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+                raise TypeError(f"metal_kernel: {what} must be a list, got {type(given).__name__}")
             if len(given) != wanted:
                 raise ValueError(f"metal_kernel: {what} must have {wanted} entries for {self._name}, got {len(given)}")
-        values: list[tuple[str, int | str]] = []
-        for name, value in template or ():
-            if isinstance(value, (bool, np.bool_)):
-                values.append((name, bool(value)))
-            elif isinstance(value, (int, np.integer)):
-                values.append((name, int(value)))
-            else:
-                values.append((name, _name_of(value)))
-        names = [_name_of(dtype) for dtype in output_dtypes]
+        if template is not None and (not isinstance(template, Sequence) or isinstance(template, (str, bytes))):
+            raise TypeError(
+                f"metal_kernel: template must be a list of pairs (name, value), got {type(template).__name__}"
+            )
+        values = [_template(argument) for argument in template or ()]
+        names = [_name_of("output_dtypes", dtype) for dtype in output_dtypes]
         shapes = [_shape(shape) for shape in output_shapes]
         for name in names:
             if name not in _native.KERNEL_DTYPES:
@@ -208,8 +228,8 @@ class MetalKernel:
     ) -> tuple[_Arguments, str, Any]:
         shapes, names, sizes, values = self._checked(inputs, output_shapes, output_dtypes, grid, threadgroup, template)
         arrays, library, like = [], "numpy", None
-        for value in inputs:
-            array = _scalar(value)
+        for place, value in enumerate(inputs):
+            array = _scalar(value, place)
             if array is value and (like is None or (_leads(array) and not _leads(like))):
                 like, library = array, _library(array)
             arrays.append(array)

@@ -5,6 +5,10 @@
 // operation, and needs no header of Metalloid's but operations.h.
 #include <Python.h>
 
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -97,6 +101,23 @@ struct View {
         result.bits = static_cast<uint8_t>(8 * mx::size_of(array.dtype()));
         return result;
     }
+
+    // NaN in a result that is not there, 0 where the dtype has none. To MLX it is evaluated, and who asks again, as NumPy does
+    // after an exception of the buffer protocol, gets what is in its memory.
+    void spoil() {
+        constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+        constexpr uint16_t nan_of_float16 = 0x7e00, nan_of_bfloat16 = 0x7fc0;
+        char *data = array.data<char>();
+        size_t count = array.size();
+        switch (array.dtype()) {
+        case mx::float16: std::fill_n(reinterpret_cast<uint16_t *>(data), count, nan_of_float16); break;
+        case mx::bfloat16: std::fill_n(reinterpret_cast<uint16_t *>(data), count, nan_of_bfloat16); break;
+        case mx::float32: std::fill_n(reinterpret_cast<float *>(data), count, nan); break;
+        case mx::complex64: std::fill_n(reinterpret_cast<float *>(data), 2 * count, nan); break;
+        case mx::float64: std::fill_n(reinterpret_cast<double *>(data), count, nan); break;
+        default: std::fill_n(data, array.nbytes(), '\0'); break;
+        }
+    }
 };
 
 // Does `run` when the stream comes to it; its status is an exception where the outputs are waited for.
@@ -117,8 +138,10 @@ template <class Run> void queue(mx::Stream stream, const Arrays &inputs, Arrays 
         arguments.output_count = static_cast<int32_t>(written.size());
         constexpr int invalid_argument = 1; // METALLOID_INVALID_ARGUMENT
         int status = run(arguments);
+        if (status == 0) return;
+        for (auto &view : written) view.spoil();
         if (status == invalid_argument) throw std::invalid_argument(operations->last_error());
-        if (status != 0) throw std::runtime_error(operations->last_error());
+        throw std::runtime_error(operations->last_error());
     });
 }
 
@@ -197,17 +220,84 @@ class Operation : public mx::Primitive {
     Formula formula_;
 };
 
-// A custom kernel's call, which a capsule holds. As MLX's own kernels it is traced and compiled, and has no gradient.
+// A call's capsule. Where a stream's thread is the last to hold it, Python's lets go of it later: whoever waits for the stream may
+// have the GIL. Python's own queue of such calls holds 32, so that here is one that empties a list.
+class Held {
+  public:
+    static std::shared_ptr<Held> make(nb::capsule call) {
+        empty();
+        return std::shared_ptr<Held>(new Held(std::move(call)), release);
+    }
+
+    const void *call() const { return call_.data(MTL_KERNEL_CALL_CAPSULE); }
+
+  private:
+    explicit Held(nb::capsule call) : call_(std::move(call)) {}
+
+    static void release(Held *held) {
+        if (!Py_IsInitialized()) return; // the interpreter is gone, and the capsule with it
+        if (PyGILState_Check()) {
+            delete held;
+            return;
+        }
+        held->next_ = dropped.load();
+        while (!dropped.compare_exchange_weak(held->next_, held)) continue;
+        // Where Python's queue is full, the next release or the next launch sees to it.
+        if (!pending.exchange(true) && Py_AddPendingCall(empty_pending, nullptr) != 0) pending = false;
+    }
+
+    static int empty_pending(void *) {
+        pending = false;
+        empty();
+        return 0;
+    }
+
+    static void empty() {
+        for (Held *held = dropped.exchange(nullptr); held;) {
+            Held *next = held->next_;
+            delete held;
+            held = next;
+        }
+    }
+
+    static inline std::atomic<Held *> dropped{nullptr};
+    static inline std::atomic<bool> pending{false};
+
+    nb::capsule call_;
+    Held *next_ = nullptr;
+};
+
+// Stands where a custom kernel has no result to give, and raises when it is evaluated. MLX transforms what is within a
+// mx.custom_function too, and drops that for what the function's own rule gives.
+class Refusal : public mx::Primitive {
+  public:
+    Refusal(mx::Stream stream, std::string what) : Primitive(stream), what_(std::move(what)) {}
+
+    void eval_cpu(const Arrays &, Arrays &) override {
+        throw std::invalid_argument("a custom kernel has no " + what_ +
+                                    ": give it one with mx.custom_function and its " + what_);
+    }
+
+    void eval_gpu(const Arrays &inputs, Arrays &outputs) override { eval_cpu(inputs, outputs); }
+
+    const char *name() const override { return "CustomKernelRefusal"; }
+
+  private:
+    std::string what_;
+};
+
+// A custom kernel's call. As MLX's own kernels it is traced and compiled, and has no gradient.
 class Kernel : public mx::Primitive {
   public:
-    Kernel(mx::Stream stream, nb::capsule call)
-        : Primitive(stream), call_(call.data(MTL_KERNEL_CALL_CAPSULE)),
-          owner_(new nb::capsule(std::move(call)), release) {}
+    Kernel(mx::Stream stream, nb::capsule call, std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes)
+        : Primitive(stream), held_(Held::make(std::move(call))), shapes_(std::move(shapes)),
+          dtypes_(std::move(dtypes)) {}
 
     void eval_cpu(const Arrays &inputs, Arrays &outputs) override {
         for (auto &output : outputs) allocate(output);
-        queue(stream(), inputs, outputs,
-              [call = call_, owner = owner_](mtl_operands &arguments) { return operations->launch(call, &arguments); });
+        queue(stream(), inputs, outputs, [call = held_->call(), held = held_](mtl_operands &arguments) {
+            return operations->launch(call, &arguments);
+        });
     }
 
     void eval_gpu(const Arrays &, Arrays &) override {
@@ -218,26 +308,23 @@ class Kernel : public mx::Primitive {
         throw std::invalid_argument("a custom kernel has no gradient: give it one with mx.custom_function and its vjp");
     }
 
-    std::vector<mx::array> jvp(const Arrays &, const Arrays &, const std::vector<int> &) override {
-        throw std::invalid_argument("a custom kernel has no jvp: give it one with mx.custom_function and its jvp");
+    std::vector<mx::array> jvp(const Arrays &primals, const Arrays &, const std::vector<int> &) override {
+        return refusals("jvp", shapes_, primals);
     }
 
-    std::pair<std::vector<mx::array>, std::vector<int>> vmap(const Arrays &, const std::vector<int> &) override {
-        throw std::invalid_argument("a custom kernel has no vmap: give it one with mx.custom_function and its vmap");
+    std::pair<std::vector<mx::array>, std::vector<int>> vmap(const Arrays &inputs,
+                                                             const std::vector<int> &axes) override {
+        size_t mapped = std::find_if(axes.begin(), axes.end(), [](int axis) { return axis >= 0; }) - axes.begin();
+        auto shapes = shapes_;
+        for (auto &shape : shapes) shape.insert(shape.begin(), inputs.at(mapped).shape(axes[mapped]));
+        return {refusals("vmap", std::move(shapes), inputs), std::vector<int>(shapes_.size(), 0)};
     }
 
     const char *name() const override { return "CustomKernel"; }
 
   private:
-    // Where the stream's thread is the last to hold it, Python's does it later: whoever waits for the stream may have the GIL.
-    static void release(nb::capsule *call) {
-        auto drop = [](void *dropped) {
-            delete static_cast<nb::capsule *>(dropped);
-            return 0;
-        };
-        if (!Py_IsInitialized()) return; // the interpreter is gone, and the capsule with it
-        if (PyGILState_Check()) drop(call);
-        else Py_AddPendingCall(drop, call);
+    Arrays refusals(const char *what, std::vector<mx::Shape> shapes, const Arrays &inputs) {
+        return mx::array::make_arrays(std::move(shapes), dtypes_, std::make_shared<Refusal>(stream(), what), inputs);
     }
 
     // Begins at a multiple of 32 bytes, as vectors in it must: MLX's memory begins 8 bytes behind one of 16.
@@ -255,8 +342,9 @@ class Kernel : public mx::Primitive {
                                   offset % item ? 0 : static_cast<int64_t>(offset / item));
     }
 
-    const void *call_;
-    std::shared_ptr<nb::capsule> owner_;
+    std::shared_ptr<Held> held_;
+    std::vector<mx::Shape> shapes_;
+    std::vector<mx::Dtype> dtypes_;
 };
 
 } // namespace
@@ -290,9 +378,9 @@ NB_MODULE(METALLOID_MODULE, module) {
         "launch",
         [](nb::capsule call, const Arrays &inputs, const std::vector<std::vector<int>> &shapes,
            const std::vector<mx::Dtype> &dtypes, mx::StreamOrDevice stream) {
-            auto primitive = std::make_shared<Kernel>(mx::to_stream(stream), std::move(call));
             std::vector<mx::Shape> extents;
             for (const auto &shape : shapes) extents.emplace_back(shape.begin(), shape.end());
+            auto primitive = std::make_shared<Kernel>(mx::to_stream(stream), std::move(call), extents, dtypes);
             return mx::array::make_arrays(std::move(extents), dtypes, primitive, inputs);
         },
         nb::arg("call"), nb::arg("inputs"), nb::arg("shapes"), nb::arg("dtypes"),

@@ -69,6 +69,7 @@ class Kernel:
         threadgroup: tuple[int, int, int],
         template: tuple[tuple[str, int | bool | str], ...],
         init_value: float | None,
+        compile: bool = True,
         /,
     ) -> tuple[object, str]: ...
 

@@ -557,14 +557,37 @@ def _compiled(
     return call
 
 
+def _input(value: Any, place: int) -> mx.array:
+    if isinstance(value, mx.array):
+        return value
+    array = _kernel._scalar(value, place)
+    if isinstance(array, np.ndarray) and array.dtype.kind not in "fiubcV":
+        raise ValueError(f"metal_kernel: inputs[{place}] has the dtype {array.dtype}, which kernels do not have")
+    try:
+        return mx.array(array)
+    except Exception:
+        raise TypeError(
+            f"metal_kernel: inputs[{place}] must be an array or a number, got {type(value).__name__}"
+        ) from None
+
+
+def _check_for_mlx(output_shapes: Any, stream: Any) -> None:
+    for place, shape in enumerate(output_shapes if isinstance(output_shapes, (list, tuple)) else ()):
+        if any(extent >= 2**31 for extent in _kernel._shape(shape)):
+            raise ValueError(f"metal_kernel: output_shapes[{place}] must lie below 2^31 in MLX, got {shape!r:.60}")
+    kinds = [getattr(mx, kind, None) for kind in ("Stream", "ThreadLocalStream", "Device", "DeviceType")]
+    if stream is not None and not isinstance(stream, tuple(kind for kind in kinds if kind)):
+        raise TypeError(f"metal_kernel: stream must be a stream or a device of MLX, got {type(stream).__name__}")
+
+
 def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
     from metalloid import fast
 
     kernel: Any = fast.metal_kernel(*args, **keywords)
 
     @functools.lru_cache(maxsize=256)
-    def prepared(told_apart: object, *arguments: Any) -> tuple[Any, str]:
-        return kernel._native.prepare(*arguments)
+    def prepared(told_apart: object, *arguments: Any) -> Any:
+        return kernel._native.prepare(*arguments)[0]
 
     def call(
         *,
@@ -578,6 +601,7 @@ def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
         verbose: bool = False,
         stream: Any = None,
     ) -> list[mx.array]:
+        _check_for_mlx(output_shapes, stream)
         if _primitive is None:
             how = {
                 "output_shapes": output_shapes,
@@ -592,14 +616,17 @@ def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
         shapes, names, sizes, values = kernel._checked(
             inputs, output_shapes, output_dtypes, grid, threadgroup, template
         )
-        arrays = [x if isinstance(x, mx.array) else mx.array(_kernel._scalar(x)) for x in inputs]
+        arrays = [_input(value, place) for place, value in enumerate(inputs)]
         described = tuple((array.shape, _DTYPES[array.dtype]) for array in arrays)
         results = tuple(zip(shapes, names, strict=True))
         initial = _kernel._initial(init_value)
         told_apart = tuple(type(value) for _, value in values), str(initial)  # True and 1, 0.0 and -0.0
-        launch, source = prepared(told_apart, described, results, *sizes, values, initial)
+        arguments = (described, results, *sizes, values, initial)
         if verbose:
+            source = kernel._native.prepare(*arguments, False)[1]
             print(f"Generated source code for `{kernel._name}`:\n```\n{source}\n```")
+        # Compiled here: what raises when MLX evaluates leaves arrays that count as evaluated.
+        launch = prepared(told_apart, *arguments)
         if stream is None and _default_device().type != mx.cpu:
             stream = mx.cpu
         dtypes = [_DTYPE_OF[name] for name in names]
@@ -611,6 +638,8 @@ def _metal_kernel(*args: Any, **keywords: Any) -> Callable[..., Any]:
 def _evaluated(kernel: Callable[..., Any], inputs: list[Any], how: dict[str, Any]) -> list[mx.array]:
     """Without a primitive: at once. No gradient comes from a kernel: asked for one, it is an error, where MLX would see
     a constant."""
+    if isinstance(inputs, (list, tuple)):
+        inputs = [value if isinstance(value, (int, float)) else _input(value, i) for i, value in enumerate(inputs)]
     places = [i for i, value in enumerate(inputs) if isinstance(value, mx.array)]
 
     @mx.custom_function

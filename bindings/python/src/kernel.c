@@ -4,6 +4,7 @@
 #include "kernel.h"
 
 #include "array.h"
+#include "kernel/kernel.h"
 #include "operations.h"
 
 enum { MOST_BUFFERS = 64, MOST_TEMPLATES = 64, MOST_SCALARS = 64 };
@@ -343,8 +344,8 @@ static bool describe(DLTensor *tensor, int64_t shape[MAX_RANK], PyObject *descri
     return read_dtype(dtype, &tensor->dtype);
 }
 
-/* The checks of a call; what it generates. */
-static PyObject *check_prepared(prepared *p, PyObject *inputs, PyObject *outputs) {
+/* The checks of a call; what it generates, which is compiled if that is wanted. */
+static PyObject *check_prepared(prepared *p, PyObject *inputs, PyObject *outputs, bool compile) {
     typedef struct described {
         DLTensor tensor;
         int64_t shape[MAX_RANK];
@@ -365,6 +366,14 @@ static PyObject *check_prepared(prepared *p, PyObject *inputs, PyObject *outputs
     p->call.inputs = input_tensors;
     p->call.outputs = output_tensors;
     PyObject *text = ready ? source_of(p->kernel, &p->call, false) : NULL;
+    if (text && compile) {
+        metalloid_status status;
+        Py_BEGIN_ALLOW_THREADS status = mtl_kernel_compile(p->kernel, &p->call);
+        Py_END_ALLOW_THREADS if (status) {
+            Py_CLEAR(text);
+            raise_status(status);
+        }
+    }
     p->call.inputs = NULL;
     p->call.outputs = NULL;
     PyMem_Free(arrays);
@@ -375,9 +384,10 @@ static PyObject *kernel_prepare(PyObject *self, PyObject *args) {
     kernel *made = (kernel *)self;
     PyObject *inputs, *outputs, *templates, *init_value;
     long long grid[3], threadgroup[3];
-    if (!PyArg_ParseTuple(args, "O!O!(LLL)(LLL)O!O", &PyTuple_Type, &inputs, &PyTuple_Type, &outputs, &grid[0],
+    int compile = 1;
+    if (!PyArg_ParseTuple(args, "O!O!(LLL)(LLL)O!O|p", &PyTuple_Type, &inputs, &PyTuple_Type, &outputs, &grid[0],
                           &grid[1], &grid[2], &threadgroup[0], &threadgroup[1], &threadgroup[2], &PyTuple_Type,
-                          &templates, &init_value))
+                          &templates, &init_value, &compile))
         return NULL;
     if (PyTuple_GET_SIZE(inputs) != PyTuple_GET_SIZE(made->input_names) ||
         PyTuple_GET_SIZE(outputs) != PyTuple_GET_SIZE(made->output_names))
@@ -406,7 +416,7 @@ static PyObject *kernel_prepare(PyObject *self, PyObject *args) {
             p->call.grid[axis] = grid[axis];
             p->call.threadgroup[axis] = threadgroup[axis];
         }
-        text = check_prepared(p, inputs, outputs);
+        text = check_prepared(p, inputs, outputs, compile);
     }
     PyObject *result = text ? PyTuple_Pack(2, capsule, text) : NULL;
     Py_DECREF(capsule);
@@ -446,10 +456,9 @@ static PyMethodDef methods[] = {
      "source($self, inputs, outputs, grid, threadgroup, template, init_value, translated=False, /)\n--\n\n"
      "The generated source of such a call."},
     {"prepare", kernel_prepare, METH_VARARGS,
-     "prepare($self, inputs, outputs, grid, threadgroup, template, init_value, /)\n--\n\n"
-     "Checks a call whose arrays are described by (shape, dtype's name): a capsule for MLX's primitive, and the "
-     "generated "
-     "source."},
+     "prepare($self, inputs, outputs, grid, threadgroup, template, init_value, compile=True, /)\n--\n\n"
+     "Checks a call whose arrays are described by (shape, dtype's name), and compiles its kernel: a capsule for MLX's "
+     "primitive, and the generated source."},
     {NULL, NULL, 0, NULL},
 };
 
