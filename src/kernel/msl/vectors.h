@@ -18,7 +18,8 @@ namespace msl_ {
 template <class... A> using if_scalars = enable_if_t<((scalar<A>::kind > 0) && ...)>;
 // Another scalar, from which a 16-bit float, a class, would be one conversion too many on the way to its vectors.
 template <class T, class A>
-using if_scalar_for = enable_if_t<(scalar<A>::kind > 0) && !is_same_v<T, A> && (is_same_v<T, half> || is_same_v<T, bfloat>)>;
+using if_scalar_for =
+    enable_if_t<(scalar<A>::kind > 0) && !is_same_v<T, A> && (is_same_v<T, half> || is_same_v<T, bfloat>)>;
 
 // Components I of the Width elements that this member of a union overlays, as a value of type V.
 template <class V, class T, int Width, int... I> struct swizzle {
