@@ -223,7 +223,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     };
 
     if (group < 0) {
-        // Of the registers that the block starts with, 168 or 128 a thread: what is asked for beyond them never comes.
+        // Of the registers that the block starts with, 168 a thread: what is asked for beyond them never comes.
         give_registers<FETCHING>();
         if (MASKED && warp > 0) {
             if (!bits) return;
