@@ -28,7 +28,8 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
     int64_t ignored, first_query = divide(first_row, p.group, ignored), last_query = divide(last_row, p.group, ignored);
 
     const char *key_mask = key_mask_of(p, batch);
-    auto [begin, end] = keys_of<KEYS>(p, key_mask, first_query, last_query);
+    KeyRange range = keys_of<KEYS>(p, key_mask, first_query, last_query);
+    int64_t begin = range.begin, end = range.end;
 
     for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
         int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;

@@ -112,7 +112,8 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
     int last_row = min(first_row + ROWS, rows) - 1, first_query = first_row / group, last_query = last_row / group;
 
     const char *key_mask = key_mask_of(p, batch);
-    auto [begin, end] = keys_of<KEYS>(p, key_mask, first_query, last_query);
+    KeyRange range = keys_of<KEYS>(p, key_mask, first_query, last_query);
+    int64_t begin = range.begin, end = range.end;
 
     auto meet = [] {
         if (WARPS > 1) __syncthreads();

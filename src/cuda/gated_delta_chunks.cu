@@ -409,12 +409,6 @@ __device__ inline void products_end() {}
 template <int PENDING> __device__ inline void products_wait() {}
 template <int N> __device__ inline void settle(float (&)[N]) {}
 
-__device__ inline void barrier_init(unsigned barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline void barrier_arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
 __device__ inline void barrier_wait(unsigned barrier, int parity) {
     asm volatile("{\n.reg .pred done;\n"
                  "WAIT:\n"

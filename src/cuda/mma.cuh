@@ -1,4 +1,4 @@
-// Matrix units and copies as every GPU from compute capability 8.0 on has them. SPDX-License-Identifier: MIT
+// Matrix units, copies and barriers as every GPU from compute capability 8.0 on has them. SPDX-License-Identifier: MIT
 #pragma once
 
 #include "cuda/device.cuh"
@@ -16,6 +16,14 @@ __device__ inline void store_zeros(unsigned to) { // 16 bytes
 __device__ inline void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ inline void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Barriers in shared memory; how to wait for one differs.
+__device__ inline void barrier_init(unsigned barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ inline void load_matrices(unsigned (&m)[4], unsigned at) {

@@ -1,7 +1,7 @@
 // Hopper's matrix units and bulk copies, as the attention kernel uses them. SPDX-License-Identifier: MIT
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/mma.cuh"
 
 // ---- products of a group of four warps: D (64 rows, float, in registers) += A B
 
@@ -50,12 +50,6 @@ __device__ inline uint64_t descriptor(unsigned at, unsigned blocks) {
 
 // ---- barriers in shared memory
 
-__device__ inline void barrier_init(unsigned barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline void barrier_arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
 __device__ inline void barrier_expect(unsigned barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
