@@ -48,14 +48,19 @@ def _dtype_name(dtype: Any) -> str:
 def _name_of(what: str, dtype: Any) -> str:
     is_number = isinstance(dtype, (int, float, complex, np.generic)) or type(dtype).__name__ in ("array", "Tensor")
     try:
-        if not is_number:
-            return _dtype_name(dtype)
-        reason = f"{dtype!r:.60} is no dtype"
-    except TypeError:  # not hashable
+        if is_number:
+            raise TypeError
+        return _dtype_name(dtype)
+    except TypeError:  # or not hashable
         reason = f"{dtype!r:.60} is no dtype"
     except ValueError as error:
         reason = str(error).removeprefix("metal_kernel: ")
-    raise ValueError(f"metal_kernel: {what}: {reason}")
+    raise ValueError(f"metal_kernel: {what}: {reason}") from None
+
+
+def _check_list(what: str, given: Any, of: str = "") -> None:
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        raise TypeError(f"metal_kernel: {what} must be a list{of}, got {type(given).__name__}")
 
 
 def _template(argument: Any) -> tuple[str, int | str]:
@@ -195,14 +200,11 @@ class MetalKernel:
             ("output_shapes", output_shapes, self._outputs),
             ("output_dtypes", output_dtypes, self._outputs),
         ):
-            if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-                raise TypeError(f"metal_kernel: {what} must be a list, got {type(given).__name__}")
+            _check_list(what, given)
             if len(given) != wanted:
                 raise ValueError(f"metal_kernel: {what} must have {wanted} entries for {self._name}, got {len(given)}")
-        if template is not None and (not isinstance(template, Sequence) or isinstance(template, (str, bytes))):
-            raise TypeError(
-                f"metal_kernel: template must be a list of pairs (name, value), got {type(template).__name__}"
-            )
+        if template is not None:
+            _check_list("template", template, " of pairs (name, value)")
         values = [_template(argument) for argument in template or ()]
         names = [_name_of("output_dtypes", dtype) for dtype in output_dtypes]
         shapes = [_shape(shape) for shape in output_shapes]
