@@ -6,7 +6,7 @@
 
 /* ---- literals --------------------------------------------------------------------------------------------------------------- */
 
-/* Metal has no double: 1.0 is a float. 1.0h and 1.0bf are literals of the header's. */
+/* Metal has no double: 1.0 is a float. 1.0h and 1.0bf are made of floats: clang takes no suffix that is not a standard library's. */
 static void translate_number(translation *t, size_t i) {
     mtl_token *token = &t->token[i];
     bool hexadecimal = token->length > 1 && token->text[0] == '0' && (token->text[1] == 'x' || token->text[1] == 'X');
@@ -14,11 +14,21 @@ static void translate_number(translation *t, size_t i) {
     const char *exponents = hexadecimal ? "pP" : "eE";
     for (size_t at = 0; at < token->length; at++) floating |= strchr(exponents, token->text[at]) != NULL;
     if (!floating) return;
-    char last = token->text[token->length - 1];
+    static const struct {
+        const char *suffix, *type;
+    } types[] = {{"bf", "metal::bfloat"}, {"BF", "metal::bfloat"}, {"h", "metal::half"}, {"H", "metal::half"}};
+    const char *type = "";
+    size_t length = token->length;
+    for (size_t at = 0; at < sizeof types / sizeof *types && !*type; at++) {
+        size_t suffix = strlen(types[at].suffix);
+        if (length <= suffix || memcmp(token->text + length - suffix, types[at].suffix, suffix) != 0) continue;
+        type = types[at].type, length -= suffix;
+    }
+    char last = token->text[length - 1];
     bool is_digit = (last >= '0' && last <= '9') || last == '.';
-    if (!is_digit) return;
+    if (!is_digit && !*type) return;
     mtl_text text = {0};
-    mtl_text_format(&text, "%.*sf", (int)token->length, token->text);
+    mtl_text_format(&text, *type ? "%s(%.*sf)" : "%s%.*sf", type, (int)length, token->text);
     token->replacement = mtl_keep(t, &text);
     mtl_text_free(&text);
 }

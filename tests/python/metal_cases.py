@@ -1065,6 +1065,41 @@ case(
         ).astype(f32)
     ],
 )
+# Every operator between a vector, or its swizzle, and every scalar: T has to come of it, or bool4 of a comparison.
+_four = np.arange(1.0, 5)
+_results = [f(_four, 2.0) for f in (np.add, np.subtract, np.multiply, np.divide)]
+_results += [f(2.0, _four) for f in (np.add, np.subtract, np.multiply, np.divide)]
+_results += [f(_four, 2) for f in (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal)]
+_results += [f(2, _four) for f in (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal)]
+for _T in ("float", "half", "bfloat"):
+    _body = f"{_T}4 v = {_T}4(a[0], a[1], a[2], a[3]), r; int n = 0; device float4 *o = (device float4*)out0;"
+    for _scalar in (
+        "int(2)",
+        "2u",
+        "2.0f",
+        "short(2)",
+        "ulong(2)",
+        f"{_T}(2)",
+        *(("2.0h", "2.0bf") if _T == "float" else ()),
+    ):
+        _body += f"{{ auto s = {_scalar};"
+        for _left, _right in (("v", "s"), ("s", "v.xyzw")):
+            for _op in ("+", "-", "*", "/"):
+                _body += f"o[n++] = float4({_T}4({_left} {_op} {_right}));"
+        for _left, _right in (("v.xyzw", "s"), ("s", "v")):
+            for _op in ("==", "!=", "<", "<=", ">", ">="):
+                _body += f"{{ bool4 t = {_left} {_op} {_right}; o[n++] = float4(t); }}"
+        _body += "r = v; r += s; r -= s; r *= s; r /= s; o[n++] = float4(r); }"
+    _count = _body.count("auto s =")
+    case(
+        f"{_T}4 and every scalar",
+        _body,
+        [_four.astype(f32)],
+        [np.tile(np.concatenate([*_results, _four]), _count).astype(f32)],
+        grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+        rtol=1e-2,
+    )
 _S = np.arange(24, dtype=f32).reshape(4, 6)
 case(
     "complex numbers",

@@ -380,11 +380,6 @@ struct bfloat {
     MSL_FN constexpr operator float() const { return msl_::float_of(uint(bits) << 16); }
     MSL_16_BIT_CLASS(bfloat)
 };
-// 1.0h, 1.0bf
-constexpr half operator""h(long double x) { return half(float(x)); }
-constexpr half operator"" H(long double x) { return half(float(x)); }
-constexpr bfloat operator"" bf(long double x) { return bfloat(float(x)); }
-constexpr bfloat operator"" BF(long double x) { return bfloat(float(x)); }
 #undef MSL_16_BIT_CLASS
 #undef MSL_16_BIT_OP
 #undef MSL_16_BIT

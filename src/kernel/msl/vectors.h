@@ -85,17 +85,31 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
 #define MSL_AT_3              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : z) : e[i])
 #define MSL_AT_4              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : i == 2 ? z : w) : e[i])
 
-#define MSL_VEC_ARITHMETIC(EACH, op)                                                               \
-    friend MSL_FN constexpr vec operator op(vec a, vec b) { return vec(EACH(T, MSL_BINARY, op)); } \
-    friend MSL_FN constexpr vec operator op(vec a, T b) { return a op vec(b); }                    \
-    friend MSL_FN constexpr vec operator op(T a, vec b) { return vec(a) op b; }                    \
+#define MSL_VEC_ARITHMETIC(EACH, op)                                                                            \
+    friend MSL_FN constexpr vec operator op(vec a, vec b) { return vec(EACH(T, MSL_BINARY, op)); }              \
+    friend MSL_FN constexpr vec operator op(vec a, T b) { return a op vec(b); }                                 \
+    friend MSL_FN constexpr vec operator op(T a, vec b) { return vec(a) op b; }                                 \
+    template <class A, class = msl_::if_scalar_for<T, A>> friend MSL_FN constexpr vec operator op(vec a, A b) { \
+        return a op vec(b);                                                                                     \
+    }                                                                                                           \
+    template <class A, class = msl_::if_scalar_for<T, A>> friend MSL_FN constexpr vec operator op(A a, vec b) { \
+        return vec(a) op b;                                                                                     \
+    }                                                                                                           \
     template <class A> MSL_FN constexpr vec &operator op##=(const A &b) { return *this = *this op b; }
 #define MSL_VEC_COMPARISON(N, EACH, op)                                                  \
     friend MSL_FN constexpr vec<bool, N> operator op(vec a, vec b) {                     \
         return vec<bool, N>(EACH(bool, MSL_BINARY, op));                                 \
     }                                                                                    \
     friend MSL_FN constexpr vec<bool, N> operator op(vec a, T b) { return a op vec(b); } \
-    friend MSL_FN constexpr vec<bool, N> operator op(T a, vec b) { return vec(a) op b; }
+    friend MSL_FN constexpr vec<bool, N> operator op(T a, vec b) { return vec(a) op b; } \
+    template <class A, class = msl_::if_scalar_for<T, A>>                                \
+    friend MSL_FN constexpr vec<bool, N> operator op(vec a, A b) {                       \
+        return a op vec(b);                                                              \
+    }                                                                                    \
+    template <class A, class = msl_::if_scalar_for<T, A>>                                \
+    friend MSL_FN constexpr vec<bool, N> operator op(A a, vec b) {                       \
+        return vec(a) op b;                                                              \
+    }
 #define MSL_VEC_COMMON(N, EACH)                                                                              \
     using scalar_type = T;                                                                                   \
     static constexpr int width = N;                                                                          \
