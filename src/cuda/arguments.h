@@ -89,9 +89,10 @@ typedef struct mtl_cuda_attention_args {
 
 /* The same with q, k and v as the copy engine wants them described: a CUtensorMap each. */
 typedef struct mtl_cuda_attention_hopper_args {
-    __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128];
+    __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128], mask_map[128];
     mtl_cuda_attention_args attention;
-    int stages;            /* of tiles on their way, in decoding */
+    int stages;                   /* of tiles on their way, in decoding */
+    int mask_stages, mask_copied; /* of a mask's tiles, in prefill, and whether mask_map describes it */
     unsigned items, *next; /* of rows, in prefill; which of them comes after each block's first: NULL where none does */
 } mtl_cuda_attention_hopper_args;
 

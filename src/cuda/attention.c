@@ -102,13 +102,13 @@ static metalloid_status append(const mtl_cuda_call *call, const mtl_attention_ar
 /* Of Hopper's kernels, which are named after the head dimensions that they serve. */
 #define FORMS(op, dims) \
     { op "_f16_" dims, op "_bf16_" dims }
-enum { HOPPER_DIMS = 5, HOPPER_ALIGNMENT = 1024, ELEMENT = 2 };
+enum { HOPPER_DIMS = 5, HOPPER_ALIGNMENT = 1024, ELEMENT = 2, BLOCK = 64 /* features */ };
 static const struct {
     int key_dim, value_dim;
 } hopper_dims[HOPPER_DIMS] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
 
-/* As a dimension lies in shared memory: in blocks of 64 features. */
-static int in_blocks(int dim) { return (dim + 63) / 64 * 64; }
+/* As a dimension lies in shared memory: in blocks of features. */
+static int in_blocks(int dim) { return (dim + BLOCK - 1) / BLOCK * BLOCK; }
 
 static int hopper_dims_of(const mtl_attention_args *args) {
     int at = 0;
@@ -118,10 +118,11 @@ static int hopper_dims_of(const mtl_attention_args *args) {
 
 static bool describe_keys(const mtl_cuda_call *call, const mtl_attention_args *args,
                           mtl_cuda_attention_hopper_args *hopper, int keys) {
+    mtl_cuda_box box = {BLOCK, keys};
     return mtl_cuda_describe(call, hopper->k_map, &args->k, args->head_dim, args->kv_len, args->kv_heads, args->batch,
-                             keys) &&
+                             box) &&
            mtl_cuda_describe(call, hopper->v_map, &args->v, args->value_dim, args->kv_len, args->kv_heads, args->batch,
-                             keys);
+                             box);
 }
 
 /* Memory for the parts of split keys, `rows` of each split. */
@@ -201,7 +202,15 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
 /* Many queries on Hopper. *done is false where attention.cu has to serve. */
 static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       const mtl_cuda_attention_args *attention, bool *done) {
-    enum { ROWS = 128, LEAST_ROWS = 64, THREADS = 384, STAGES = 2, MASK_STAGES = 4 };
+    enum {
+        ROWS = 128,
+        LEAST_ROWS = 64,
+        THREADS = 384,
+        STAGES = 2,
+        BIT_STAGES = 4,
+        MASK_STAGES = 4,
+        OWN_MEMORY = 1 << 10
+    };
     enum { MOST_LENGTH = (1 << 30) - 2 * ROWS };
     enum { PLAIN, HIDDEN, CHANGED, KINDS };
     static const int images[KINDS] = {MTL_CUDA_IMAGE_attention_hopper, MTL_CUDA_IMAGE_attention_hopper_masked,
@@ -209,19 +218,19 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
 #define KINDS_OF(dims) \
     { FORMS("attention", dims), FORMS("attention_masked", dims), FORMS("attention_changed", dims) }
     static const struct {
-        int keys;
+        int keys, keys_masked;      /* of a tile */
         const char *name[KINDS][2]; /* float16, bfloat16 */
-    } kernels[HOPPER_DIMS] = {{128, KINDS_OF("64_64")},
-                              {128, KINDS_OF("96_96")},
-                              {128, KINDS_OF("128_128")},
-                              {128, KINDS_OF("192_128")},
-                              {64, KINDS_OF("256_256")}};
+    } kernels[HOPPER_DIMS] = {{128, 128, KINDS_OF("64_64")},
+                              {128, 128, KINDS_OF("96_96")},
+                              {128, 128, KINDS_OF("128_128")},
+                              {128, 64, KINDS_OF("192_128")},
+                              {64, 64, KINDS_OF("256_256")}};
     bool bf16 = args->q.dtype == MTL_BF16, adds = args->mask.data && args->mask.dtype != MTL_BOOL;
     int kind = adds || attention->softcap > 0 || !(attention->scale > 0) ? CHANGED
                : args->mask.data || args->key_mask.data                  ? HIDDEN
                                                                          : PLAIN;
     int at = hopper_dims_of(args), places = call->device->multiprocessors;
-    int keys = kind == PLAIN ? kernels[at].keys : kernels[at].keys / 2;
+    int keys = kind == PLAIN ? kernels[at].keys : kernels[at].keys_masked;
     int64_t items = (args->q_len + ROWS - 1) / ROWS * args->batch * args->q_heads;
     *done = false;
     if (args->q_len < LEAST_ROWS || items * 2 < places || items > INT32_MAX || args->q_len > MOST_LENGTH ||
@@ -229,14 +238,24 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
         return METALLOID_OK;
     mtl_cuda_attention_hopper_args hopper = {.attention = *attention, .items = (unsigned)items};
     if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
-                           ROWS) ||
+                           (mtl_cuda_box){BLOCK, ROWS}) ||
         !describe_keys(call, args, &hopper, keys))
         return METALLOID_OK;
     *done = true;
     mtl_cuda_grid grid = {.blocks = items < places ? items : places, .threads = THREADS};
     int key_dim = in_blocks(hopper_dims[at].key_dim), value_dim = in_blocks(hopper_dims[at].value_dim);
     grid.shared_memory = (ROWS * key_dim + STAGES * keys * (key_dim + value_dim)) * ELEMENT + HOPPER_ALIGNMENT;
-    if (kind != PLAIN) grid.shared_memory += MASK_STAGES * (ROWS + 1) * VECTOR;
+    if (args->key_mask.data || (args->mask.data && !adds)) grid.shared_memory += BIT_STAGES * (ROWS + 1) * VECTOR;
+    if (args->mask.data) {
+        int tile = ROWS * keys * (adds ? ELEMENT : 1);
+        int room = (call->device->shared_memory - OWN_MEMORY - grid.shared_memory) / tile;
+        hopper.mask_copied = aligned(args->mask) &&
+                             (args->mask.dtype == MTL_BOOL || args->mask.dtype == args->q.dtype) &&
+                             mtl_cuda_describe(call, hopper.mask_map, &args->mask, args->kv_len, args->q_len,
+                                               args->q_heads, args->batch, (mtl_cuda_box){adds ? BLOCK : keys, ROWS});
+        if (adds || hopper.mask_copied) hopper.mask_stages = room < MASK_STAGES ? room : MASK_STAGES;
+        grid.shared_memory += hopper.mask_stages * tile;
+    }
     mtl_cuda_kernel kernel = {images[kind], 2 * at + bf16, kernels[at].name[kind][bf16]};
     if (items == grid.blocks) return mtl_cuda_launch(call, kernel, grid, &hopper);
     CUdeviceptr next;
