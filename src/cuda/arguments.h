@@ -91,16 +91,16 @@ typedef struct mtl_cuda_attention_args {
 typedef struct mtl_cuda_attention_hopper_args {
     __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128], mask_map[128];
     mtl_cuda_attention_args attention;
-    int stages;                   /* of tiles on their way, in decoding */
-    int mask_stages, mask_copied; /* of a mask's tiles, in prefill, and whether mask_map describes it */
+    int stages;            /* of tiles on their way, in decoding */
+    int mask_stages;       /* of a mask's tiles, in prefill; 0: there is no mask */
     unsigned items, *next; /* of rows, in prefill; which of them comes after each block's first: NULL where none does */
 } mtl_cuda_attention_hopper_args;
 
-/* kv_cache_sdpa_update: what is written into the cache first. */
+/* What kv_cache_sdpa_update writes into the cache first; a mask into rows that the copy engine can read. */
 typedef struct mtl_cuda_append_args {
-    mtl_cuda_strided from, to; /* batch, head, time, feature */
-    int64_t heads, time, features, count;
-    int size; /* of an element */
+    mtl_cuda_strided from, to;           /* batch, head, time, feature */
+    int64_t rows, heads, time, features; /* rows: of all batches, times and heads */
+    int size;                            /* of an element: 1, 2 or 4 bytes */
 } mtl_cuda_append_args;
 
 typedef struct mtl_cuda_gated_delta_args {

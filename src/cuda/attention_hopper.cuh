@@ -56,13 +56,20 @@ __device__ inline float2 widen_pair(unsigned x, __nv_bfloat16) {
     return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
 }
 
-// 16 bytes that are 0 or not: the bits of bytes 2i, 2i + 1, 2i + 8 and 2i + 9 in byte i's lower half.
-__device__ inline unsigned bits_of_bytes(uint4 x) {
-    if ((x.x | x.y | x.z | x.w) & 0xfefefefeu) // they are 0 or 1 as a rule
-        x = make_uint4(__vsetgtu4(x.x, 0), __vsetgtu4(x.y, 0), __vsetgtu4(x.z, 0), __vsetgtu4(x.w, 0));
-    unsigned low = x.x | x.z << 2, high = x.y | x.w << 2; // bytes of lanes 0 0 1 1, and of 2 2 3 3
-    low |= low >> 7, high |= high >> 7;
-    return __byte_perm(low, high, 0x6420) & 0x0f0f0f0fu;
+// Bytes that are not 0 as 1, which they are as a rule.
+template <int N> __device__ inline void as_zeros_and_ones(uint4 (&x)[N]) {
+    unsigned any = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) any |= x[i].x | x[i].y | x[i].z | x[i].w;
+    if ((any & 0xfefefefeu) == 0) return;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        x[i] = make_uint4(__vsetgtu4(x[i].x, 0), __vsetgtu4(x[i].y, 0), __vsetgtu4(x[i].z, 0), __vsetgtu4(x[i].w, 0));
+}
+// A bit to each of 16 such bytes, above those that there are.
+__device__ inline unsigned bits_of_bytes(uint4 x, unsigned bits) {
+    bits = __dp4a(x.z, 0x08040201u, __dp4a(x.w, 0x80402010u, bits << 8));
+    return __dp4a(x.x, 0x08040201u, __dp4a(x.y, 0x80402010u, bits << 8));
 }
 
 // Beyond causal and window: nothing; keys hidden by a key mask or a boolean mask; and scores changed by an additive mask,
@@ -71,11 +78,27 @@ enum Kind { PLAIN, HIDDEN, CHANGED };
 
 // What is known of a tile's bits: some key shows, some does not.
 enum { SOME_SHOW = 1, SOME_HIDDEN = 2 };
-// A row's bits lie in four words. Byte i of word j is of the lanes that have the scores 2i and 2i + 1 of every eight: its
-// lower half of keys 16j on, two and two of eight, its upper half of keys 64 + 16j on.
 struct MaskBits {
-    uint4 rows[ROWS]; // all rows are alike, and the first stands for them, where there is no boolean mask
-    int state[4];     // a maker's each
+    __align__(16) unsigned rows[ROWS][4]; // the first stands for all where there is no boolean mask of different rows
+    int state[4];                         // a maker's each
+};
+
+// Of a tile's keys, those that two rows of scores see, as a lane has them: bit 8 (n % 4) + 2 (n / 4) + e is of the n-th
+// eight's e-th.
+struct Seen {
+    unsigned rows[2];
+    template <int KEYS> __device__ void load(int i, const unsigned (&row)[4]) {
+        const uint4 bits = *(const uint4 *)row;
+        const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+        rows[i] = 0;
+#pragma unroll
+        for (int j = 0; j < KEYS / 32; j++)
+            rows[i] |= __funnelshift_r(words[j], words[j], threadIdx.x % 4 * 2 - 2 * j) & 0x03030303u << 2 * j;
+    }
+    __device__ bool operator()(int i, int n, int e) const { return rows[i] & 1u << (n % 4 * 8 + n / 4 * 2 + e); }
+};
+struct SeenAll {
+    __device__ bool operator()(int, int, int) const { return true; }
 };
 
 // A position among some stages, and how often it has come round.
@@ -86,117 +109,53 @@ struct Ring {
     }
 };
 
-// What one of the MAKERS warps does for a tile of an item's masks. A lane has 16 keys of every 64 of a row.
-template <typename T, int KEYS> struct MaskMaker {
-    static constexpr int HALVES = KEYS / 64, ROWS_AT_ONCE = WARP / 4;
-    static constexpr unsigned ALL = HALVES == 2 ? 0xffffffffu : 0x0f0f0f0fu;
-    const mtl_cuda_attention_args &p;
-    const Item<KEYS> &item;
-    int maker, lane, quarter, first_row;
-
-    __device__ MaskMaker(const mtl_cuda_attention_args &p, const Item<KEYS> &item, int maker)
-        : p(p), item(item), maker(maker), lane(threadIdx.x % WARP), quarter(lane % 4),
-          first_row(maker * ROWS_AT_ONCE + lane / 4) {}
-
-    // The bits of 16 keys that bits_of_bytes would make, of a bit each.
-    __device__ static unsigned bits_of_keys(unsigned x) {
-        auto spread = [](unsigned x) { return (x & 3) | (x & 0xc) << 6 | (x & 0x30) << 12 | (x & 0xc0) << 18; };
-        return spread(x) | spread(x >> 8) << 2;
-    }
-    // Of the lane's keys, those there are and the key mask shows.
-    __device__ unsigned visible_keys(int first) const {
-        const char *key_mask = key_mask_of(p, item.batch);
-        unsigned of_keys[KEYS / WARP], visible = 0;
+// What one of the MAKERS warps makes of a tile of an item's masks, 32 keys of a row a lane. `tile`: where the boolean
+// mask's bytes lie; NULL: there is none.
+template <int KEYS>
+__device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<KEYS> &item, int first, int maker,
+                                 const unsigned char *tile, bool rows_differ, MaskBits &bits) {
+    constexpr int LANES = KEYS / 32, ROWS_AT_ONCE = WARP / LANES;
+    int lane = threadIdx.x % WARP, word = lane % LANES, state = 0;
+    const char *key_mask = key_mask_of(p, item.batch);
+    unsigned visible = ~0u; // the copy engine fills with zeros what is beyond the last key
+    if (key_mask || !tile) {
 #pragma unroll
-        for (int i = 0; i < KEYS / WARP; i++) {
-            int key = first + i * WARP + lane;
+        for (int i = 0; i < LANES; i++) {
+            int key = first + i * 32 + lane;
             bool sees = key < item.kv_len;
             if (sees && key_mask) sees = load_integer(key_mask + key * p.key_mask.stride[1], p.key_mask.dtype) != 0;
-            of_keys[i] = __ballot_sync(ALL_LANES, sees);
-        }
-#pragma unroll
-        for (int half = 0; half < HALVES; half++) {
-            unsigned of_pair = quarter < 2 ? of_keys[2 * half] : of_keys[2 * half + 1];
-            visible |= bits_of_keys(of_pair >> quarter % 2 * 16 & 0xffff) << 4 * half;
-        }
-        return visible;
-    }
-    // 16 of a boolean mask's values in memory, as far as there are any: by words, which end in no other page than they
-    // begin.
-    __device__ uint4 load_bytes(int row, int first) const {
-        uint4 bytes = make_uint4(0, 0, 0, 0);
-        int count = item.kv_len - first;
-        if (item.first_query + row >= p.q_len || count <= 0) return bytes;
-        const char *at = mask_of(p, item.batch, item.head, item.first_query + row) + first * p.mask.stride[3];
-        unsigned *words = &bytes.x;
-        if (p.mask.stride[3] != 1) {
-#pragma unroll
-            for (int i = 0; i < 16; i++) {
-                if (i < count) words[i / 4] |= (unsigned)*(const uint8_t *)(at + i * p.mask.stride[3]) << i % 4 * 8;
-            }
-            return bytes;
-        }
-        int off = (int)((uintptr_t)at & 3), shift = off * 8;
-        const unsigned *from = (const unsigned *)(at - off);
-        unsigned low = from[0];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            unsigned high = 4 * (i + 1) < count + off && (i < 3 || off) ? from[i + 1] : 0;
-            words[i] = __funnelshift_r(low, high, shift);
-            low = high;
-        }
-        return bytes;
-    }
-    // `tile`: where the boolean mask's bytes lie, NULL where the copy engine cannot bring them.
-    __device__ void make_bits(int first, bool by_rows, const unsigned char *tile, MaskBits &bits) const {
-        unsigned visible = ALL;
-        if (p.key_mask.data || (!tile && first + KEYS > item.kv_len)) visible = visible_keys(first);
-        int state = 0;
-#pragma unroll 2
-        for (int row = first_row; row < ROWS; row += MAKERS * ROWS_AT_ONCE) {
-            unsigned own = visible;
-            if (by_rows) {
-                unsigned shown = 0;
-#pragma unroll
-                for (int half = 0; half < HALVES; half++) {
-                    int key = half * 64 + quarter * 16;
-                    uint4 bytes = tile ? *(const uint4 *)(tile + row * KEYS + key) : load_bytes(row, first + key);
-                    shown |= bits_of_bytes(bytes) << 4 * half;
-                }
-                own &= shown;
-            }
-            ((unsigned *)&bits.rows[row])[quarter] = own;
-            state |= (own ? SOME_SHOW : 0) | (own != ALL ? SOME_HIDDEN : 0);
-            if (!by_rows) break;
-        }
-        state = __reduce_or_sync(ALL_LANES, state);
-        if (lane == 0) bits.state[maker] = state;
-    }
-    // An additive mask's tile, of any dtype and strides, as the copy engine would bring it.
-    __device__ void convert(int first, unsigned char *tile) const {
-        constexpr int AT_ONCE = 4;
-        int left = min(item.kv_len - first, KEYS);
-        for (int column = lane; column < KEYS; column += WARP) {
-            const char *at = mask_of(p, item.batch, item.head, item.first_query) + (first + column) * p.mask.stride[3];
-            for (int row = maker * AT_ONCE; row < ROWS; row += MAKERS * AT_ONCE) {
-                T x[AT_ONCE];
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
-                    bool inside = column < left && item.first_query + row + i < p.q_len;
-                    const char *from = at + (row + i) * p.mask.stride[2];
-                    if (!inside) x[i] = T(0.0f);
-                    else if (p.mask.dtype == Element<T>::dtype) x[i] = *(const T *)from;
-                    else x[i] = T(load_float(from, p.mask.dtype));
-                }
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
-                    int chunk = column % 64 / 8 ^ ((row + i) & 7);
-                    *(T *)(tile + (column / 64 * ROWS + row + i) * 128 + chunk * 16 + column % 8 * 2) = x[i];
-                }
-            }
+            unsigned of_word = __ballot_sync(ALL_LANES, sees);
+            if (word == i) visible = of_word;
         }
     }
-};
+    auto set = [&](int row, unsigned seen) {
+        bits.rows[row][word] = seen;
+        state |= (seen ? SOME_SHOW : 0) | (~seen ? SOME_HIDDEN : 0);
+    };
+    if (tile && rows_differ) {
+        constexpr int STEP = MAKERS * ROWS_AT_ONCE;
+        int row = maker * ROWS_AT_ONCE + lane / LANES;
+        const uint4 *at = (const uint4 *)(tile + row * KEYS + word * 32), *next = at + STEP * KEYS / 16;
+#pragma unroll
+        for (int i = 0; i < ROWS; i += 2 * STEP) {
+            uint4 bytes[4] = {at[i * KEYS / 16], at[i * KEYS / 16 + 1], next[i * KEYS / 16], next[i * KEYS / 16 + 1]};
+            as_zeros_and_ones(bytes);
+            set(row + i, visible & bits_of_bytes(bytes[0], bits_of_bytes(bytes[1], 0)));
+            set(row + i + STEP, visible & bits_of_bytes(bytes[2], bits_of_bytes(bytes[3], 0)));
+        }
+    } else if (maker == 0) {
+        unsigned seen = visible;
+        if (tile) {
+            const uint4 *at = (const uint4 *)tile + word * 2;
+            uint4 bytes[2] = {at[0], at[1]};
+            as_zeros_and_ones(bytes);
+            seen &= bits_of_bytes(bytes[0], bits_of_bytes(bytes[1], 0));
+        }
+        set(0, seen);
+    }
+    state = __reduce_or_sync(ALL_LANES, state);
+    if (lane == 0) bits.state[maker] = state;
+}
 
 // A tile of 16-bit features lies as blocks of 64 features, each row of a block 128 bytes.
 template <typename T, int KEY_DIM, int VALUE_DIM, int KEYS, Kind KIND>
@@ -213,8 +172,8 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned q_tile = ((unsigned)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     unsigned k_tiles = q_tile + Q_TILE, v_tiles = k_tiles + STAGES * K_TILE, masks_at = v_tiles + STAGES * V_TILE;
-    const bool by_rows = MASKED && p.mask.data && p.mask.dtype == BOOL, bits = MASKED && (by_rows || p.key_mask.data);
-    const bool added = KIND == CHANGED && p.mask.data && !by_rows;
+    const bool boolean = MASKED && p.mask.data && p.mask.dtype == BOOL, bits = MASKED && (boolean || p.key_mask.data);
+    const bool added = KIND == CHANGED && p.mask.data && !boolean, rows_differ = p.mask.stride[2] != 0;
     const int mask_tile = ROWS * KEYS * (added ? 2 : 1), mask_stages = args.mask_stages;
     unsigned char *mask_tiles = shared + (masks_at - (unsigned)__cvta_generic_to_shared(shared));
     MaskBits *mask_bits = (MaskBits *)(mask_tiles + mask_stages * mask_tile);
@@ -239,10 +198,8 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         }
         for (int i = 0; MASKED && i < BIT_STAGES; i++)
             barrier_init(bits_full + 8 * i, MAKERS), barrier_init(bits_empty + 8 * i, GROUPS * 4 + 1);
-        for (int i = 0; MASKED && i < mask_stages; i++) {
-            barrier_init(mask_full + 8 * i, args.mask_copied ? 1 : MAKERS);
-            barrier_init(mask_empty + 8 * i, added ? GROUPS * 4 : MAKERS);
-        }
+        for (int i = 0; MASKED && i < mask_stages; i++)
+            barrier_init(mask_full + 8 * i, 1), barrier_init(mask_empty + 8 * i, added ? GROUPS * 4 : MAKERS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -280,37 +237,26 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         if (MASKED && warp > 0) {
             for (unsigned index; (index = next_item()) < items;) {
                 const Item<KEYS> item(p, index);
-                const MaskMaker<T, KEYS> maker(p, item, warp - MASK_WARP - 1);
                 for (int tile = 0; tile < item.tiles; tile++) {
                     int first = item.begin + tile * KEYS;
-                    unsigned char *mask = mask_tiles + mask_at.stage * mask_tile;
                     if (warp == MASK_WARP) {
-                        if (!args.mask_copied || lane != 0) continue;
+                        if (mask_stages == 0 || lane != 0) break;
+                        unsigned full = mask_full + 8 * mask_at.stage, to = masks_at + mask_at.stage * mask_tile;
                         barrier_wait(mask_empty + 8 * mask_at.stage, mask_at.parity ^ 1);
-                        unsigned full = mask_full + 8 * mask_at.stage;
-                        barrier_expect(full, mask_tile);
+                        barrier_expect(full, rows_differ ? mask_tile : mask_tile / ROWS);
                         for (int at = 0; at < KEYS; at += added ? 64 : KEYS)
-                            copy_box(masks_at + mask_at.stage * mask_tile + at * ROWS * 2, args.mask_map, full,
-                                     first + at, item.first_query, item.head, item.batch);
+                            copy_box(to + at * ROWS * 2, args.mask_map, full, first + at, item.first_query, item.head,
+                                     item.batch);
                         mask_at.advance(mask_stages);
-                        continue;
-                    }
-                    if (bits) {
-                        bool copied = by_rows && args.mask_copied;
-                        if (copied) barrier_wait(mask_full + 8 * mask_at.stage, mask_at.parity);
+                    } else if (bits) {
+                        const unsigned char *mask = boolean ? mask_tiles + mask_at.stage * mask_tile : NULL;
+                        if (mask) barrier_wait(mask_full + 8 * mask_at.stage, mask_at.parity);
                         barrier_wait(bits_empty + 8 * bits_at.stage, bits_at.parity ^ 1);
-                        maker.make_bits(first, by_rows, copied ? mask : NULL, mask_bits[bits_at.stage]);
+                        make_bits(p, item, first, warp - MASK_WARP - 1, mask, rows_differ, mask_bits[bits_at.stage]);
                         __syncwarp();
                         if (lane == 0) barrier_arrive(bits_full + 8 * bits_at.stage);
                         bits_at.advance(BIT_STAGES);
-                        if (copied) mask_done(lane == 0);
-                    }
-                    if (added && !args.mask_copied) {
-                        barrier_wait(mask_empty + 8 * mask_at.stage, mask_at.parity ^ 1);
-                        maker.convert(first, mask);
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(mask_full + 8 * mask_at.stage);
-                        mask_at.advance(mask_stages);
+                        if (mask) mask_done(lane == 0);
                     }
                 }
             }
@@ -447,22 +393,23 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             }
             return tile;
         };
-        // Scores in natural units: scaled, capped, with the mask added.
-        auto change = [&]() {
-            float factor = p.scale;
+        // Scores in natural units: scaled, capped, with the mask added. What causal, window and bits hide is hidden in
+        // between, so that -infinity stays what it is, and the last step mixes with the weights'.
+        const bool early = p.softcap > 0 || !(p.scale > 0);
+        auto cap = [&]() {
             if (p.softcap > 0) {
                 float inverse = p.scale / p.softcap;
 #pragma unroll
                 for (int i = 0; i < KEYS / 2; i++) scores[i] = p.softcap * quick_tanh(scores[i] * inverse);
-                factor = 1;
-            }
-            if (!added) {
+            } else {
 #pragma unroll
-                for (int i = 0; i < KEYS / 2; i++) scores[i] *= factor;
-                return;
+                for (int i = 0; i < KEYS / 2; i++) scores[i] *= p.scale;
             }
+        };
+        auto add_mask = [&]() {
+            const float factor = early ? 1 : p.scale;
             barrier_wait(mask_full + 8 * mask_at.stage, mask_at.parity);
-            unsigned row = group * GROUP_ROWS + warp * 16 + lane % 16;
+            unsigned row = rows_differ ? group * GROUP_ROWS + warp * 16 + lane % 16 : 0;
             unsigned at = masks_at + mask_at.stage * mask_tile + row * ROW + ((lane / 16 ^ (row & 7)) << 4);
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n += 2) {
@@ -480,7 +427,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         };
         auto hide = [&](int tile) {
             int first = item.begin + tile * KEYS;
-            if constexpr (KIND == CHANGED) change();
+            if (KIND == CHANGED && early) cap();
             bool all_see_all = first + KEYS <= item.kv_len &&
                                first >= group_first + GROUP_ROWS - 1 + item.first_visible &&
                                first + KEYS - 1 <= group_first + item.last_visible;
@@ -501,35 +448,21 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     }
                 }
             }
-            if (bits) {
-                if (state & SOME_HIDDEN) {
+        };
+        auto hide_unseen = [&](const Seen &seen) {
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        int row = by_rows ? group * GROUP_ROWS + warp * 16 + lane / 4 + 8 * i : 0;
-                        uint4 of_row = mask_bits[bits_at.stage].rows[row];
-                        const unsigned words[4] = {of_row.x, of_row.y, of_row.z, of_row.w};
-#pragma unroll
-                        for (int quarter = 0; quarter < 4; quarter++) {
-                            unsigned seen = words[quarter] >> lane % 4 * 8;
-#pragma unroll
-                            for (int j = 0; j < KEYS / 16; j++) {
-                                int n = j / 4 * 8 + quarter * 2 + j % 4 / 2;
-                                if (!(seen & 1u << j)) scores[4 * n + 2 * i + j % 2] = -INFINITY;
-                            }
-                        }
-                    }
-                }
-                __syncwarp();
-                bits_done(lane == 0);
+            for (int i = 0; i < KEYS / 2; i++) {
+                if (!seen(i / 2 % 2, i / 4, i % 2)) scores[i] = -INFINITY;
             }
         };
         // The weights of row i of the tile relative to `largest`; their sum.
-        auto weigh = [&](int i, unsigned(&weights)[KEYS / 4]) {
+        auto weigh = [&](int i, unsigned(&weights)[KEYS / 4], const auto &seen) {
             float base = largest[i] == -INFINITY ? 0 : largest[i], of_tile = 0; // infinity - infinity would be NaN
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
-                float x = power(fmaf(scores[4 * n + 2 * i], scale, -base));
-                float y = power(fmaf(scores[4 * n + 2 * i + 1], scale, -base));
+                float x = seen(i, n, 0) ? fmaf(scores[4 * n + 2 * i], scale, -base) : -INFINITY;
+                float y = seen(i, n, 1) ? fmaf(scores[4 * n + 2 * i + 1], scale, -base) : -INFINITY;
+                x = power(x), y = power(y);
                 of_tile += x;
                 of_tile += y;
                 weights[2 * n + i] = narrow_pair(x, y, T());
@@ -539,16 +472,37 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         // Of a row's first tile `largest` is its maximum. It stays as long as weights relative to it are not too large,
         // and there is no maximum to look for. Whether it changed, and with it, by `factor`, what the values count.
         auto softmax = [&](unsigned(&weights)[KEYS / 4], bool first) {
+            Seen seen;
+            bool partly = false; // seen
+            if (bits) {
+                if (state & SOME_HIDDEN) {
+                    partly = true;
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        int row = boolean && rows_differ ? group * GROUP_ROWS + warp * 16 + lane / 4 + 8 * i : 0;
+                        seen.load<KEYS>(i, mask_bits[bits_at.stage].rows[row]);
+                    }
+                    if (KIND == CHANGED) hide_unseen(seen);
+                }
+                __syncwarp();
+                bits_done(lane == 0);
+            }
+            if (KIND == CHANGED && added) add_mask();
             float of_tile[2];
             bool outgrown = first;
-            if (!first) {
+            if (MASKED ||
+                !first) { // the first tile's are made in vain: without a branch they mix with what comes before
 #pragma unroll
-                for (int i = 0; i < 2; i++) of_tile[i] = weigh(i, weights);
+                for (int i = 0; i < 2; i++) {
+                    if (KIND == HIDDEN && partly) of_tile[i] = weigh(i, weights, seen);
+                    else of_tile[i] = weigh(i, weights, SeenAll());
+                }
                 bool fits =
                     of_tile[0] <= MOST && of_tile[1] <= MOST && largest[0] != -INFINITY && largest[1] != -INFINITY;
                 outgrown = __any_sync(ALL_LANES, !fits);
             }
             if (outgrown) {
+                if (KIND == HIDDEN && partly) hide_unseen(seen);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     float now = -INFINITY;
@@ -560,7 +514,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     now = larger(now * scale, largest[i]);
                     factor[i] = now == -INFINITY ? 1 : power(largest[i] - now);
                     largest[i] = now;
-                    of_tile[i] = weigh(i, weights);
+                    of_tile[i] = weigh(i, weights, SeenAll());
                     sum[i] *= factor[i];
                 }
             }
