@@ -79,8 +79,8 @@ typedef struct mtl_cuda_attention_args {
     mtl_cuda_strided logsumexp; /* batch, head, query */
     float scale, softcap;
     int64_t first_visible, last_visible; /* query i sees keys i + first_visible to i + last_visible */
-    /* Where keys are split: a range's normalized sums, of each row of the batch and key/value head, and the logarithm
-     * of their weight; or that in two factors, exp(part_logs) part_sums, which no large score makes coarse. */
+    /* Where keys are split: a range's normalized sums, of each row of the batch and key/value head, and their weight in
+     * two factors, exp(part_logs) part_sums, which no large score makes coarse. */
     int64_t split_keys; /* of a range */
     int splits;
     int heads_a_turn; /* key/value heads whose blocks are launched together: see attention.cuh's turn_of_block */

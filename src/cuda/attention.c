@@ -173,6 +173,7 @@ static metalloid_status allocate_parts(const mtl_cuda_call *call, mtl_cuda_atten
     MTL_TRY(mtl_cuda_allocate(call, (size_t)(all * (attention->value_dim + 2)) * sizeof(float), memory));
     attention->parts = (float *)*memory;
     attention->part_logs = attention->parts + all * attention->value_dim;
+    attention->part_sums = attention->part_logs + all;
     return METALLOID_OK;
 }
 
@@ -338,10 +339,7 @@ static metalloid_status attend_in_tiles(const mtl_cuda_call *call, const mtl_att
     attention->splits = grid.z = (int)splits;
 
     CUdeviceptr memory = 0;
-    if (splits > 1) {
-        MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
-        attention->part_sums = attention->part_logs + splits * heads * rows;
-    }
+    if (splits > 1) MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
     metalloid_status status = mtl_cuda_launch(call, kernel, grid, attention);
     return memory ? merge_parts(call, attention, heads * rows, memory, status) : status;
 }

@@ -225,8 +225,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
         int64_t from = column < p.value_dim ? column : 0;
 #pragma unroll 8 // so that the loads of several ranges are in flight
         for (int split = threadIdx.y; split < p.splits; split += MERGE_GROUPS) {
-            float weight = exp_of_difference(p.part_logs[split * all + at], base);
-            if (p.part_sums) weight *= p.part_sums[split * all + at];
+            float weight = exp_of_difference(p.part_logs[split * all + at], base) * p.part_sums[split * all + at];
             float part = p.parts[(split * all + at) * p.value_dim + from];
             sum += weight;
             x += weight == 0 ? 0 : weight * part;
