@@ -1,5 +1,6 @@
 """What the case tables of tests/python cannot see: streams, graphs, models' sizes, repeated bits, errors."""
 
+import concurrent.futures
 import ctypes
 
 import numpy as np
@@ -214,8 +215,8 @@ def test_a_row_of_the_lowest_masks_is_a_mean(dim, heads, queries, keys):
     torch.testing.assert_close(out.double(), k.double().mean(2, keepdim=True).expand(out.shape), rtol=2e-2, atol=2e-2)
 
 
-# How a mask lies in memory: every axis that may be broadcast, rows that begin anywhere, other strides; and one that hides
-# whole tiles.
+# How a mask lies in memory: every axis that may be broadcast, rows that begin anywhere, other strides. One hides whole
+# tiles.
 LAYOUTS = {
     "own": lambda make, b, h, q, k: make(b, h, q, k),
     "all heads alike": lambda make, b, h, q, k: make(b, 1, q, k),
@@ -414,6 +415,37 @@ def test_work_is_queued_on_the_context_s_stream():
     assert not stream.query()  # and the call did not wait
     stream.synchronize()
     torch.testing.assert_close(out, torch.ones_like(x), rtol=1e-4, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs several GPUs")
+def test_several_gpus():
+    """A thread to a GPU, all at once; then all from one thread, whichever GPU is current."""
+
+    def work(device, rounds):
+        x, weight = (randn(*shape, dtype=torch.bfloat16).to(device) for shape in ((512, 4096), (4096,)))
+        q, k = (randn(2, 8, n, 128, dtype=torch.bfloat16).to(device) for n in (1, 8192))
+        for _ in range(rounds):
+            out, attended, many = torch.empty_like(x), torch.empty_like(q), torch.empty_like(k[:, :, :640])
+            run("rms_norm", x, weight, 1e-5, out)
+            run("scaled_dot_product_attention", q, k, k, 128**-0.5, None, attended)
+            run("scaled_dot_product_attention", k[:, :, :640], k, k, 128**-0.5, attention_options(causal=True), many)
+        torch.cuda.synchronize(device)
+        x, q, k = x.double(), q.double(), k.double()
+        close(out.cpu(), reference_norm(x, weight, None, 1e-5).cpu(), ROUNDING[torch.bfloat16])
+        want = (q @ k.mT * 128**-0.5).softmax(-1) @ k
+        assert (attended.double() - want).abs().max().item() <= SIXTEEN[torch.bfloat16]
+        return out.cpu(), attended.cpu(), many.cpu()
+
+    def by_thread(device):
+        with torch.cuda.device(device):
+            return work(torch.device("cuda", device), 20)
+
+    devices = range(torch.cuda.device_count())
+    with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+        results = list(pool.map(by_thread, devices))
+    results += [work(torch.device("cuda", device), 2) for device in devices]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_wide_floats_fail_by_name():
