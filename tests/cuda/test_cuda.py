@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 from benchmark import run, seconds, view
-from library import CrossEntropyOptions, attention_options, call, context, rope_options
+from library import (
+    CrossEntropyOptions,
+    attention_options,
+    call,
+    check,
+    context,
+    kernel,
+    kernel_call,
+    library,
+    rope_options,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -420,16 +430,23 @@ def test_work_is_queued_on_the_context_s_stream():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs several GPUs")
 def test_several_gpus():
     """A thread to a GPU, all at once; then all from one thread, whichever GPU is current."""
+    doubled = kernel("y[thread_position_in_grid.x] = 2 * x[thread_position_in_grid.x];", ["x"], ["y"])
+
+    shapes = (512, 4096), (4096,), (2, 8, 1, 128), (2, 8, 8192, 128)
+    given = [randn(*shape, dtype=torch.bfloat16).cpu() for shape in shapes]
 
     def work(device, rounds):
-        x, weight = (randn(*shape, dtype=torch.bfloat16).to(device) for shape in ((512, 4096), (4096,)))
-        q, k = (randn(2, 8, n, 128, dtype=torch.bfloat16).to(device) for n in (1, 8192))
+        x, weight, q, k = (tensor.to(device) for tensor in given)
         for _ in range(rounds):
             out, attended, many = torch.empty_like(x), torch.empty_like(q), torch.empty_like(k[:, :, :640])
+            twice = torch.empty_like(weight)
+            of_kernel = kernel_call([view(weight)], [view(twice)], (4096, 1, 1), (128, 1, 1))
+            check(library.metalloid_kernel_launch(run.contexts[0], doubled, ctypes.byref(of_kernel)))
             run("rms_norm", x, weight, 1e-5, out)
             run("scaled_dot_product_attention", q, k, k, 128**-0.5, None, attended)
             run("scaled_dot_product_attention", k[:, :, :640], k, k, 128**-0.5, attention_options(causal=True), many)
         torch.cuda.synchronize(device)
+        assert torch.equal(twice, 2 * weight)
         x, q, k = x.double(), q.double(), k.double()
         close(out.cpu(), reference_norm(x, weight, None, 1e-5).cpu(), ROUNDING[torch.bfloat16])
         want = (q @ k.mT * 128**-0.5).softmax(-1) @ k
@@ -446,6 +463,7 @@ def test_several_gpus():
     results += [work(torch.device("cuda", device), 2) for device in devices]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    library.metalloid_kernel_destroy(doubled)
 
 
 def test_wide_floats_fail_by_name():
