@@ -230,6 +230,15 @@ template <typename T, T (*combine)(T, T), int SLOT> __device__ inline T over_row
     return over_warp<T, combine>(x);
 }
 
+// What the first thread of a row has.
+__device__ inline float of_first_thread(float x) {
+    if (blockDim.x == WARP) return __shfl_sync(ALL_LANES, x, 0);
+    __shared__ float first;
+    if (threadIdx.x == 0) first = x;
+    __syncthreads();
+    return first;
+}
+
 // ---- norms
 
 // The power of two that brings the larger of `largest` and sqrt(eps) near 1.

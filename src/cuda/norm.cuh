@@ -74,8 +74,9 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     float length = (float)p.length, eps = (float)p.eps, mean = 0, variance, scale = 1;
     bool far = false; // the pivot from the mean: then the variance has cancelled
     if constexpr (LAYER) {
-        pivot = load_float(p.x.data + at.of[X], Element<T>::dtype);
-        if (ADD) pivot += load_float(p.residual.data + at.of[RESIDUAL], Element<T>::dtype);
+        // The sum may lie where an input was: what is read there is read once.
+        if (ADD) pivot = of_first_thread(sums[0][0]);
+        else pivot = load_float(p.x.data + at.of[X], Element<T>::dtype);
         float2 total = {}; // of deviations from the pivot, and of their squares
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {

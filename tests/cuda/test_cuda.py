@@ -67,6 +67,22 @@ def test_layer_norm_whose_first_element_lies_far_out(outlier):
     close(out, reference_norm(x, one, zero, 1e-5), ROUNDING[torch.float32])
 
 
+@pytest.mark.parametrize("where", ["x", "residual", "both"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [2048, 8192])
+def test_the_sum_may_lie_where_an_input_was(length, dtype, where):
+    """Many rows of several warps, whose first elements lie far out: all warps have to use the same pivot."""
+    x, residual, weight = randn(3000, length, dtype=dtype), randn(3000, length, dtype=dtype, seed=1), randn(length)
+    x[:, 0], residual[:, 0] = 40, -300
+    ref_sum = x.double() + residual.double()
+    ref = reference_norm(ref_sum, weight, torch.zeros_like(weight), 1e-5)
+    total = residual if where == "residual" else x
+    out = residual if where == "both" else poisoned(3000, length, dtype=dtype)
+    run("add_layer_norm", x, residual, weight, None, 1e-5, total, out)
+    close(out, ref, ROUNDING[dtype])
+    close(total, ref_sum, ROUNDING[dtype])
+
+
 def reference_attention(
     q, k, v, *, causal=False, mask=None, window=None, causal_offset=None, sinks=None, softcap=None, key_mask=None
 ):
