@@ -63,6 +63,12 @@ static mtl_cuda_strided strided(mtl_attention_operand operand) {
         operand.data, (int)operand.dtype, {operand.stride[0], operand.stride[1], operand.stride[2], operand.stride[3]}};
 }
 
+/* Within it float32 does: a smaller cap leaves all scores alike too, and a larger one leaves them as they are. */
+static float float_cap(double softcap) {
+    static const double least = 1e-30, most = 1e37;
+    return softcap == 0 ? 0 : (float)(softcap < least ? least : softcap > most ? most : softcap);
+}
+
 static bool aligned(mtl_attention_operand operand) {
     int64_t odd = (int64_t)((uintptr_t)operand.data % VECTOR);
     for (int axis = 0; axis < 3; axis++) odd |= operand.stride[axis] % VECTOR;
@@ -253,7 +259,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
         MASK_STAGES = 4,
         OWN_MEMORY = 1 << 10
     };
-    enum { MOST_LENGTH = (1 << 30) - 2 * ROWS };
+    enum { MOST_LENGTH = (1 << 30) - 2 * ROWS, MOST_CAP = 1 << 10 /* times what quick_tanh is off */ };
     enum { PLAIN, HIDDEN, CHANGED, KINDS };
     static const int images[KINDS] = {MTL_CUDA_IMAGE_attention_hopper, MTL_CUDA_IMAGE_attention_hopper_masked,
                                       MTL_CUDA_IMAGE_attention_hopper_changed};
@@ -276,7 +282,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     int64_t items = (args->q_len + ROWS - 1) / ROWS * args->batch * args->q_heads;
     *done = false;
     if (args->q_len < LEAST_ROWS || items * 2 < places || items > INT32_MAX || args->q_len > MOST_LENGTH ||
-        args->kv_len > MOST_LENGTH)
+        args->kv_len > MOST_LENGTH || args->softcap > MOST_CAP)
         return METALLOID_OK;
     mtl_cuda_attention_hopper_args hopper = {.attention = *attention, .items = (unsigned)items};
     if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
@@ -409,7 +415,7 @@ metalloid_status mtl_cuda_attention(const metalloid_context *context, const char
                       (int)args->logsumexp.dtype,
                       {args->logsumexp.stride[0], args->logsumexp.stride[1], args->logsumexp.stride[2]}},
         .scale = (float)args->scale,
-        .softcap = (float)args->softcap,
+        .softcap = float_cap(args->softcap),
         .first_visible = args->first_visible,
         .last_visible = args->last_visible,
         .splits = 1};

@@ -48,7 +48,7 @@ template <int KEYS> struct Item {
     }
 };
 
-// To about 2^-22, which is enough for what is added to scores.
+// To about 2^-22, which is enough for scores with a cap of up to 2^10.
 __device__ inline float quick_tanh(float x) { return 1 - __fdividef(2, 1 + power_of_2(2 * LOG2_E * x)); }
 
 __device__ inline float2 widen_pair(unsigned x, __half) { return __half22float2(*(const __half2 *)&x); }

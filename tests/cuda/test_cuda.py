@@ -296,6 +296,18 @@ def test_masks_of_every_layout(dims, layout, kind, rest):
     assert (log.double() - ref_log)[some].abs().max().item() <= 1e-4
 
 
+@pytest.mark.parametrize("softcap", [1e-300, 1e-3, 1e3, 1e5, 1e10, 1e300])
+@pytest.mark.parametrize(("queries", "dim", "dtype"), [(1, 128, torch.float16), (700, 128, torch.float16),
+                                                       (700, 64, torch.float32), (70, 512, torch.bfloat16)])
+def test_caps_of_every_size(queries, dim, dtype, softcap):
+    q, k = randn(2, 16, queries, dim, dtype=dtype), randn(2, 16, 900, dim, dtype=dtype, seed=1)
+    out, log = attend(q, k, k, softcap=softcap)
+    ref, ref_log = reference_attention(q, k, k, softcap=softcap)
+    bound = {**SIXTEEN, torch.float32: 1e-5}[dtype]
+    assert ((out.double() - ref).abs() / (ref.abs() + k.double().abs().max())).max().item() <= bound
+    assert (log.double() - ref_log).abs().max().item() <= 1e-3
+
+
 @pytest.mark.parametrize("queries", [1, 700])
 def test_the_same_call_gives_the_same_bits(queries):
     q, k = randn(1, 32, queries, 128, dtype=torch.bfloat16), randn(1, 8, 4096, 128, dtype=torch.bfloat16, seed=1)
