@@ -77,9 +77,10 @@ static bool aligned(mtl_attention_operand operand) {
 
 /* Whether there is something to do in tiles, and as much as a grid can count. */
 static bool tiles_serve(const mtl_attention_args *args) {
-    int64_t most_rows = INT32_MAX - 1024, group = args->q_heads / args->kv_heads;
-    return args->head_dim > 0 && args->value_dim > 0 && args->kv_len > 0 && args->batch * args->kv_heads <= 65535 &&
-           group <= most_rows && args->q_len <= most_rows / group;
+    enum { LEAST_ROWS = 8 /* of a block */ };
+    int64_t most = INT32_MAX - 1024, group = args->q_heads / args->kv_heads, heads = args->batch * args->kv_heads;
+    return args->head_dim > 0 && args->value_dim > 0 && args->kv_len > 0 && group <= most &&
+           args->q_len <= most / group && heads <= most / (group * args->q_len / LEAST_ROWS + 1);
 }
 
 static bool tensor_cores_serve(const mtl_attention_args *args) {
@@ -97,9 +98,9 @@ static metalloid_status append(const mtl_cuda_call *call, mtl_cuda_append_args a
     return grid.blocks ? mtl_cuda_launch(call, kernel_of(APPEND), grid, &args) : METALLOID_OK;
 }
 
-static metalloid_status append_to_cache(const mtl_cuda_call *call, const mtl_attention_args *args,
-                                        const mtl_attention_operand *from, const mtl_attention_operand *cache,
-                                        int64_t features) {
+static metalloid_status append_one(const mtl_cuda_call *call, const mtl_attention_args *args,
+                                   const mtl_attention_operand *from, const mtl_attention_operand *cache,
+                                   int64_t features) {
     mtl_cuda_append_args arguments = {.from = strided(*from),
                                       .to = strided(*cache),
                                       .heads = args->kv_heads,
@@ -108,6 +109,20 @@ static metalloid_status append_to_cache(const mtl_cuda_call *call, const mtl_att
                                       .size = (int)mtl_dtype_size(cache->dtype)};
     arguments.to.data += args->append.offset * cache->stride[2];
     return append(call, arguments, args->batch);
+}
+
+static metalloid_status append_to_cache(const mtl_cuda_call *call, const mtl_attention_args *args) {
+    if (!args->append.k.data) return METALLOID_OK;
+    MTL_TRY(append_one(call, args, &args->append.k, &args->k, args->head_dim));
+    return append_one(call, args, &args->append.v, &args->v, args->value_dim);
+}
+
+/* The kernel that reads keys and values. The cache is written only here, when the call has all the memory that it wants:
+ * one that fails for lack of it leaves everything as it was. */
+static metalloid_status launch_attention(const mtl_cuda_call *call, const mtl_attention_args *args,
+                                         mtl_cuda_kernel kernel, mtl_cuda_grid grid, const void *arguments) {
+    MTL_TRY(append_to_cache(call, args));
+    return mtl_cuda_launch(call, kernel, grid, arguments);
 }
 
 /* Of Hopper's kernels, which are named after the head dimensions that they serve. */
@@ -195,7 +210,7 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
     enum { ROWS = 16, KEYS = 64, THREADS = 160, MOST_BLOCKS = 16, MOST_TILES = 4096, LEAST_TILES = 8 };
-    enum { MANY_BLOCKS = 8, MANY_TILES = 16, MOST_STAGES = 12, OWN_MEMORY = 6 << 10 };
+    enum { MANY_BLOCKS = 8, MANY_TILES = 16, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
     static const struct {
         int blocks; /* that a multiprocessor holds */
         int stages;
@@ -208,7 +223,8 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
     mtl_cuda_attention_hopper_args hopper;
     *done = false;
-    if (rows > FEW_ROWS || args->kv_len > INT32_MAX - 2 * KEYS || !describe_keys(call, args, &hopper, KEYS))
+    if (rows > FEW_ROWS || heads > MOST_HEADS || args->kv_len > INT32_MAX - 2 * KEYS ||
+        !describe_keys(call, args, &hopper, KEYS))
         return METALLOID_OK;
     int at = hopper_dims_of(args), bf16 = args->q.dtype == MTL_BF16;
     mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_decode, 2 * at + bf16, kernels[at].name[bf16]};
@@ -243,7 +259,7 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     CUdeviceptr memory = 0;
     if (attention->splits > 1) MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
     hopper.attention = *attention;
-    metalloid_status status = mtl_cuda_launch(call, kernel, grid, &hopper);
+    metalloid_status status = launch_attention(call, args, kernel, grid, &hopper);
     return memory ? merge_parts(call, attention, heads * rows, memory, status) : status;
 }
 
@@ -309,7 +325,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
         if (status == METALLOID_OK) status = mtl_cuda_fill(call, next, 1, sizeof *hopper.next, 0);
         hopper.next = (unsigned *)next;
     }
-    if (*done && status == METALLOID_OK) status = mtl_cuda_launch(call, kernel, grid, &hopper);
+    if (*done && status == METALLOID_OK) status = launch_attention(call, args, kernel, grid, &hopper);
     if (next) mtl_cuda_release(call, next);
     if (mask) mtl_cuda_release(call, mask);
     return status;
@@ -346,7 +362,7 @@ static metalloid_status attend_in_tiles(const mtl_cuda_call *call, const mtl_att
 
     CUdeviceptr memory = 0;
     if (splits > 1) MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
-    metalloid_status status = mtl_cuda_launch(call, kernel, grid, attention);
+    metalloid_status status = launch_attention(call, args, kernel, grid, attention);
     return memory ? merge_parts(call, attention, heads * rows, memory, status) : status;
 }
 
@@ -359,7 +375,7 @@ static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_ar
     if (!tiles_serve(args) || (!on_tensor_cores && dim > MOST_DIM)) {
         int64_t all = args->batch * args->q_heads * args->q_len, blocks = (all + 3) / 4;
         mtl_cuda_grid grid = {.blocks = blocks < 1 << 20 ? blocks : 1 << 20, .threads = WARP, .rows = 4};
-        return mtl_cuda_launch(call, kernel_of(ANY), grid, attention);
+        return launch_attention(call, args, kernel_of(ANY), grid, attention);
     }
     if (!on_tensor_cores) {
         few |= f32_tiles[class][0].memory > memory;
@@ -386,13 +402,8 @@ static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_ar
 metalloid_status mtl_cuda_attention(const metalloid_context *context, const char *op, const mtl_attention_args *args) {
     mtl_cuda_call call;
     MTL_TRY(mtl_cuda_begin(&call, context, op, args->device, args->in_double));
-    metalloid_status status = METALLOID_OK;
-    if (args->append.k.data) {
-        status = append_to_cache(&call, args, &args->append.k, &args->k, args->head_dim);
-        if (status == METALLOID_OK) status = append_to_cache(&call, args, &args->append.v, &args->v, args->value_dim);
-    }
     bool attends = args->batch && args->q_heads && args->q_len && (args->value_dim || args->logsumexp.data);
-    if (!attends || status != METALLOID_OK) return mtl_cuda_end(&call, status);
+    if (!attends) return mtl_cuda_end(&call, append_to_cache(&call, args));
     mtl_cuda_attention_args attention = {
         .batch = args->batch,
         .q_heads = args->q_heads,

@@ -369,6 +369,16 @@ def test_decoding(batch, heads, queries, keys, form, dims):
     assert torch.equal(out, again)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("batch", "heads"), [(70000, 1), (300, 300)])
+def test_many_heads(batch, heads, dtype):
+    q, k = randn(batch, heads, 3, 16, dtype=dtype), randn(batch, heads, 5, 16, dtype=dtype, seed=1)
+    out, _ = attend(q, k, k, causal=True)
+    ref, _ = reference_attention(q, k, k, causal=True)
+    bound = 2e-6 if dtype == torch.float32 else SIXTEEN[dtype]
+    assert ((out.double() - ref).abs() / (ref.abs() + k.double().abs().max())).max().item() <= bound
+
+
 def reference_delta(q, k, v, gamma, beta, state, mask=None):
     q, k, v, gamma, beta, state = (x.double() for x in (q, k, v, gamma, beta, state))
     group, outs = v.shape[2] // k.shape[2], []
