@@ -9,7 +9,7 @@
 // in their order, so that the same call gives the same bits.
 //
 // A weight of 0 does not keep a NaN or infinity of V out of a matrix product: a row that comes out NaN is done again by
-// attention_row, which leaves hidden keys out.
+// attention_row, which leaves hidden keys out. Not where its weights' sum is NaN: then a visible score is.
 #include "cuda/attention.cuh"
 #include "cuda/mma.cuh"
 
@@ -170,7 +170,7 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
         bool split = p.splits > 1;
         RowEnd end_of_row = {};
         if (row[i] < rows) end_of_row = end_row(p, head[i], largest[i], sum[i], split);
-        bool nan = end_of_row.factor != end_of_row.factor;
+        bool nan = false;
         int64_t part = ((int64_t)blockIdx.z * (p.batch * p.kv_heads) + turn.head) * rows + row[i];
         char *out = (char *)place(p.out, batch, head[i], query[i]);
 #pragma unroll
@@ -189,6 +189,7 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
             if (split) p.part_logs[part] = largest[i], p.part_sums[part] = sum[i];
             else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head[i], query[i]) = end_of_row.log_sum;
         }
+        nan = nan && end_of_row.factor == end_of_row.factor;
         unsigned of_lanes = __ballot_sync(ALL_LANES, nan && row[i] < rows && !split);
         for (int r = 0; r < 8; r++) wrong |= (of_lanes >> 4 * r & 15 ? 1u : 0u) << (r + 8 * i);
     }
@@ -238,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
         for (int group = 0; group < MERGE_GROUPS; group++) x += joined[group][threadIdx.x], sum += of_group[group];
         x = sum == 0 ? 0 : x / sum;
         if (column < p.value_dim) {
-            nan |= x != x;
+            nan |= x != x && sum == sum;
             if (threadIdx.y == 0)
                 store_float((char *)place(p.out, batch, head, query) + column * p.out.stride[3], p.out.dtype, x);
         }

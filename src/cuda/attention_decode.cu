@@ -299,7 +299,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         }
         store_float((char *)place(p.out, batch, head, query) + column * p.out.stride[3], p.out.dtype, x);
         if (column == 0 && p.logsumexp.data) *(float *)place(p.logsumexp, batch, head, query) = log_sum;
-        if (x != x || total != total) atomicOr(&wrong, 1u << row);
+        if (x != x && total == total) atomicOr(&wrong, 1u << row);
     }
     __syncthreads();
     cluster_arrive();

@@ -383,7 +383,7 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
         if (row >= rows) continue;
         bool split = p.splits > 1;
         RowEnd end_of_row = end_row(p, head, largest[i], total, split);
-        bool nan = end_of_row.factor != end_of_row.factor;
+        bool nan = false;
         int64_t part = ((int64_t)blockIdx.z * (p.batch * p.kv_heads) + turn.head) * rows + row;
         char *out = (char *)place(p.out, batch, head, query);
 #pragma unroll
@@ -402,6 +402,7 @@ __device__ inline void attention_f32(const mtl_cuda_attention_args &p) {
             if (split) p.part_logs[part] = largest[i], p.part_sums[part] = total;
             else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head, query) = end_of_row.log_sum;
         }
+        nan = nan && end_of_row.factor == end_of_row.factor;
         wrong |= (unsigned)(nan && !split) << i;
     }
     for (int of_lane = 0; of_lane < ROW_LANES; of_lane++) {

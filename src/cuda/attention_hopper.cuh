@@ -588,7 +588,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                 }
             }
             float inverse = sum[i] == 0 ? 0 : by / sum[i];
-            bool nan = sum[i] != sum[i];
+            bool nan = false;
             char *out = (char *)place(p.out, item.batch, item.head, query[i]);
             bool pairs = p.out.dtype == Element<T>::dtype && p.out.stride[3] == 2 && ((uintptr_t)out & 3) == 0;
 #pragma unroll
@@ -610,6 +610,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             if (inside && lane % 4 == 0 && p.logsumexp.data)
                 *(float *)place(p.logsumexp, item.batch, item.head, query[i]) =
                     sum[i] == 0 ? -INFINITY : top + logf(sum[i]);
+            nan = nan && (added || sum[i] == sum[i]); // a NaN beside an additive mask's -infinity is hidden
             unsigned of_lanes = __ballot_sync(ALL_LANES, nan && inside);
             for (int r = 0; r < 8; r++) wrong |= (of_lanes >> 4 * r & 15 ? 1u : 0u) << (r + 8 * i);
         }

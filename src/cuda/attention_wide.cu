@@ -222,7 +222,7 @@ __device__ inline void attention_wide(const mtl_cuda_attention_args &p) {
             if (row >= rows) continue;
             bool split = p.splits > 1;
             RowEnd end_of_row = end_row(p, head, largest[tile][i], total, split);
-            bool nan = end_of_row.factor != end_of_row.factor;
+            bool nan = false;
             int64_t at = ((int64_t)blockIdx.z * (p.batch * p.kv_heads) + turn.head) * rows + row;
             char *out = (char *)place(p.out, batch, head, query);
 #pragma unroll
@@ -241,6 +241,7 @@ __device__ inline void attention_wide(const mtl_cuda_attention_args &p) {
                 if (split) p.part_logs[at] = largest[tile][i], p.part_sums[at] = total;
                 else if (p.logsumexp.data) *(float *)place(p.logsumexp, batch, head, query) = end_of_row.log_sum;
             }
+            nan = nan && end_of_row.factor == end_of_row.factor;
             if (nan && !split) wrong[in_block] = 1;
         }
     }

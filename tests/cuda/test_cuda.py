@@ -340,6 +340,34 @@ def test_a_hidden_key_never_shows(by, dtype, dim, poison, queries):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("form", ["plain", "causal", "key_mask", "added"])
+@pytest.mark.parametrize(("queries", "dim", "dtype"), [(1, 128, torch.bfloat16), (700, 128, torch.bfloat16),
+                                                       (70, 64, torch.float16), (70, 512, torch.bfloat16),
+                                                       (1, 128, torch.float32), (70, 64, torch.float32)])
+def test_a_visible_nan_shows(queries, dim, dtype, form):
+    """In the rows that see it, all of them, and in no other; beside an additive mask's -infinity it is hidden."""
+    q, k = randn(2, 16, queries, dim, dtype=dtype), randn(2, 16, 900, dim, dtype=dtype, seed=1)
+    k[0, 3, 850] = torch.nan
+    if queries > 1:
+        q[1, 5, 7, 3] = torch.nan
+    options = options_of(form, 2, 16, queries, 900, dtype)
+    seen = torch.zeros(2, 16, queries, device="cuda", dtype=torch.bool)
+    seen[0, 3] = True
+    if form == "causal":
+        seen[0, 3] = torch.arange(queries, device="cuda") + 900 - queries >= 850
+    if form == "key_mask":
+        options["key_mask"][0, 850] = False
+        seen[0, 3] = False
+    if form == "added":
+        options["mask"][0, 3, :, 850] = -torch.inf
+        seen[0, 3] = False
+    if queries > 1:
+        seen[1, 5, 7] = True
+    out, log = attend(q, k, k.nan_to_num(0), **options)
+    assert torch.equal(log.isnan(), seen)
+    assert torch.equal(out.isnan(), seen[..., None].expand_as(out))
+
+
 @pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)])
 @pytest.mark.parametrize("form", ["plain", "key_mask", "causal", "window", "sinks"])
 @pytest.mark.parametrize(
