@@ -75,7 +75,7 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     bool far = false; // the pivot from the mean: then the variance has cancelled
     if constexpr (LAYER) {
         // The sum may lie where an input was: what is read there is read once.
-        if (ADD) pivot = of_first_thread(sums[0][0]);
+        if constexpr (ADD) pivot = of_first_thread(sums[0][0]);
         else pivot = load_float(p.x.data + at.of[X], Element<T>::dtype);
         float2 total = {}; // of deviations from the pivot, and of their squares
 #pragma unroll
