@@ -19,6 +19,7 @@
     X(cuCtxPushCurrent)                  \
     X(cuCtxPopCurrent)                   \
     X(cuModuleLoadData)                  \
+    X(cuModuleUnload)                    \
     X(cuModuleGetFunction)               \
     X(cuFuncGetAttribute)                \
     X(cuFuncSetAttribute)                \
@@ -102,6 +103,7 @@ static struct {
     atomic_bool waits[MTL_CUDA_IMAGE_COUNT]; /* compiled for an architecture that has wait_for_earlier */
     _Atomic(CUfunction) kernel[MTL_CUDA_IMAGE_COUNT][MTL_CUDA_KERNELS];
     atomic_int shared_memory[MTL_CUDA_IMAGE_COUNT][MTL_CUDA_KERNELS]; /* that was asked for, in bytes */
+    atomic_int cluster[MTL_CUDA_IMAGE_COUNT][MTL_CUDA_KERNELS];       /* the largest that has a place */
 } devices[MTL_CUDA_DEVICES];
 
 static metalloid_status fill_device(mtl_cuda_device *device, const char *op, int id) {
@@ -283,9 +285,9 @@ metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kern
 
 metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid *grid) {
     enum { PORTABLE = 8 }; /* what every device with clusters has */
-    static atomic_int most[MTL_CUDA_DEVICES];
+    atomic_int *most = &devices[call->device->id].cluster[kernel.image][kernel.index];
     if (grid->cluster <= PORTABLE) return METALLOID_OK;
-    int found = atomic_load_explicit(&most[call->device->id], memory_order_relaxed);
+    int found = atomic_load_explicit(most, memory_order_relaxed);
     if (found == 0) {
         CUfunction function;
         MTL_TRY(find_kernel(call, kernel, &function));
@@ -298,7 +300,7 @@ metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel
             CUlaunchConfig config = configuration(call, &tried, attributes);
             if (driver.cuOccupancyMaxActiveClusters(&places, function, &config) == CUDA_SUCCESS && places > 0) break;
         }
-        atomic_store_explicit(&most[call->device->id], found, memory_order_relaxed);
+        atomic_store_explicit(most, found, memory_order_relaxed);
     }
     if (grid->cluster > found) grid->cluster = found;
     return METALLOID_OK;
@@ -341,13 +343,14 @@ void mtl_cuda_release(const mtl_cuda_call *call, CUdeviceptr memory) { driver.cu
 metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, const char *name, int shared_memory,
                                CUfunction *function) {
     enum { ALWAYS_THERE = 48 << 10 }; /* of dynamic shared memory */
-    CUmodule module;
+    CUmodule module = NULL;
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED; /* as in find_kernel */
     driver.cuThreadExchangeStreamCaptureMode(&mode);
     CUresult result = driver.cuModuleLoadData(&module, image);
     if (result == CUDA_SUCCESS) result = driver.cuModuleGetFunction(function, module, name);
     if (result == CUDA_SUCCESS && shared_memory > ALWAYS_THERE)
         result = driver.cuFuncSetAttribute(*function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_memory);
+    if (result != CUDA_SUCCESS && module) driver.cuModuleUnload(module);
     driver.cuThreadExchangeStreamCaptureMode(&mode);
     DRIVER_TRY(call->op, name, result);
     return METALLOID_OK;

@@ -79,8 +79,8 @@ typedef struct mtl_cuda_grid {
 metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid grid,
                                  const void *arguments);
 
-/* The largest cluster of this kernel, a power of two up to grid.cluster, for which the device has a place: what its
- * first caller finds holds for all. */
+/* The largest cluster of this kernel, a power of two up to grid.cluster, for which the device has a place: what the
+ * kernel's first call finds holds for all. */
 metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid *grid);
 
 /* How the copy engine of Hopper finds boxes of some columns and time steps in {batch, head, time, column}: of float16 and
