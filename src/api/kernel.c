@@ -177,6 +177,7 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
     *created = (metalloid_kernel){
         .language = read.language,
         .shared_memory = read.shared_memory,
+        .image = length,
         .definition = {.name = store(&block, name),
                        .input_count = input_count,
                        .output_count = output_count,

@@ -18,6 +18,7 @@
 enum {
     MOST_OPTIONS = 16,
     MOST_BLOCKS_YZ = 65535, /* along y and z of a grid */
+    MOST_THREADS_Z = 64,    /* of a block */
     BLOCKS_FOR_WIDTH = 32,  /* of a multiprocessor */
     COPY_AXES = 16,
     COPY_THREADS = 256,
@@ -37,6 +38,60 @@ static int options_of(metalloid_math_mode mode, bool metal, bool contracts, cons
     if (metal && mode == METALLOID_MATH_FAST) options[count++] = "--use_fast_math";
     if (!contracts) options[count++] = "--fmad=false";
     return count;
+}
+
+/* What was loaded, by what it was made of. It stays: a kernel that is made again, as by a function that makes one at
+ * every call, gets the function that there is. All under `building`. */
+typedef struct loaded {
+    struct loaded *next;
+    mtl_digest key;
+    int device, shared_memory;
+    CUfunction function;
+    char symbol[];
+} loaded;
+static loaded *all_loaded;
+
+static CUfunction find_loaded(const mtl_cuda_call *call, const mtl_digest *key, const char *symbol, int shared_memory) {
+    for (loaded *at = all_loaded; at; at = at->next) {
+        if (at->device == call->device->id && at->shared_memory == shared_memory && strcmp(at->symbol, symbol) == 0 &&
+            memcmp(at->key.bytes, key->bytes, sizeof key->bytes) == 0)
+            return at->function;
+    }
+    return NULL;
+}
+
+static metalloid_status load(const mtl_cuda_call *call, const mtl_digest *key, const void *image, const char *symbol,
+                             int shared_memory, CUfunction *function) {
+    size_t length = strlen(symbol) + 1;
+    loaded *made = malloc(sizeof *made + length);
+    if (!made) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
+    metalloid_status status = mtl_cuda_load(call, image, symbol, shared_memory, function);
+    if (status) {
+        free(made);
+        return status;
+    }
+    *made = (loaded){.next = all_loaded,
+                     .key = *key,
+                     .device = call->device->id,
+                     .shared_memory = shared_memory,
+                     .function = *function};
+    memcpy(made->symbol, symbol, length);
+    all_loaded = made;
+    return METALLOID_OK;
+}
+
+static metalloid_status load_image(const mtl_cuda_call *call, const metalloid_kernel *kernel, CUfunction *function) {
+    mtl_sha256 hash;
+    mtl_sha256_begin(&hash);
+    mtl_sha256_add(&hash, kernel->definition.source, kernel->image);
+    mtl_digest key = mtl_sha256_end(&hash);
+    pthread_mutex_lock(&building);
+    metalloid_status status = METALLOID_OK;
+    *function = find_loaded(call, &key, kernel->definition.name, kernel->shared_memory);
+    if (!*function)
+        status = load(call, &key, kernel->definition.source, kernel->definition.name, kernel->shared_memory, function);
+    pthread_mutex_unlock(&building);
+    return status;
 }
 
 static mtl_digest key_of(const mtl_text *unit, int arch, const char *const *options, int count) {
@@ -63,23 +118,23 @@ static metalloid_status build(const mtl_cuda_call *call, const char *name, const
     int count = options_of(mode, metal, contracts, options);
     mtl_digest key = key_of(unit, arch, options, count);
     size_t length;
-    char *code;
+    char *code = NULL;
     mtl_text log = {0};
+    metalloid_status status = METALLOID_OK;
     pthread_mutex_lock(&building);
-    bool kept = mtl_cache_load(&key, &code, &length);
-    if (!kept) {
+    *function = find_loaded(call, &key, symbol, shared_memory);
+    if (!*function && !mtl_cache_load(&key, &code, &length)) {
         code = mtl_nvrtc_compile(mtl_text_string((mtl_text *)(uintptr_t)unit), arch, options, count, include, &length,
                                  &log);
         if (code) mtl_cache_store(&key, code, length);
     }
-    pthread_mutex_unlock(&building);
-    metalloid_status status;
     if (code) {
-        status = mtl_cuda_load(call, code, symbol, shared_memory, function);
-    } else {
+        status = load(call, &key, code, symbol, shared_memory, function);
+    } else if (!*function) {
         status =
             mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op, name, mtl_text_string(&log));
     }
+    pthread_mutex_unlock(&building);
     free(code);
     mtl_text_free(&log);
     return status;
@@ -102,8 +157,7 @@ static int most_threads_of(const uint32_t threads[3]) {
 static metalloid_status make_function(const mtl_cuda_call *call, const metalloid_kernel *kernel,
                                       const mtl_launch *launch, int most_threads, int line, CUfunction *function) {
     const mtl_definition *definition = &kernel->definition;
-    if (kernel->language == METALLOID_KERNEL_PRECOMPILED)
-        return mtl_cuda_load(call, definition->source, definition->name, kernel->shared_memory, function);
+    if (kernel->language == METALLOID_KERNEL_PRECOMPILED) return load_image(call, kernel, function);
     bool metal = kernel->language == METALLOID_KERNEL_METAL, include = false;
     mtl_text unit = {0};
     const mtl_unit_options options = {
@@ -294,9 +348,18 @@ static metalloid_status launch_metal(const mtl_cuda_call *call, const metalloid_
         blocks[1] = blocks[2] = 1;
         flags |= MTL_CUDA_LINEAR;
     }
+    /* A block cannot have so many threads along z: they come in a line, as those of a group at the grid's edge do. */
+    uint32_t threads[3];
+    memcpy(threads, launch->threadgroup, sizeof threads);
+    bool folded = threads[2] > MOST_THREADS_Z;
+    if (folded) {
+        threads[0] *= threads[1] * threads[2];
+        threads[1] = threads[2] = 1;
+        flags &= ~(uint32_t)MTL_CUDA_WHOLE;
+    }
     /* With the blocks for it, a thread does several positions. */
     int64_t enough = (int64_t)call->device->multiprocessors * BLOCKS_FOR_WIDTH;
-    if (!(flags & MTL_CUDA_LINEAR) && (int64_t)blocks[0] >= enough &&
+    if (!(flags & MTL_CUDA_LINEAR) && !folded && (int64_t)blocks[0] >= enough &&
         mtl_cuda_is_wide(&kernel->definition, &kernel->mentions)) {
         blocks[0] = (blocks[0] - 1) / MTL_CUDA_WIDTH + 1;
         flags |= MTL_CUDA_WIDE;
@@ -311,7 +374,7 @@ static metalloid_status launch_metal(const mtl_cuda_call *call, const metalloid_
     for (int i = 0; i < kernel->definition.output_count; i++) pointers[count++] = launch->outputs[i].data;
     for (int i = 0; i < count; i++) parameters[i] = &pointers[i];
     parameters[count] = bytes;
-    return mtl_cuda_launch_function(call, function, blocks, launch->threadgroup, 0, parameters);
+    return mtl_cuda_launch_function(call, function, blocks, threads, 0, parameters);
 }
 
 /* The scalars of a precompiled kernel, each as wide as the parameter that it is for; `parameters` are all of the call. Too few of them
@@ -368,6 +431,15 @@ static metalloid_status launch_whole_blocks(const mtl_cuda_call *call, const met
     void *pointers[2 * MTL_MOST_BUFFERS], *parameters[MOST_PARAMETERS];
     CUdeviceptr scalars[MTL_MOST_BUFFERS] = {0};
     int count = 0, buffers = 0;
+    uint32_t blocks[3];
+    for (int axis = 0; axis < 3; axis++) blocks[axis] = (launch->grid[axis] - 1) / launch->threadgroup[axis] + 1;
+    for (int axis = 1; axis < 3; axis++) {
+        MTL_REQUIRE(blocks[axis] <= MOST_BLOCKS_YZ, op, "grid must have at most %d threadgroups along %c, got %u",
+                    (int)MOST_BLOCKS_YZ, "xyz"[axis], blocks[axis]);
+    }
+    MTL_REQUIRE(launch->threadgroup[2] <= MOST_THREADS_Z, op,
+                "threadgroup must have at most %d threads along z, got %u", (int)MOST_THREADS_Z,
+                launch->threadgroup[2]);
     metalloid_status status = METALLOID_OK;
     for (int i = 0; i < kernel->definition.input_count && !status; i++) {
         const mtl_view *view = &launch->inputs[i];
@@ -408,8 +480,6 @@ static metalloid_status launch_whole_blocks(const mtl_cuda_call *call, const met
     uint64_t values[MTL_MOST_SCALARS];
     if (!status && kernel->language == METALLOID_KERNEL_PRECOMPILED)
         status = place_scalars(kernel, launch, function, values, parameters, count + launch->scalar_count);
-    uint32_t blocks[3];
-    for (int axis = 0; axis < 3; axis++) blocks[axis] = (launch->grid[axis] - 1) / launch->threadgroup[axis] + 1;
     if (!status) {
         status =
             mtl_cuda_launch_function(call, function, blocks, launch->threadgroup, kernel->shared_memory, parameters);
@@ -427,6 +497,9 @@ static metalloid_status run(const mtl_cuda_call *call, metalloid_kernel *kernel,
     char *own[MTL_MOST_BUFFERS];
     int input_count = kernel->definition.input_count, output_count = kernel->definition.output_count;
     int alignment = kernel->language == METALLOID_KERNEL_METAL ? kernel->mentions.vector_bytes : 0;
+    MTL_REQUIRE(kernel->shared_memory <= call->device->shared_memory, op,
+                "options.shared_memory must be at most %d on %s, got %d", call->device->shared_memory,
+                call->device->name, kernel->shared_memory);
     metalloid_status status = get_function(call, kernel, launch, &function);
     for (int i = 0; i < input_count && !status; i++) {
         status =

@@ -22,6 +22,7 @@ struct metalloid_kernel {
     mtl_mentions mentions;
     metalloid_kernel_language language;
     int shared_memory; /* CUDA: dynamic, of a block */
+    size_t image;      /* bytes of source, which is a precompiled kernel's image */
     metalloid_math_mode math_mode;
     bool ensure_row_contiguous, debug, address_sanitizer;
     int64_t most_iterations;

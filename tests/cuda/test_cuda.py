@@ -297,8 +297,10 @@ def test_masks_of_every_layout(dims, layout, kind, rest):
 
 
 @pytest.mark.parametrize("softcap", [1e-300, 1e-3, 1e3, 1e5, 1e10, 1e300])
-@pytest.mark.parametrize(("queries", "dim", "dtype"), [(1, 128, torch.float16), (700, 128, torch.float16),
-                                                       (700, 64, torch.float32), (70, 512, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("queries", "dim", "dtype"),
+    [(1, 128, torch.float16), (700, 128, torch.float16), (700, 64, torch.float32), (70, 512, torch.bfloat16)],
+)
 def test_caps_of_every_size(queries, dim, dtype, softcap):
     q, k = randn(2, 16, queries, dim, dtype=dtype), randn(2, 16, 900, dim, dtype=dtype, seed=1)
     out, log = attend(q, k, k, softcap=softcap)
@@ -341,9 +343,17 @@ def test_a_hidden_key_never_shows(by, dtype, dim, poison, queries):
 
 
 @pytest.mark.parametrize("form", ["plain", "causal", "key_mask", "added"])
-@pytest.mark.parametrize(("queries", "dim", "dtype"), [(1, 128, torch.bfloat16), (700, 128, torch.bfloat16),
-                                                       (70, 64, torch.float16), (70, 512, torch.bfloat16),
-                                                       (1, 128, torch.float32), (70, 64, torch.float32)])
+@pytest.mark.parametrize(
+    ("queries", "dim", "dtype"),
+    [
+        (1, 128, torch.bfloat16),
+        (700, 128, torch.bfloat16),
+        (70, 64, torch.float16),
+        (70, 512, torch.bfloat16),
+        (1, 128, torch.float32),
+        (70, 64, torch.float32),
+    ],
+)
 def test_a_visible_nan_shows(queries, dim, dtype, form):
     """In the rows that see it, all of them, and in no other; beside an additive mask's -infinity it is hidden."""
     q, k = randn(2, 16, queries, dim, dtype=dtype), randn(2, 16, 900, dim, dtype=dtype, seed=1)
@@ -530,6 +540,62 @@ def test_several_gpus():
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     library.metalloid_kernel_destroy(doubled)
+
+
+def launch(made, inputs, outputs, grid, threadgroup):
+    described = kernel_call([view(x) for x in inputs], [view(x) for x in outputs], grid, threadgroup)
+    check(library.metalloid_kernel_launch(context(None), made, ctypes.byref(described)))
+
+
+@pytest.mark.parametrize("barrier", ["", "threadgroup_barrier(mem_flags::mem_threadgroup);"])
+@pytest.mark.parametrize(
+    ("grid", "threadgroup"),
+    [
+        *(([1, 1, 256], [1, 1, 128]), ([1, 1, 5000], [1, 1, 1024]), ([2, 70, 90], [1, 2, 65]), ([7, 5, 3], [4, 4, 4])),
+        *(([3, 100000, 1], [1, 1, 1]), ([2, 2, 70000], [2, 2, 1]), ([1025, 1, 65], [1, 1, 65])),
+    ],
+)
+def test_threadgroups_of_every_shape(grid, threadgroup, barrier):
+    made = kernel(
+        barrier + "uint3 p = thread_position_in_grid, g = threads_per_grid, q = thread_position_in_threadgroup;"
+        "uint3 t = threadgroup_position_in_grid * dispatch_threads_per_threadgroup + q;"
+        "out[(p.z * g.y + p.y) * g.x + p.x] = int(t.x == p.x && t.y == p.y && t.z == p.z);",
+        [],
+        ["out"],
+    )
+    out = torch.zeros(grid[0] * grid[1] * grid[2], device="cuda", dtype=torch.int32)
+    launch(made, [], [out], grid, threadgroup)
+    assert (out == 1).all()
+    library.metalloid_kernel_destroy(made)
+
+
+def test_what_no_launch_can_have_fails_by_name():
+    out = torch.zeros(8, device="cuda")
+    made = kernel("out[threadIdx.z % 8] = 1;", [], ["out"], language=1)
+    with pytest.raises(ValueError, match="threadgroup must have at most 64 threads along z, got 65"):
+        launch(made, [], [out], [1, 1, 65], [1, 1, 65])
+    with pytest.raises(ValueError, match="grid must have at most 65535 threadgroups along y, got 70000"):
+        launch(made, [], [out], [1, 70000, 1], [1, 1, 1])
+    assert (out == 0).all()
+    library.metalloid_kernel_destroy(made)
+
+
+def test_a_kernel_made_again_is_not_loaded_again():
+    out = torch.zeros(8, device="cuda")
+
+    def once():
+        made = kernel("out[thread_position_in_grid.x] += 1;", [], ["out"])
+        launch(made, [], [out], [8, 1, 1], [8, 1, 1])
+        library.metalloid_kernel_destroy(made)
+
+    once()
+    torch.cuda.synchronize()
+    free = torch.cuda.mem_get_info()[0]
+    for _ in range(200):
+        once()
+    torch.cuda.synchronize()
+    assert (out == 201).all()
+    assert free - torch.cuda.mem_get_info()[0] < 1 << 20
 
 
 def test_wide_floats_fail_by_name():
