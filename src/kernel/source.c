@@ -102,24 +102,6 @@ static bool begins_with(const mtl_token *token, const char *beginning) {
     return token->length >= length && memcmp(token->text, beginning, length) == 0;
 }
 
-/* v.xyz: the components as bits 0 to 3 of `used` and as numbers; how many, or 0 where it is no swizzle. */
-static int read_swizzle(const mtl_token *token, int component[4], unsigned *used) {
-    static const char *const letters[] = {"xyzw", "rgba"};
-    if (token->kind != MTL_TOKEN_IDENTIFIER || token->length < 2 || token->length > 4) return 0;
-    for (int set = 0; set < 2; set++) {
-        size_t i = 0;
-        *used = 0;
-        for (; i < token->length; i++) {
-            const char *found = memchr(letters[set], token->text[i], 4);
-            if (!found) break;
-            component[i] = (int)(found - letters[set]);
-            *used |= 1u << component[i];
-        }
-        if (i == token->length) return (int)token->length;
-    }
-    return 0;
-}
-
 /* half, float16_t, bfloat4, ... ; float3x3, matrix, transpose, ... */
 static void find_types(mtl_mentions *mentions, const mtl_token *token) {
     static const char *const halves[] = {"half", "packed_half", "bfloat", "packed_bfloat", "float16"};
@@ -135,7 +117,7 @@ static void find_types(mtl_mentions *mentions, const mtl_token *token) {
         mentions->simdgroup_matrices |= begins_with(token, simdgroup_matrices[i]);
     int component[4];
     unsigned used;
-    mentions->swizzles |= read_swizzle(token, component, &used) > 0;
+    mentions->swizzles |= mtl_read_swizzle(token, component, &used) > 0;
     if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
 }
 
@@ -725,7 +707,7 @@ static bool is_part_of(const char *name, const mtl_mentions *mentions, const mtl
 static void add_swizzle(mtl_text lists[3], const mtl_token *token) {
     int component[4];
     unsigned used;
-    int count = read_swizzle(token, component, &used);
+    int count = mtl_read_swizzle(token, component, &used);
     if (!count) return;
     mtl_text entry = {0};
     mtl_text_format(&entry, " S%d(%.*s", count, (int)token->length, token->text);

@@ -131,6 +131,9 @@ bool mtl_find_meeting_functions(mtl_names *names, const mtl_definition *definiti
 typedef enum mtl_region { MTL_REGION_HEADER, MTL_REGION_BODY } mtl_region;
 void mtl_translate(mtl_text *out, const char *source, mtl_region region, const mtl_unit_options *options);
 
+/* v.xyz: the components as bits 0 to 3 of `used` and as numbers; how many, or 0 where it is no swizzle. */
+int mtl_read_swizzle(const mtl_token *token, int component[4], unsigned *used);
+
 /* Whether a token is the name of a function of Metal's at which the lanes of a simdgroup, or its quads, exchange something. */
 bool mtl_is_exchange(const mtl_token *token);
 

@@ -4,26 +4,43 @@
 #include <stdlib.h>
 #include <string.h>
 
+static void translate_token(translation *t, size_t i);
+
+/* Behind a list of template arguments that opens at `i` and is followed by what makes it one; `i` where it is a comparison. */
+static size_t behind_arguments(const translation *t, size_t i) {
+    static const char *const follow[] = {"(", "::", "{", NULL};
+    size_t behind = mtl_behind_angle(t, i);
+    return behind > i && mtl_is_one_of(t, behind, follow) ? behind : i;
+}
+
 /* ---- literals --------------------------------------------------------------------------------------------------------------- */
 
-/* Metal has no double: 1.0 is a float. 1.0h and 1.0bf are made of floats: clang takes no suffix that is not a standard library's. */
-static void translate_number(translation *t, size_t i) {
-    mtl_token *token = &t->token[i];
+/* The type that a literal's suffix names, and how long it is without: NULL for an integer, "" for the standard's own. */
+static const char *literal_type(const mtl_token *token, size_t *length) {
     bool hexadecimal = token->length > 1 && token->text[0] == '0' && (token->text[1] == 'x' || token->text[1] == 'X');
     bool floating = memchr(token->text, '.', token->length) != NULL;
     const char *exponents = hexadecimal ? "pP" : "eE";
     for (size_t at = 0; at < token->length; at++) floating |= strchr(exponents, token->text[at]) != NULL;
-    if (!floating) return;
     static const struct {
         const char *suffix, *type;
     } types[] = {{"bf", "metal::bfloat"}, {"BF", "metal::bfloat"}, {"h", "metal::half"}, {"H", "metal::half"}};
-    const char *type = "";
-    size_t length = token->length;
-    for (size_t at = 0; at < sizeof types / sizeof *types && !*type; at++) {
+    *length = token->length;
+    if (!floating) return NULL;
+    for (size_t at = 0; at < sizeof types / sizeof *types; at++) {
         size_t suffix = strlen(types[at].suffix);
-        if (length <= suffix || memcmp(token->text + length - suffix, types[at].suffix, suffix) != 0) continue;
-        type = types[at].type, length -= suffix;
+        if (*length <= suffix || memcmp(token->text + *length - suffix, types[at].suffix, suffix) != 0) continue;
+        *length -= suffix;
+        return types[at].type;
     }
+    return "";
+}
+
+/* Metal has no double: 1.0 is a float. 1.0h and 1.0bf are made of floats: clang takes no suffix that is not a standard library's. */
+static void translate_number(translation *t, size_t i) {
+    mtl_token *token = &t->token[i];
+    size_t length;
+    const char *type = literal_type(token, &length);
+    if (!type) return;
     char last = token->text[length - 1];
     bool is_digit = (last >= '0' && last <= '9') || last == '.';
     if (!is_digit && !*type) return;
@@ -136,6 +153,55 @@ static size_t find_declarators(const translation *t, size_t i) {
     return t->count;
 }
 
+static void write_translated(translation *t, mtl_text *out, size_t i) {
+    translate_token(t, i);
+    if (t->token[i].kind == MTL_TOKEN_SPACE) mtl_text_add_string(out, " ");
+    else mtl_write_token(out, &t->token[i]);
+}
+
+/* Takes `= value` at `i`, if it is there, out of the text: `value`, a list of `type`. Behind it. */
+static size_t take_initializer(translation *t, size_t i, const char *type, mtl_text *value) {
+    if (!mtl_is(t, i, "=")) return i;
+    size_t first = mtl_after(t, i), end = first;
+    while (end < t->count && !mtl_is(t, end, ",") && !mtl_is(t, end, ";")) {
+        bool opens = mtl_is(t, end, "(") || mtl_is(t, end, "{") || mtl_is(t, end, "[");
+        size_t angle = mtl_is(t, end, "<") ? behind_arguments(t, end) : end;
+        end = opens ? mtl_behind_bracket(t, end) : angle > end ? angle : mtl_after(t, end);
+    }
+    if (mtl_is(t, first, "{")) mtl_text_add_string(value, type);
+    mtl_blank(t, i);
+    for (size_t moved = first; moved < end; moved++) {
+        write_translated(t, value, moved);
+        if (t->token[moved].kind != MTL_TOKEN_SPACE) mtl_blank(t, moved);
+        t->token[moved].before = t->token[moved].behind = NULL;
+    }
+    return end;
+}
+
+/* __shared__ T a = 1, b[2] = {};   without the initializers, which the threadgroup's first thread assigns behind. */
+static void initialize_shared(translation *t, size_t name) {
+    mtl_text behind = {0};
+    size_t at = name;
+    while (at < t->count && !mtl_is(t, at, ";")) {
+        if (!mtl_is(t, at, "=")) {
+            bool opens = mtl_is(t, at, "(") || mtl_is(t, at, "{") || mtl_is(t, at, "[");
+            if (mtl_is(t, at, ",")) name = mtl_after(t, at);
+            at = opens ? mtl_behind_bracket(t, at) : mtl_after(t, at);
+            continue;
+        }
+        mtl_text type = {0}, value = {0};
+        const char *text = t->token[name].text;
+        int length = (int)t->token[name].length;
+        mtl_text_format(&type, "typename metal::remove_reference<decltype(%.*s)>::type", length, text);
+        at = take_initializer(t, at, mtl_text_string(&type), &value);
+        mtl_text_format(&behind, " __mtl_initialize(%.*s, %s);", length, text, mtl_text_string(&value));
+        mtl_text_free(&type);
+        mtl_text_free(&value);
+    }
+    if (mtl_is(t, at, ";") && behind.length) mtl_add_behind(t, at, mtl_keep(t, &behind));
+    mtl_text_free(&behind);
+}
+
 /* threadgroup T a[4], b;   becomes   typedef T __mtl_a_0[4], __mtl_b_1; and references of these types to the group's storage. */
 static void declare_variables(translation *t, size_t keyword, size_t name) {
     mtl_text references = {0};
@@ -157,43 +223,26 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
         mtl_text_format(&type, "__mtl_%.*s_%d", (int)declared->length, declared->text, t->variables);
         const char *type_name = mtl_keep(t, &type);
         mtl_text_free(&type);
-        if (pointer) { /* of the thread's own */
-            mtl_text_format(&references, " %s %.*s;", type_name, (int)declared->length, declared->text);
-        } else {
-            mtl_text_format(&references, " %s &%.*s = __mtl_variable<%s>(%s, %d);", type_name, (int)declared->length,
-                            declared->text, type_name, group, t->variables);
-        }
-        t->variables++;
+        int variable = t->variables++;
         declared->replacement = type_name;
-        size_t name_at = at;
         at = mtl_after(t, at);
         while (mtl_is(t, at, "[")) {
             size_t behind = mtl_behind_bracket(t, at);
             if (mtl_is(t, at + 1, "[")) mtl_blank_range(t, at, behind); /* an attribute */
             at = behind;
         }
-        if (mtl_is(t, at, "=")) { /* Metal has no initializers here; an assignment is what they would mean */
-            size_t end = mtl_after(t, at);
-            for (long depth = 0; end < t->count && !(depth == 0 && (mtl_is(t, end, ",") || mtl_is(t, end, ";")));
-                 end = mtl_after(t, end)) {
-                depth += mtl_is(t, end, "(") || mtl_is(t, end, "{") || mtl_is(t, end, "[");
-                depth -= mtl_is(t, end, ")") || mtl_is(t, end, "}") || mtl_is(t, end, "]");
-            }
-            mtl_text_format(&references, " %.*s ", (int)t->token[name_at].length, t->token[name_at].text);
-            for (size_t moved = at; moved < end; moved++) {
-                if (t->token[moved].kind == MTL_TOKEN_SPACE) {
-                    mtl_text_add_string(&references, " ");
-                    continue;
-                }
-                if (t->token[moved].kind == MTL_TOKEN_NUMBER) translate_number(t, moved);
-                const char *text = t->token[moved].replacement;
-                if (text) mtl_text_add_string(&references, text);
-                else mtl_text_add(&references, t->token[moved].text, t->token[moved].length);
-                mtl_blank(t, moved);
-            }
-            mtl_text_add_string(&references, ";");
-            at = end;
+        mtl_text initializer = {0};
+        at = take_initializer(t, at, type_name, &initializer);
+        const char *value = mtl_text_string(&initializer);
+        if (pointer) { /* of the thread's own */
+            mtl_text_format(&references, " %s %.*s%s%s;", type_name, (int)declared->length, declared->text,
+                            *value ? " = " : "", value);
+        } else {
+            mtl_text_format(&references, " %s &%.*s = __mtl_variable<%s>(%s, %d%s%s);", type_name,
+                            (int)declared->length, declared->text, type_name, group, variable, *value ? ", " : "",
+                            value);
         }
+        mtl_text_free(&initializer);
         if (!mtl_is(t, at, ",")) break;
         at = mtl_after(t, at);
     }
@@ -205,7 +254,7 @@ static void translate_threadgroup(translation *t, size_t i) {
     char bracket = enclosing_bracket(t, i);
     size_t name = bracket == '(' || bracket == '[' ? t->count : find_declarators(t, i);
     if (name == t->count) mtl_blank(t, i);
-    else if (t->options->target == MTL_TARGET_CUDA) t->token[i].replacement = "__shared__";
+    else if (t->options->target == MTL_TARGET_CUDA) t->token[i].replacement = "__shared__", initialize_shared(t, name);
     else declare_variables(t, i, name);
 }
 
@@ -218,7 +267,9 @@ static void translate_attribute(translation *t, size_t i) {
     size_t first = mtl_after(t, i + 1);
     if (mtl_is_one_of(t, first, standard) || mtl_is(t, mtl_after(t, first), "::")) return;
     mtl_blank_range(t, i, mtl_behind_bracket(t, i));
-    if (mtl_is(t, first, "function_constant")) mtl_add_before(t, i, "= metal::msl_::function_constant() ");
+    /* A parameter is there only if the constant says so. */
+    if (mtl_is(t, first, "function_constant") && enclosing_bracket(t, i) != '(')
+        mtl_add_before(t, i, "= metal::msl_::function_constant() ");
 }
 
 /* Metal's own headers are always there. */
@@ -245,7 +296,88 @@ static void translate_global(translation *t, size_t i) {
     if (previous != SIZE_MAX &&
         (mtl_is(t, previous, ">") || (mtl_is_identifier(t, previous) && !mtl_is_one_of(t, previous, no_scope))))
         return;
+    if (previous != SIZE_MAX && mtl_is(t, previous, ")")) { /* decltype(x)::type */
+        size_t open = mtl_opening_bracket(t, previous), word = open == SIZE_MAX ? open : mtl_before(t, open);
+        if (word != SIZE_MAX && mtl_is(t, word, "decltype")) return;
+    }
     mtl_blank(t, i);
+}
+
+/* namespace metal {   becomes   extern "C++" {   which leaves its declarations where all others are. */
+static void translate_namespace(translation *t, size_t i) {
+    size_t name = mtl_after(t, i), open = mtl_after(t, name);
+    if (!mtl_is(t, name, "metal") || !mtl_is(t, open, "{")) return;
+    t->token[i].replacement = "extern";
+    t->token[name].replacement = "\"C++\"";
+}
+
+/* coherent device T *, coherent(system) device T *: every buffer is that. */
+static void translate_coherent(translation *t, size_t i) {
+    static const char *const following[] = {"device", "const", "volatile", NULL};
+    static const char *const scopes[] = {"system", "device", "threadgroup", "simdgroup", NULL};
+    size_t open = mtl_after(t, i), behind = open;
+    if (mtl_is(t, open, "(") && mtl_is_one_of(t, mtl_after(t, open), scopes)) behind = mtl_behind_bracket(t, open);
+    if (mtl_is_one_of(t, behind, following)) mtl_blank_range(t, i, behind);
+}
+
+/* template <class T, uint N> void f(vec<T, N>): a width is found out from an argument if it has the type that it has in vec, which
+ * Metal does not ask for. */
+static void translate_widths(translation *t, size_t i) {
+    static const char *const integers[] = {"uint",     "unsigned", "ushort",  "short",  "size_t",    "uint32_t",
+                                           "uint16_t", "uint8_t",  "uchar",   "char",   "long",      "ulong",
+                                           "uint64_t", "int64_t",  "int16_t", "int8_t", "ptrdiff_t", NULL};
+    size_t open = mtl_after(t, i), behind = mtl_is(t, open, "<") ? mtl_behind_angle(t, open) : open;
+    if (behind == open) return;
+    for (size_t at = open; at < behind; at = mtl_after(t, at)) {
+        size_t name = mtl_after(t, at), next = mtl_after(t, name);
+        if (!mtl_is_one_of(t, at, integers) || !mtl_is_identifier(t, name)) continue;
+        if (!mtl_is(t, mtl_before(t, at), "<") && !mtl_is(t, mtl_before(t, at), ",")) continue;
+        if (!mtl_is(t, next, ",") && !mtl_is(t, next, ">") && !mtl_is(t, next, "=")) continue;
+        for (size_t use = behind; use < t->count && !mtl_is(t, use, ";") && !mtl_is(t, use, "{");
+             use = mtl_after(t, use)) {
+            if (!mtl_is(t, use, "vec") || !mtl_is(t, mtl_after(t, use), "<")) continue;
+            size_t close = mtl_before(t, mtl_behind_angle(t, mtl_after(t, use)));
+            size_t width = close < t->count ? mtl_before(t, close) : t->count;
+            if (width < t->count && mtl_is_identifier(t, width) && mtl_is(t, mtl_before(t, width), ",") &&
+                mtl_is_named(&t->token[width], t->token[name].text, t->token[name].length))
+                t->token[at].replacement = "int";
+        }
+    }
+}
+
+/* T a[4] = {[0 ... 2] = x, [3] = y};   becomes   T a[4]; for (...) a[...] = x; ...   which clang alone reads as it is. */
+static void translate_designators(translation *t, size_t i) {
+    size_t equals = mtl_before(t, i), bracket = equals == SIZE_MAX ? equals : mtl_before(t, equals);
+    if (bracket == SIZE_MAX || !mtl_is(t, equals, "=") || !mtl_is(t, bracket, "]")) return;
+    size_t behind = mtl_behind_bracket(t, i), open = mtl_opening_bracket(t, bracket), name = mtl_before(t, open);
+    if (!mtl_is(t, behind, ";") || name == SIZE_MAX || !mtl_is_identifier(t, name)) return;
+    if (!mtl_is(t, mtl_behind_bracket(t, mtl_after(t, i)), "=")) return; /* a lambda */
+    mtl_text loops = {0};
+    for (size_t at = mtl_after(t, i); mtl_is(t, at, "[");) {
+        size_t close = mtl_before(t, mtl_behind_bracket(t, at)), value = mtl_after(t, mtl_after(t, close)), dots = at;
+        while (dots < close && !(mtl_is_pair(t, dots, ".", ".") && mtl_is(t, dots + 2, "."))) dots++;
+        size_t end = value;
+        while (end < t->count && !mtl_is(t, end, ",") && !mtl_is(t, end, "}")) {
+            bool opens = mtl_is(t, end, "(") || mtl_is(t, end, "{") || mtl_is(t, end, "[");
+            size_t angle = mtl_is(t, end, "<") ? behind_arguments(t, end) : end;
+            end = opens ? mtl_behind_bracket(t, end) : angle > end ? angle : mtl_after(t, end);
+        }
+        mtl_text_add_string(&loops, " for (int __mtl_at = ");
+        for (size_t from = mtl_after(t, at); from < dots; from++) write_translated(t, &loops, from);
+        mtl_text_add_string(&loops, "; __mtl_at <= ");
+        for (size_t to = dots < close ? dots + 3 : mtl_after(t, at); to < close; to++) write_translated(t, &loops, to);
+        mtl_text_format(&loops, "; ++__mtl_at) %.*s[__mtl_at] = ", (int)t->token[name].length, t->token[name].text);
+        for (; value < end; value++) write_translated(t, &loops, value);
+        mtl_text_add_string(&loops, ";");
+        at = mtl_is(t, end, ",") ? mtl_after(t, end) : end;
+    }
+    for (size_t at = i; at < behind; at++) {
+        if (t->token[at].kind != MTL_TOKEN_SPACE) mtl_blank(t, at);
+        t->token[at].before = t->token[at].behind = NULL;
+    }
+    mtl_add_behind(t, i, "{}");
+    mtl_add_behind(t, behind, mtl_keep(t, &loops));
+    mtl_text_free(&loops);
 }
 
 /* ---- alignment ---------------------------------------------------------------------------------------------------------------------- */
@@ -320,13 +452,6 @@ static void count_iterations(translation *t, size_t i) {
 
 /* ---- arms of ?: ----------------------------------------------------------------------------------------------------------------------- */
 
-/* Behind a list of template arguments that opens at `i` and is followed by what makes it one; `i` where it is a comparison. */
-static size_t behind_arguments(const translation *t, size_t i) {
-    static const char *const follow[] = {"(", "::", "{", NULL};
-    size_t behind = mtl_behind_angle(t, i);
-    return behind > i && mtl_is_one_of(t, behind, follow) ? behind : i;
-}
-
 /* Whether the token at `i` may be in a list of template arguments: a < before it that nothing closes. */
 static bool in_angles(const translation *t, size_t i) {
     static const char *const ends[] = {";", "{", "}", "(", "[", NULL};
@@ -367,7 +492,11 @@ static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) 
 static void wrap_arm(translation *t, size_t begin, size_t end) {
     size_t last = mtl_before(t, end);
     if (begin >= end || last == SIZE_MAX || last < begin) return;
-    if (begin == last && t->token[begin].kind == MTL_TOKEN_NUMBER) return;
+    if (begin == last && t->token[begin].kind == MTL_TOKEN_NUMBER) {
+        size_t length;
+        const char *type = literal_type(&t->token[begin], &length);
+        if (!type || !*type) return;
+    }
     mtl_add_before(t, begin, "(metal::armed(), (");
     mtl_add_behind(t, last, "))");
 }
@@ -403,6 +532,8 @@ static void translate_token(translation *t, size_t i) {
         if (mtl_is(t, i, "[") && mtl_is(t, i + 1, "[")) translate_attribute(t, i);
         else if (mtl_is(t, i, "?") && t->options->arms) translate_condition(t, i);
         else if (mtl_is(t, i, "::")) translate_global(t, i);
+        else if (mtl_is(t, i, "{") && mtl_is(t, mtl_after(t, i), "[") && t->options->target == MTL_TARGET_CUDA)
+            translate_designators(t, i);
         break;
     case MTL_TOKEN_IDENTIFIER:
         if (mtl_is_one_of(t, i, plain_spaces)) mtl_blank(t, i);
@@ -411,6 +542,10 @@ static void translate_token(translation *t, size_t i) {
         else if (t->options->target == MTL_TARGET_CPU &&
                  (mtl_is(t, i, "struct") || mtl_is(t, i, "class") || mtl_is(t, i, "union")))
             translate_alignment(t, i);
+        else if (mtl_is(t, i, "namespace")) translate_namespace(t, i);
+        else if (mtl_is(t, i, "template")) translate_widths(t, i);
+        else if (mtl_is(t, i, "coherent")) translate_coherent(t, i);
+        else if (mtl_is(t, i, "__extension__")) mtl_blank(t, i); /* which NVRTC does not know */
         else if (mtl_is(t, i, "kernel") && mtl_is_identifier(t, mtl_after(t, i))) mtl_blank(t, i);
         else if (t->options->count_iterations && (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do")))
             count_iterations(t, i);
@@ -473,6 +608,7 @@ void mtl_translate(mtl_text *out, const char *source, mtl_region region, const m
     }
     mtl_leave_out_overloads(&t);
     if (options->meeting) mtl_mark_places(&t);
+    mtl_translate_swizzles(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
     for (size_t i = 0; i < t.count && !t.failed; i++) mtl_write_token(out, &t.token[i]);
     out->failed |= t.failed;
@@ -484,6 +620,7 @@ bool mtl_translate_in_lockstep(mtl_text *out, const mtl_definition *definition, 
     translation t = {.region = MTL_REGION_BODY, .options = options};
     bool done = begin(&t, definition->source);
     if (done) mtl_leave_out_overloads(&t);
+    if (done) mtl_translate_swizzles(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
     done = done && !t.failed && mtl_write_lockstep(&t, out, definition, mentions);
     end(&t);

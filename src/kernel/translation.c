@@ -114,9 +114,31 @@ size_t mtl_behind_angle(const translation *t, size_t i) {
     return i;
 }
 
+/* The class whose members the token at `i` is among, by name; SIZE_MAX where there is none. */
+static size_t class_around(const translation *t, size_t i) {
+    static const char *const ends[] = {";", "}", "{", NULL};
+    size_t open = i;
+    long depth = 0;
+    for (open = mtl_before(t, open); open != SIZE_MAX; open = mtl_before(t, open)) {
+        if (mtl_is(t, open, ")") || mtl_is(t, open, "]") || mtl_is(t, open, "}")) depth++;
+        if ((mtl_is(t, open, "(") || mtl_is(t, open, "[") || mtl_is(t, open, "{")) && depth-- == 0) break;
+    }
+    if (open == SIZE_MAX || !mtl_is(t, open, "{")) return SIZE_MAX;
+    for (size_t at = mtl_before(t, open); at != SIZE_MAX && !mtl_is_one_of(t, at, ends); at = mtl_before(t, at)) {
+        if (mtl_is(t, at, "struct") || mtl_is(t, at, "class") || mtl_is(t, at, "union")) return mtl_after(t, at);
+    }
+    return SIZE_MAX;
+}
+
 bool mtl_qualifies_constructor(const translation *t, size_t i) {
     size_t before = mtl_before(t, i), behind = mtl_after(t, i);
-    return before != SIZE_MAX && mtl_is(t, before, ")") && (mtl_is(t, behind, ":") || mtl_is(t, behind, "="));
+    if (before == SIZE_MAX || !mtl_is(t, before, ")")) return false;
+    if (mtl_is(t, behind, ":") || mtl_is(t, behind, "=")) return true;
+    if (!mtl_is(t, behind, "{") && !mtl_is(t, behind, ";")) return false;
+    size_t open = mtl_opening_bracket(t, before), name = open == SIZE_MAX ? open : mtl_before(t, open);
+    size_t around = name == SIZE_MAX ? name : class_around(t, name);
+    return around != SIZE_MAX && around < name && mtl_is_identifier(t, name) && mtl_is_identifier(t, around) &&
+           mtl_is_named(&t->token[name], t->token[around].text, t->token[around].length);
 }
 
 void mtl_blank(translation *t, size_t i) { t->token[i].replacement = ""; }

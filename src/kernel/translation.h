@@ -68,6 +68,9 @@ void mtl_write_token(mtl_text *out, const mtl_token *token);
 
 /* ---- places.c ---- */
 
+/* Whether `name (...) {` at `i` is a macro that stands for the head of a statement: FOR_UNROLL (int i = 0; i < 4; ++i) {...} */
+bool mtl_is_statement_macro(const translation *t, size_t i);
+
 /* Whether the body of a function or a lambda opens at `i`, with its name, or SIZE_MAX for a lambda without one. */
 bool mtl_is_body(const translation *t, size_t i, size_t *name);
 
@@ -87,6 +90,11 @@ bool mtl_write_lockstep(translation *t, mtl_text *out, const mtl_definition *def
 
 /* Asks for the loop at `i` (for) to be unrolled if it goes over a threadgroup's share of few elements. */
 void mtl_unroll(translation *t, size_t i);
+
+/* ---- swizzles.c ---- */
+
+/* Those that are read become values. */
+void mtl_translate_swizzles(translation *t);
 
 /* ---- overloads.c ---- */
 

@@ -318,6 +318,20 @@ template <typename Type> __mtl_inline Type &__mtl_variable(mtl_group &group, uns
     return *(Type *)memory;
 }
 
+template <typename Type, typename Value> __mtl_inline void __mtl_assign(Type &to, const Value &value) { to = value; }
+template <typename Type, typename Value, unsigned long N>
+__mtl_inline void __mtl_assign(Type (&to)[N], const Value (&value)[N]) {
+    for (unsigned long i = 0; i < N; i++) __mtl_assign(to[i], value[i]);
+}
+/* With a value, which it has when the first thread gets there. */
+template <typename Type, typename Value>
+__mtl_inline Type &__mtl_variable(mtl_group &group, unsigned variable, const Value &value) {
+    bool first = !group.variable[variable];
+    Type &place = __mtl_variable<Type>(group, variable);
+    if (first) __mtl_assign(place, value);
+    return place;
+}
+
 __mtl_inline unsigned __mtl_count(const unsigned *extent) { return extent[0] * extent[1] * extent[2]; }
 
 /* Sets place and extents of threadgroup `at` of the dispatch. `joined`, an axis (y where there is one along x): of

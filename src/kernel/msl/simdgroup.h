@@ -254,6 +254,10 @@ template <class T> struct handed<T, msl_::void_t<number_t<T>>> { using type = nu
 template <class T> using handed_t = typename handed<T>::type;
 } // namespace msl_
 
+template <class T> struct __is_valid_simdgroup_type : bool_constant<msl_::scalar<T>::kind != 0 || is_vector_v<T>> {};
+template <class T> using uniform = T;
+template <class T> MSL_FN constexpr T make_uniform(T x) { return x; }
+
 // ---- the lanes there are
 
 MSL_FN simd_vote simd_active_threads_mask() { return simd_vote(msl_::active()); }

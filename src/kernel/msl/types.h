@@ -28,7 +28,25 @@
 #define __METAL__       1
 #define __HAVE_BFLOAT__ 1
 
+#if !MSL_GPU    // NVRTC has its own
+namespace std { // where compilers look for what {1, 2, 3} is as an argument
+template <class T> class initializer_list {
+    const T *first;
+    unsigned long count;
+    constexpr initializer_list(const T *begin, unsigned long n) : first(begin), count(n) {}
+
+  public:
+    using value_type = T;
+    constexpr initializer_list() : first(nullptr), count(0) {}
+    constexpr unsigned long size() const { return count; }
+    constexpr const T *begin() const { return first; }
+    constexpr const T *end() const { return first + count; }
+};
+} // namespace std
+#endif
+
 namespace metal {
+using std::initializer_list;
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -100,6 +118,8 @@ template <class T, size_t N> struct remove_extent<T[N]> { using type = T; };
 #undef MSL_REMOVER
 template <class T> using decay_t = remove_cv_t<remove_reference_t<T>>;
 template <class T> struct decay { using type = decay_t<T>; };
+template <class T> struct remove_addrspace { using type = T; }; // which types have none of here
+template <class T> using remove_addrspace_t = T;
 template <class T> struct add_const { using type = const T; };
 template <class T> struct add_pointer { using type = remove_reference_t<T> *; };
 template <class T> using add_pointer_t = typename add_pointer<T>::type;
@@ -108,7 +128,6 @@ template <class T> T &&declval() noexcept;
 template <class T> MSL_FN constexpr remove_reference_t<T> &&move(T &&x) {
     return static_cast<remove_reference_t<T> &&>(x);
 }
-template <class T> MSL_FN constexpr T &&forward(remove_reference_t<T> &x) { return static_cast<T &&>(x); }
 
 namespace msl_ {
 // What an arithmetic type is: kind 0 none, 1 bool, 2 integer, 3 floating point.
@@ -147,7 +166,6 @@ template <class T> constexpr bool is_scalar_v = is_arithmetic_v<T> || __is_enum(
 template <class T> constexpr bool is_enum_v = __is_enum(T);
 template <class T> constexpr bool is_class_v = __is_class(T);
 template <class T> constexpr bool is_union_v = __is_union(T);
-template <class T> constexpr bool is_empty_v = __is_empty(T);
 template <class T> constexpr bool is_trivially_copyable_v = __is_trivially_copyable(T);
 template <class A, class B> constexpr bool is_base_of_v = __is_base_of(A, B);
 template <class T> constexpr bool is_void_v = is_same_v<remove_cv_t<T>, void>;
@@ -181,7 +199,6 @@ MSL_TRAIT(is_scalar)
 MSL_TRAIT(is_enum)
 MSL_TRAIT(is_class)
 MSL_TRAIT(is_union)
-MSL_TRAIT(is_empty)
 MSL_TRAIT(is_trivially_copyable)
 MSL_TRAIT(is_void)
 MSL_TRAIT(is_const)
@@ -429,7 +446,8 @@ template <class H, class = msl_::if_16_bit<H>> MSL_FN constexpr msl_::arm<H> ope
 
 // ---- limits
 
-template <class T> struct numeric_limits {
+// By the name that Metal's own header gives what users specialize.
+template <class T> struct _numeric_limits_impl {
     static constexpr bool is_specialized = is_integral_v<T>;
     static constexpr bool is_signed = is_signed_v<T>;
     static constexpr bool is_integer = true;
@@ -447,9 +465,8 @@ template <class T> struct numeric_limits {
     static MSL_FN constexpr T quiet_NaN() { return T(0); }
     static MSL_FN constexpr T denorm_min() { return T(0); }
 };
-template <class T> struct numeric_limits<const T> : numeric_limits<T> {};
 #define MSL_FLOAT_LIMITS(T, U, Digits, MinExponent, Min, Max, Epsilon, Inf, NaN)       \
-    template <> struct numeric_limits<T> {                                             \
+    template <> struct _numeric_limits_impl<T> {                                       \
         static constexpr bool is_specialized = true;                                   \
         static constexpr bool is_signed = true;                                        \
         static constexpr bool is_integer = false;                                      \
@@ -476,6 +493,8 @@ MSL_FLOAT_LIMITS(float, uint, 24, -125, 0x00800000, 0x7f7fffff, 0x34000000, 0x7f
 MSL_FLOAT_LIMITS(half, ushort, 11, -13, 0x0400, 0x7bff, 0x1400, 0x7c00, 0x7e00)
 MSL_FLOAT_LIMITS(bfloat, ushort, 8, -125, 0x0080, 0x7f7f, 0x3c00, 0x7f80, 0x7fc0)
 #undef MSL_FLOAT_LIMITS
+template <class T> struct numeric_limits : _numeric_limits_impl<T> {};
+template <class T> struct numeric_limits<const T> : numeric_limits<T> {};
 
 // ---- array, thread scopes and other names of the standard library
 
