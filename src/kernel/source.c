@@ -104,12 +104,14 @@ static bool begins_with(const mtl_token *token, const char *beginning) {
 
 /* half, float16_t, bfloat4, ... ; float3x3, matrix, transpose, ... */
 static void find_types(mtl_mentions *mentions, const mtl_token *token) {
-    static const char *const halves[] = {"half", "packed_half", "bfloat", "packed_bfloat", "float16"};
+    static const char *const halves[] = {"half",    "bfloat", "packed_",   "float16",
+                                         "unpack_", "HALF_",  "HUGE_VALH", "MAXHALF"};
     static const char *const matrices[] = {"matrix", "determinant", "transpose"};
     static const char *const simdgroup_matrices[] = {
         "simdgroup_matrix", "simdgroup_float8x8", "simdgroup_half8x8",     "simdgroup_bfloat8x8",    "simdgroup_load",
         "simdgroup_store",  "simdgroup_multiply", "make_filled_simdgroup", "make_diagonal_simdgroup"};
     for (size_t i = 0; i < sizeof halves / sizeof halves[0]; i++) mentions->halves |= begins_with(token, halves[i]);
+    mentions->halves |= begins_with(token, "M_") && token->text[token->length - 1] == 'H';
     for (size_t i = 0; i < sizeof matrices / sizeof matrices[0]; i++)
         mentions->matrices |= mtl_token_is(token, matrices[i]);
     if (token->length > 3 && token->text[token->length - 2] == 'x') mentions->matrices = true;
@@ -119,6 +121,13 @@ static void find_types(mtl_mentions *mentions, const mtl_token *token) {
     unsigned used;
     mentions->swizzles |= mtl_read_swizzle(token, component, &used) > 0;
     if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
+}
+
+/* 1.0h, 1.0bf */
+static bool is_16_bit_literal(const mtl_token *token) {
+    if (token->kind != MTL_TOKEN_NUMBER || token->length < 2) return false;
+    char last = token->text[token->length - 1], before = token->text[token->length - 2];
+    return last == 'h' || last == 'H' || ((last == 'f' || last == 'F') && (before == 'b' || before == 'B'));
 }
 
 /* float4, ulong2, half4x4; 8 bytes a component or less than that. */
@@ -186,6 +195,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
     for (size_t t = 0; t < tokens.count; t++) {
         const mtl_token *token = &tokens.token[t];
         mentions->no_contraction |= forbids_contraction(token);
+        mentions->halves |= is_16_bit_literal(token);
         if (token->kind != MTL_TOKEN_IDENTIFIER) continue;
         for (int i = 0; i < ATTRIBUTES; i++) {
             if (mtl_token_is(token, attributes[i].name)) mentions->attributes |= 1u << i;
@@ -209,7 +219,9 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
     if (!mtl_tokenize(&tokens, definition->header, strlen(definition->header))) return false;
     for (size_t t = 0; t < tokens.count; t++) {
         mentions->no_contraction |= forbids_contraction(&tokens.token[t]);
+        mentions->halves |= is_16_bit_literal(&tokens.token[t]);
         if (tokens.token[t].kind != MTL_TOKEN_IDENTIFIER) continue;
+        if (mtl_token_is(&tokens.token[t], "threadgroup")) mentions->relative = true; /* perhaps in a macro */
         if (is_meeting_point(&tokens.token[t])) mentions->lanes_meet = true;
         find_types(mentions, &tokens.token[t]);
     }
@@ -798,6 +810,7 @@ bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
                           const mtl_types *types, const mtl_unit_options *given) {
     mtl_unit_options options = *given;
     options.types = types;
+    options.header = definition->header;
     options.arms = has_arms(definition, mentions, types);
     bool threads = mentions->lanes_meet || options.count_iterations;
     mtl_names meeting = {0};

@@ -88,6 +88,7 @@ typedef struct mtl_unit_options {
     bool count_iterations;  /* CPU */
     int most_threads;       /* CUDA: of a threadgroup */
     int line;               /* CUDA: mtl_cuda_line */
+    const char *header;     /* what the body may count on */
     const mtl_types *types; /* CUDA: of the call */
     bool arms;              /* those of ?: may have types that C++ finds none in common for: 16-bit floats, swizzles */
     bool lockstep;          /* CPU: lanes that meet in lockstep, where the source allows it */

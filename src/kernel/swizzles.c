@@ -25,18 +25,6 @@ int mtl_read_swizzle(const mtl_token *token, int component[4], unsigned *used) {
     return 0;
 }
 
-/* The < that the > at `i` closes, or SIZE_MAX. */
-static size_t opening_angle(const translation *t, size_t i) {
-    static const char *const ends[] = {";", "{", "}", NULL};
-    long depth = 0;
-    for (; i != SIZE_MAX && !mtl_is_one_of(t, i, ends); i = mtl_before(t, i)) {
-        if (mtl_is(t, i, ")") || mtl_is(t, i, "]")) i = mtl_opening_bracket(t, i);
-        if (mtl_is(t, i, ">")) depth++;
-        if (mtl_is(t, i, "<") && --depth == 0) return i;
-    }
-    return SIZE_MAX;
-}
-
 /* Where the postfix expression that ends with the token at `i` begins, or SIZE_MAX: a::b.c[1], f<2>(x), (p + 1), T{1, 2}. */
 static size_t expression_begin(const translation *t, size_t i) {
     static const char *const keywords[] = {"return", "else",   "case",  "do",     "if",       "while",
@@ -52,7 +40,7 @@ static size_t expression_begin(const translation *t, size_t i) {
             size_t open = mtl_opening_bracket(t, i), name = open == SIZE_MAX ? open : mtl_before(t, open);
             if (open == SIZE_MAX) return SIZE_MAX;
             if (name != SIZE_MAX && mtl_is(t, name, ">")) {
-                size_t angle = opening_angle(t, name);
+                size_t angle = mtl_opening_angle(t, name);
                 if (angle != SIZE_MAX) name = mtl_before(t, angle);
             }
             bool called = name != SIZE_MAX && mtl_is_identifier(t, name) && !mtl_is_one_of(t, name, keywords);
@@ -69,7 +57,7 @@ static size_t expression_begin(const translation *t, size_t i) {
         while (before != SIZE_MAX && mtl_is(t, before, "::")) {
             size_t scope = mtl_before(t, before);
             if (scope != SIZE_MAX && mtl_is(t, scope, ">")) {
-                scope = opening_angle(t, scope);
+                scope = mtl_opening_angle(t, scope);
                 if (scope != SIZE_MAX) scope = mtl_before(t, scope);
             }
             if (scope == SIZE_MAX || !mtl_is_identifier(t, scope) || mtl_is_one_of(t, scope, keywords)) return before;
@@ -85,8 +73,7 @@ static bool is_changed(const translation *t, size_t begin, size_t swizzle) {
     size_t behind = mtl_after(t, swizzle), before = mtl_before(t, begin);
     bool directive = t->token[swizzle].in_directive;
     for (;;) {
-        if (directive && (behind >= t->count || !t->token[behind].in_directive))
-            return mtl_before(t, behind) == swizzle;
+        if (directive && !mtl_are_one_directive(t, swizzle, behind)) return mtl_before(t, behind) == swizzle;
         if (mtl_is(t, behind, ")")) behind = mtl_after(t, behind);
         else if (mtl_is(t, behind, "[")) behind = mtl_behind_bracket(t, behind);
         else if (mtl_is(t, behind, ".") && mtl_is_identifier(t, mtl_after(t, behind)))
@@ -107,7 +94,7 @@ void mtl_translate_swizzles(translation *t) {
         if (swizzle >= t->count || !mtl_read_swizzle(&t->token[swizzle], component, &used)) continue;
         if (mtl_is(t, behind, "(") || mtl_is_pair(t, behind, "#", "#")) continue;
         size_t begin = expression_begin(t, mtl_before(t, i));
-        if (begin == SIZE_MAX || t->token[begin].in_directive != t->token[i].in_directive) continue;
+        if (begin == SIZE_MAX || !mtl_are_one_directive(t, begin, i)) continue;
         if (is_changed(t, begin, swizzle)) continue;
         mtl_add_before(t, begin, "(metal::valued(), ");
         mtl_add_behind(t, swizzle, ")");

@@ -203,6 +203,11 @@ static void initialize_shared(translation *t, size_t name) {
 }
 
 /* threadgroup T a[4], b;   becomes   typedef T __mtl_a_0[4], __mtl_b_1; and references of these types to the group's storage. */
+enum {
+    HEADERS_VARIABLES = 64,
+    MACROS_VARIABLES = 96
+}; /* the numbers from which on they have theirs, of mtl_most_variables */
+
 static void declare_variables(translation *t, size_t keyword, size_t name) {
     mtl_text references = {0};
     const char *group = t->region == MTL_REGION_BODY ? "__mtl_group" : "__mtl_this_group()";
@@ -210,6 +215,10 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
     static const char *const no_typedef[] = {"static", "constexpr", "volatile", NULL};
     for (size_t at = mtl_before(t, keyword); at != SIZE_MAX && mtl_is_one_of(t, at, no_typedef); at = mtl_before(t, at))
         mtl_blank(t, at);
+    size_t close = mtl_before(t, keyword);
+    size_t open = close != SIZE_MAX && mtl_is(t, close, ")") ? mtl_opening_bracket(t, close) : SIZE_MAX;
+    size_t word = open != SIZE_MAX ? mtl_before(t, open) : SIZE_MAX;
+    if (word != SIZE_MAX && mtl_is(t, word, "alignas")) mtl_blank_range(t, word, keyword);
     for (size_t at = mtl_after(t, keyword); at < name; at = mtl_after(t, at)) {
         if (mtl_is(t, at, "alignas")) mtl_blank_range(t, at, mtl_behind_bracket(t, mtl_after(t, at)));
     }
@@ -219,11 +228,17 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
         while (mtl_is(t, at, "*") || mtl_is(t, at, "&") || mtl_is(t, at, "const")) at = mtl_after(t, at);
         if (!mtl_is_identifier(t, at)) break;
         mtl_token *declared = &t->token[at];
-        mtl_text type = {0};
-        mtl_text_format(&type, "__mtl_%.*s_%d", (int)declared->length, declared->text, t->variables);
-        const char *type_name = mtl_keep(t, &type);
+        mtl_text type = {0}, number = {0};
+        if (t->token[keyword].in_directive) { /* a macro, whose parameter this may be, in use more than once */
+            mtl_text_format(&type, "__mtl_##%.*s", (int)declared->length, declared->text);
+            mtl_text_format(&number, "%d + __COUNTER__", (int)MACROS_VARIABLES);
+        } else {
+            mtl_text_format(&type, "__mtl_%.*s_%d", (int)declared->length, declared->text, t->variables);
+            mtl_text_format(&number, "%d", t->variables++);
+        }
+        const char *type_name = mtl_keep(t, &type), *variable = mtl_keep(t, &number);
         mtl_text_free(&type);
-        int variable = t->variables++;
+        mtl_text_free(&number);
         declared->replacement = type_name;
         at = mtl_after(t, at);
         while (mtl_is(t, at, "[")) {
@@ -238,7 +253,7 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
             mtl_text_format(&references, " %s %.*s%s%s;", type_name, (int)declared->length, declared->text,
                             *value ? " = " : "", value);
         } else {
-            mtl_text_format(&references, " %s &%.*s = __mtl_variable<%s>(%s, %d%s%s);", type_name,
+            mtl_text_format(&references, " %s &%.*s = __mtl_variable<%s>(%s, %s%s%s);", type_name,
                             (int)declared->length, declared->text, type_name, group, variable, *value ? ", " : "",
                             value);
         }
@@ -246,7 +261,13 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
         if (!mtl_is(t, at, ",")) break;
         at = mtl_after(t, at);
     }
-    if (mtl_is(t, at, ";")) mtl_add_behind(t, at, mtl_keep(t, &references));
+    if (mtl_is(t, at, ";")) {
+        mtl_add_behind(t, at, mtl_keep(t, &references));
+    } else if (t->token[keyword].in_directive && references.length && !references.failed) { /* a macro that ends here */
+        references.data[references.length - 1] = '\0';
+        mtl_add_behind(t, mtl_before(t, at), ";");
+        mtl_add_behind(t, mtl_before(t, at), mtl_keep(t, &references));
+    }
     mtl_text_free(&references);
 }
 
@@ -264,9 +285,10 @@ static void translate_threadgroup(translation *t, size_t i) {
 static void translate_attribute(translation *t, size_t i) {
     static const char *const standard[] = {"maybe_unused", "nodiscard", "fallthrough", "noreturn",
                                            "deprecated",   "likely",    "unlikely",    NULL};
-    size_t first = mtl_after(t, i + 1);
+    size_t first = mtl_after(t, i + 1), behind = mtl_behind_bracket(t, i);
+    if (behind == t->count && !mtl_is(t, mtl_before(t, behind), "]")) return; /* text that no compiler gets to see */
     if (mtl_is_one_of(t, first, standard) || mtl_is(t, mtl_after(t, first), "::")) return;
-    mtl_blank_range(t, i, mtl_behind_bracket(t, i));
+    mtl_blank_range(t, i, behind);
     /* A parameter is there only if the constant says so. */
     if (mtl_is(t, first, "function_constant") && enclosing_bracket(t, i) != '(')
         mtl_add_before(t, i, "= metal::msl_::function_constant() ");
@@ -471,9 +493,8 @@ static bool in_angles(const translation *t, size_t i) {
 static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) {
     static const char *const ends[] = {",", ";", ")", "]", "}", NULL};
     long nested = 0;
-    bool directive = t->token[i].in_directive;
     for (size_t at = i; at < t->count;) {
-        if (t->token[at].in_directive != directive) return middle ? t->count : at;
+        if (!mtl_are_one_directive(t, i, at)) return middle ? t->count : at;
         if (mtl_is_one_of(t, at, ends) && !(middle && mtl_is(t, at, ","))) return middle ? t->count : at;
         if (mtl_is(t, at, "?")) nested++;
         if (mtl_is(t, at, ":") && nested-- == 0) return at;
@@ -501,16 +522,95 @@ static void wrap_arm(translation *t, size_t begin, size_t end) {
     mtl_add_behind(t, last, "))");
 }
 
+/* The arms of the ?: at `i`, and what follows; false where they are not found. */
+static bool find_arms(const translation *t, size_t i, size_t *first, size_t *colon, size_t *second, size_t *end) {
+    *first = mtl_after(t, i);
+    if (*first >= t->count) return false;
+    *colon = arm_end(t, *first, true, false);
+    if (*colon >= t->count || !mtl_is(t, *colon, ":")) return false;
+    *second = mtl_after(t, *colon);
+    if (*second >= t->count) return false;
+    *end = arm_end(t, *second, false, in_angles(t, i));
+    return true;
+}
+
 static void translate_condition(translation *t, size_t i) {
-    size_t first = mtl_after(t, i);
-    if (first >= t->count) return;
-    size_t colon = arm_end(t, first, true, false);
-    if (colon >= t->count || !mtl_is(t, colon, ":")) return;
-    size_t second = mtl_after(t, colon);
-    if (second >= t->count) return;
-    size_t end = arm_end(t, second, false, in_angles(t, i));
+    size_t first, colon, second, end;
+    if (!find_arms(t, i, &first, &colon, &second, &end)) return;
     wrap_arm(t, first, colon);
     wrap_arm(t, second, end);
+}
+
+/* Behind the name and the parameters of the macro whose text the token at `i` is in. */
+static size_t macro_begin(const translation *t, size_t i) {
+    while (i > 0 && t->token[i - 1].in_directive && !mtl_is(t, i, "#")) i--;
+    if (!mtl_is(t, i, "#")) return i;
+    size_t name = mtl_after(t, mtl_after(t, i));
+    return mtl_is(t, name + 1, "(") ? mtl_behind_bracket(t, name + 1) : mtl_after(t, name);
+}
+
+/* Not a condition of the preprocessor's. */
+static bool is_macro_text(const translation *t, size_t i) {
+    while (i > 0 && t->token[i].in_directive && !mtl_is(t, i, "define")) i--;
+    return t->token[i].in_directive;
+}
+
+/* The < of a list of template arguments that the > at `i` closes; SIZE_MAX where it is a comparison: a < b && c > d. */
+static size_t arguments_begin(const translation *t, size_t i) {
+    static const char *const parts[] = {",", "::", "<", ">", "*", "(", ")", NULL};
+    size_t open = mtl_opening_angle(t, i), behind = mtl_after(t, i);
+    if (open == SIZE_MAX || !mtl_is_identifier(t, mtl_before(t, open))) return SIZE_MAX;
+    if (mtl_is_identifier(t, behind) || (behind < t->count && t->token[behind].kind == MTL_TOKEN_NUMBER))
+        return SIZE_MAX;
+    for (size_t at = mtl_after(t, open); at < i; at = mtl_after(t, at)) {
+        if (t->token[at].kind == MTL_TOKEN_PUNCTUATION && !mtl_is_one_of(t, at, parts)) return SIZE_MAX;
+    }
+    return open;
+}
+
+/* Where the condition before the ? at `i` begins. */
+static size_t condition_begin(const translation *t, size_t i) {
+    static const char *const stops[] = {"(", "[", "{", ",", ";", "?", ":", "return", "else", "case", "do", NULL};
+    static const char *const statements[] = {"if", "for", "while", "switch", "constexpr", NULL};
+    bool directive = t->token[i].in_directive;
+    size_t begin = i, least = directive ? macro_begin(t, i) : 0;
+    for (size_t at = mtl_before(t, i); at != SIZE_MAX && at >= least && t->token[at].in_directive == directive;) {
+        if (mtl_is_one_of(t, at, stops)) break;
+        if (mtl_is(t, at, "=")) {
+            bool compares = at > 0 && (mtl_is(t, at - 1, "=") || mtl_is(t, at - 1, "!") || mtl_is(t, at - 1, "<") ||
+                                       mtl_is(t, at - 1, ">"));
+            bool shifts = compares && at > 1 && !mtl_is(t, at - 1, "=") && !mtl_is(t, at - 1, "!") &&
+                          mtl_is(t, at - 2, t->token[at - 1].text[0] == '<' ? "<" : ">");
+            if (!compares || shifts) break;
+            at--;
+        } else if (mtl_is(t, at, ">") && arguments_begin(t, at) != SIZE_MAX) {
+            at = arguments_begin(t, at);
+        } else if (mtl_is(t, at, ")") || mtl_is(t, at, "]") || mtl_is(t, at, "}")) {
+            size_t open = mtl_opening_bracket(t, at), before = open == SIZE_MAX ? open : mtl_before(t, open);
+            if (open == SIZE_MAX) return i;
+            if (mtl_is(t, at, ")") && before != SIZE_MAX && mtl_is_one_of(t, before, statements)) break;
+            bool is_list = before != SIZE_MAX && (mtl_is_identifier(t, before) || mtl_is(t, before, ">"));
+            if (mtl_is(t, at, "}") && (!is_list || mtl_is_one_of(t, before, stops))) break;
+            at = open;
+        }
+        begin = at;
+        at = mtl_before(t, at);
+    }
+    return begin;
+}
+
+/* c ? a : b   becomes   (metal::unarmed(), (c ? a : b)), which takes from the value what its arms have been given. */
+static void translate_conditions(translation *t) {
+    for (size_t i = 0; i < t->count && !t->failed; i++) {
+        size_t first, colon, second, end;
+        if (!mtl_is(t, i, "?") || !find_arms(t, i, &first, &colon, &second, &end)) continue;
+        if (mtl_is(t, end, ">") && in_angles(t, i)) continue; /* f<c ? 1 : 2>, or perhaps a < b ? c : d > e */
+        if (t->token[i].in_directive && !is_macro_text(t, i)) continue;
+        size_t begin = condition_begin(t, i), last = mtl_before(t, end);
+        if (begin >= i || last == SIZE_MAX || last < second) continue;
+        mtl_add_before(t, begin, "(metal::unarmed(), (");
+        mtl_add_behind(t, last, "))");
+    }
 }
 
 /* ---- all of it ------------------------------------------------------------------------------------------------------------------------ */
@@ -567,10 +667,38 @@ void mtl_write_token(mtl_text *out, const mtl_token *token) {
     if (token->behind) mtl_text_add_string(out, token->behind);
 }
 
+/* #define SHARED threadgroup: what is named so is that. The preprocessor comes too late for it. */
+static void name_spaces(translation *t, const mtl_tokens *defining) {
+    static const char *const spaces[] = {"threadgroup", "constant", NULL};
+    translation d = {.token = defining->token, .count = defining->count};
+    for (size_t i = 0; i < d.count; i++) {
+        if (!d.token[i].in_directive || !mtl_is(&d, i, "define")) continue;
+        size_t name = mtl_after(&d, i), space = mtl_after(&d, name);
+        if (!mtl_are_one_directive(&d, i, space) || mtl_are_one_directive(&d, space, mtl_after(&d, space))) continue;
+        if (!mtl_is_one_of(&d, space, spaces)) continue;
+        for (size_t at = 0; at < t->count; at++) {
+            if (at == name && t->token == d.token) continue;
+            if (!mtl_is_identifier(t, at) || !mtl_is_named(&t->token[at], d.token[name].text, d.token[name].length))
+                continue;
+            t->token[at].text = mtl_is(&d, space, "threadgroup") ? "threadgroup" : "constant";
+            t->token[at].length = strlen(t->token[at].text);
+        }
+    }
+}
+
 static bool begin(translation *t, const char *source) {
     if (!mtl_tokenize(&t->tokens, source, strlen(source))) return false;
     t->token = t->tokens.token;
     t->count = t->tokens.count;
+    const char *header = t->options->header;
+    mtl_tokens tokens;
+    if (t->region == MTL_REGION_HEADER || !header) {
+        name_spaces(t, &t->tokens);
+    } else if (strstr(header, "threadgroup") || strstr(header, "constant")) {
+        if (!mtl_tokenize(&tokens, header, strlen(header))) return false;
+        name_spaces(t, &tokens);
+        mtl_tokens_free(&tokens);
+    }
     return true;
 }
 
@@ -600,8 +728,10 @@ bool mtl_find_meeting_functions(mtl_names *names, const mtl_definition *definiti
 
 void mtl_translate(mtl_text *out, const char *source, mtl_region region, const mtl_unit_options *options) {
     enum { PLACES_OF_HEADER = 1 << 24 }; /* the body's come behind */
-    translation t = {
-        .region = region, .options = options, .first_place = region == MTL_REGION_HEADER ? 0 : PLACES_OF_HEADER};
+    translation t = {.region = region,
+                     .options = options,
+                     .variables = region == MTL_REGION_HEADER ? HEADERS_VARIABLES : 0,
+                     .first_place = region == MTL_REGION_HEADER ? 0 : PLACES_OF_HEADER};
     if (!begin(&t, source)) {
         out->failed = true;
         return;
@@ -609,6 +739,7 @@ void mtl_translate(mtl_text *out, const char *source, mtl_region region, const m
     mtl_leave_out_overloads(&t);
     if (options->meeting) mtl_mark_places(&t);
     mtl_translate_swizzles(&t);
+    if (options->arms) translate_conditions(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
     for (size_t i = 0; i < t.count && !t.failed; i++) mtl_write_token(out, &t.token[i]);
     out->failed |= t.failed;
@@ -621,6 +752,7 @@ bool mtl_translate_in_lockstep(mtl_text *out, const mtl_definition *definition, 
     bool done = begin(&t, definition->source);
     if (done) mtl_leave_out_overloads(&t);
     if (done) mtl_translate_swizzles(&t);
+    if (done && options->arms) translate_conditions(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
     done = done && !t.failed && mtl_write_lockstep(&t, out, definition, mentions);
     end(&t);

@@ -52,6 +52,12 @@ bool mtl_is_named(const mtl_token *token, const char *name, size_t length) {
     return token->length == length && memcmp(token->text, name, length) == 0;
 }
 
+bool mtl_are_one_directive(const translation *t, size_t a, size_t b) {
+    if (b >= t->count || t->token[a].in_directive != t->token[b].in_directive) return false;
+    while (t->token[a].in_directive && a < b) a++;
+    return a == b || !t->token[b].in_directive;
+}
+
 bool mtl_is_pair(const translation *t, size_t i, const char *first, const char *second) {
     return mtl_is(t, i, first) && mtl_is(t, i + 1, second);
 }
@@ -112,6 +118,17 @@ size_t mtl_behind_angle(const translation *t, size_t i) {
         at = mtl_is(t, at, "(") || mtl_is(t, at, "[") ? mtl_behind_bracket(t, at) : mtl_after(t, at);
     }
     return i;
+}
+
+size_t mtl_opening_angle(const translation *t, size_t i) {
+    static const char *const ends[] = {";", "{", "}", NULL};
+    long depth = 0;
+    for (; i != SIZE_MAX && !mtl_is_one_of(t, i, ends); i = mtl_before(t, i)) {
+        if (mtl_is(t, i, ")") || mtl_is(t, i, "]")) i = mtl_opening_bracket(t, i);
+        if (mtl_is(t, i, ">")) depth++;
+        if (mtl_is(t, i, "<") && --depth == 0) return i;
+    }
+    return SIZE_MAX;
 }
 
 /* The class whose members the token at `i` is among, by name; SIZE_MAX where there is none. */

@@ -35,6 +35,9 @@ bool mtl_is_one_of(const translation *t, size_t i, const char *const *words); /*
 bool mtl_is_identifier(const translation *t, size_t i);
 bool mtl_is_named(const mtl_token *token, const char *name, size_t length);
 
+/* Whether both tokens, b behind a, are code, or of one directive. */
+bool mtl_are_one_directive(const translation *t, size_t a, size_t b);
+
 /* Operators come as single characters: whether there are these two, or one that assigns, ++ and -- among them. */
 bool mtl_is_pair(const translation *t, size_t i, const char *first, const char *second);
 bool mtl_is_assignment(const translation *t, size_t i);
@@ -50,6 +53,9 @@ size_t mtl_opening_bracket(const translation *t, size_t i);
 
 /* Behind the > that closes the < at `i`, or `i` where it opens no list of template arguments. */
 size_t mtl_behind_angle(const translation *t, size_t i);
+
+/* The < that the > at `i` closes, if they are brackets; SIZE_MAX where there is none. */
+size_t mtl_opening_angle(const translation *t, size_t i);
 
 /* Whether the address space at `i` is that of a constructor: X() constant : x(1) {}. No const can stand there. */
 bool mtl_qualifies_constructor(const translation *t, size_t i);

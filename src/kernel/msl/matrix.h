@@ -60,11 +60,13 @@ template <class T, int C, int R> struct matrix {
         for (int c = 0; c < C; ++c) a.columns[c] = -a.columns[c];
         return a;
     }
-    friend MSL_FN matrix operator*(matrix a, T s) {
-        for (int c = 0; c < C; ++c) a.columns[c] *= s;
+    template <class A, class = msl_::if_scalars<A>> friend MSL_FN matrix operator*(matrix a, A s) {
+        for (int c = 0; c < C; ++c) a.columns[c] *= T(s);
         return a;
     }
-    friend MSL_FN matrix operator*(T s, const matrix &a) { return a * s; }
+    template <class A, class = msl_::if_scalars<A>> friend MSL_FN matrix operator*(A s, const matrix &a) {
+        return a * s;
+    }
     friend MSL_FN vec<T, R> operator*(const matrix &a, const vec<T, C> &v) {
         vec<T, R> sum = a.columns[0] * v[0];
         for (int c = 1; c < C; ++c) sum += a.columns[c] * v[c];

@@ -130,9 +130,9 @@ template <class T> MSL_FN constexpr remove_reference_t<T> &&move(T &&x) {
 }
 
 namespace msl_ {
-// What an arithmetic type is: kind 0 none, 1 bool, 2 integer, 3 floating point.
+// What an arithmetic type is: kind 0 none, 1 bool, 2 integer (an enumeration too), 3 floating point.
 template <class T> struct scalar {
-    static constexpr int kind = 0;
+    static constexpr int kind = __is_enum(T) ? 2 : 0;
     static constexpr bool is_signed = false;
 };
 #define MSL_SCALAR(T, Kind, Signed)               \
@@ -156,9 +156,10 @@ MSL_SCALAR(float, 3, true)
 MSL_SCALAR(double, 3, true)
 } // namespace msl_
 
-template <class T> constexpr bool is_arithmetic_v = msl_::scalar<remove_cv_t<T>>::kind != 0;
+template <class T> constexpr bool is_arithmetic_v = msl_::scalar<remove_cv_t<T>>::kind != 0 && !__is_enum(T);
 template <class T>
-constexpr bool is_integral_v = msl_::scalar<remove_cv_t<T>>::kind == 1 || msl_::scalar<remove_cv_t<T>>::kind == 2;
+constexpr bool is_integral_v = (msl_::scalar<remove_cv_t<T>>::kind == 1 || msl_::scalar<remove_cv_t<T>>::kind == 2) &&
+                               !__is_enum(T);
 template <class T> constexpr bool is_floating_point_v = msl_::scalar<remove_cv_t<T>>::kind == 3;
 template <class T> constexpr bool is_signed_v = msl_::scalar<remove_cv_t<T>>::is_signed;
 template <class T> constexpr bool is_unsigned_v = is_integral_v<T> && !is_signed_v<T>;
@@ -439,6 +440,9 @@ template <class H> struct arm {
 };
 } // namespace msl_
 struct armed {};
+// What the generated source makes of a whole conditional: (unarmed(), (c ? a : b)).
+struct unarmed {};
+template <class H> MSL_FN constexpr H operator,(unarmed, msl_::arm<H> x) { return x.value; }
 namespace msl_ {
 template <class H> using if_16_bit = enable_if_t<is_same_v<H, half> || is_same_v<H, bfloat>>;
 } // namespace msl_

@@ -343,8 +343,11 @@ template <class V> struct packed_vec : packed_components<V, typename V::scalar_t
     packed_vec() = default;
     constexpr packed_vec(const packed_vec &) = default;
     MSL_FN constexpr packed_vec(const V &v) : packed_components<V, typename V::scalar_type, V::width>(v) {}
-    template <class... A, class = enable_if_t<(sizeof...(A) > 0), decltype(V(declval<A>()...))>>
-    MSL_FN constexpr explicit packed_vec(const A &...a) : packed_vec(V(a...)) {}
+    template <class A, class = enable_if_t<msl_::scalar<A>::kind == 0, decltype(V(declval<A>()))>>
+    MSL_FN constexpr explicit packed_vec(const A &a) : packed_vec(V(a)) {}
+    template <class... A, class = enable_if_t<(sizeof...(A) > 1), decltype(V(declval<A>()...))>>
+    MSL_FN constexpr packed_vec(const A &...a) : packed_vec(V(a...)) {}
+    template <class A, class = msl_::if_scalars<A>> MSL_FN constexpr packed_vec(A a) : packed_vec(V(a)) {}
     MSL_FN packed_vec &operator=(const packed_vec &b) {
         msl_::copy(this, &b, sizeof *this);
         return *this;
@@ -357,10 +360,25 @@ template <class V> struct packed_vec : packed_components<V, typename V::scalar_t
     MSL_PACKED_OP(-)
     MSL_PACKED_OP(*)
     MSL_PACKED_OP(/)
+    MSL_PACKED_OP(%)
+    MSL_PACKED_OP(<<)
+    MSL_PACKED_OP(>>)
     MSL_PACKED_OP(&)
     MSL_PACKED_OP(|)
     MSL_PACKED_OP(^)
 #undef MSL_PACKED_OP
+    MSL_FN packed_vec &operator++() { return *this += scalar_type(1); }
+    MSL_FN packed_vec &operator--() { return *this -= scalar_type(1); }
+    MSL_FN V operator++(int) {
+        V old = *this;
+        ++*this;
+        return old;
+    }
+    MSL_FN V operator--(int) {
+        V old = *this;
+        --*this;
+        return old;
+    }
 };
 #undef MSL_S2
 #undef MSL_S3
@@ -413,6 +431,9 @@ template <class V, class T, int W, int... I> MSL_FN constexpr auto operator,(arm
     return (armed(), V(s));
 }
 
+template <class V> MSL_FN constexpr auto operator,(armed, const packed_vec<V> &p) { return (armed(), V(p)); }
+template <class V> MSL_FN constexpr V operator,(unarmed, const msl_::vector_arm<V> &v) { return v; }
+
 // What the generated source makes of a swizzle that is read: (valued(), v.xy).
 struct valued {};
 template <class V, class T, int W, int... I>
@@ -423,7 +444,8 @@ MSL_FN constexpr V operator,(valued, const msl_::swizzle<V, T, W, I...> &s) {
 namespace msl_ {
 // What a function's argument counts as: a scalar, or the vector that a swizzle or a packed vector stands for.
 template <class T, class = void> struct number {};
-template <class T> struct number<T, enable_if_t<(scalar<T>::kind > 0)>> { using type = T; };
+template <class T> struct number<T, enable_if_t<(scalar<T>::kind > 0) && !__is_enum(T)>> { using type = T; };
+template <class T> struct number<T, enable_if_t<__is_enum(T)>> { using type = decltype(+T()); };
 template <class H> struct number<arm<H>> { using type = H; };
 template <class V> struct number<vector_arm<V>> { using type = V; };
 template <class T, int N> struct number<vec<T, N>> { using type = vec<T, N>; };
