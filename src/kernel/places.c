@@ -113,7 +113,7 @@ size_t mtl_behind_statement(const translation *t, size_t i) {
         if (mtl_is_one_of(t, i, with_condition)) {
             size_t open = mtl_after(t, i);
             if (mtl_is(t, i, "if")) ifs++;
-            if (mtl_is(t, open, "constexpr")) open = mtl_after(t, open);
+            if (mtl_is_identifier(t, open)) open = mtl_after(t, open); /* constexpr, or a macro for it */
             if (!mtl_is(t, open, "(")) return t->count;
             i = mtl_behind_bracket(t, open);
             continue;
@@ -171,6 +171,7 @@ static size_t postfix_begin(const translation *t, size_t i) {
         size_t before = mtl_before(t, i);
         if (before == SIZE_MAX || !(mtl_is(t, before, "::") || mtl_is(t, before, ".") || mtl_is(t, before, "->")))
             return i;
+        if (mtl_is(t, before, "::") && before > 0 && t->token[before - 1].kind == MTL_TOKEN_SPACE) return before;
         size_t left = mtl_before(t, before);
         while (left != SIZE_MAX && (mtl_is(t, left, ")") || mtl_is(t, left, "]"))) {
             i = mtl_opening_bracket(t, left);

@@ -96,7 +96,7 @@ void mtl_translate_swizzles(translation *t) {
         size_t begin = expression_begin(t, mtl_before(t, i));
         if (begin == SIZE_MAX || !mtl_are_one_directive(t, begin, i)) continue;
         if (is_changed(t, begin, swizzle)) continue;
-        mtl_add_before(t, begin, "(metal::valued(), ");
+        mtl_add_before(t, begin, "(::metal::valued(), ");
         mtl_add_behind(t, swizzle, ")");
     }
 }

@@ -23,7 +23,7 @@ static const char *literal_type(const mtl_token *token, size_t *length) {
     for (size_t at = 0; at < token->length; at++) floating |= strchr(exponents, token->text[at]) != NULL;
     static const struct {
         const char *suffix, *type;
-    } types[] = {{"bf", "metal::bfloat"}, {"BF", "metal::bfloat"}, {"h", "metal::half"}, {"H", "metal::half"}};
+    } types[] = {{"bf", "::metal::bfloat"}, {"BF", "::metal::bfloat"}, {"h", "::metal::half"}, {"H", "::metal::half"}};
     *length = token->length;
     if (!floating) return NULL;
     for (size_t at = 0; at < sizeof types / sizeof *types; at++) {
@@ -192,7 +192,7 @@ static void initialize_shared(translation *t, size_t name) {
         mtl_text type = {0}, value = {0};
         const char *text = t->token[name].text;
         int length = (int)t->token[name].length;
-        mtl_text_format(&type, "typename metal::remove_reference<decltype(%.*s)>::type", length, text);
+        mtl_text_format(&type, "typename ::metal::remove_reference<decltype(%.*s)>::type", length, text);
         at = take_initializer(t, at, mtl_text_string(&type), &value);
         mtl_text_format(&behind, " __mtl_initialize(%.*s, %s);", length, text, mtl_text_string(&value));
         mtl_text_free(&type);
@@ -291,7 +291,7 @@ static void translate_attribute(translation *t, size_t i) {
     mtl_blank_range(t, i, behind);
     /* A parameter is there only if the constant says so. */
     if (mtl_is(t, first, "function_constant") && enclosing_bracket(t, i) != '(')
-        mtl_add_before(t, i, "= metal::msl_::function_constant() ");
+        mtl_add_before(t, i, "= ::metal::msl_::function_constant() ");
 }
 
 /* Metal's own headers are always there. */
@@ -311,24 +311,22 @@ static void translate_include(translation *t, size_t i) {
     }
 }
 
-/* ::name is the user's own or Metal's, which stand in one namespace here. */
+/* ::name is the user's own or Metal's, which stand in one namespace here. What stands right before :: is a scope. */
 static void translate_global(translation *t, size_t i) {
-    size_t previous = mtl_before(t, i);
     static const char *const no_scope[] = {"return", "else", "case", "do", "sizeof", "throw", NULL};
-    if (previous != SIZE_MAX &&
-        (mtl_is(t, previous, ">") || (mtl_is_identifier(t, previous) && !mtl_is_one_of(t, previous, no_scope))))
-        return;
-    if (previous != SIZE_MAX && mtl_is(t, previous, ")")) { /* decltype(x)::type */
-        size_t open = mtl_opening_bracket(t, previous), word = open == SIZE_MAX ? open : mtl_before(t, open);
+    bool after = i > 0 && t->token[i - 1].kind != MTL_TOKEN_SPACE;
+    if (after && (mtl_is(t, i - 1, ">") || (mtl_is_identifier(t, i - 1) && !mtl_is_one_of(t, i - 1, no_scope)))) return;
+    if (after && mtl_is(t, i - 1, ")")) { /* decltype(x)::type */
+        size_t open = mtl_opening_bracket(t, i - 1), word = open == SIZE_MAX ? open : mtl_before(t, open);
         if (word != SIZE_MAX && mtl_is(t, word, "decltype")) return;
     }
-    mtl_blank(t, i);
+    if (!mtl_is(t, mtl_after(t, i), "metal")) t->token[i].replacement = "::metal::";
 }
 
 /* namespace metal {   becomes   extern "C++" {   which leaves its declarations where all others are. */
 static void translate_namespace(translation *t, size_t i) {
     size_t name = mtl_after(t, i), open = mtl_after(t, name);
-    if (!mtl_is(t, name, "metal") || !mtl_is(t, open, "{")) return;
+    if (!mtl_is(t, name, "metal") || !mtl_is(t, open, "{") || enclosing_bracket(t, i) != '\0') return;
     t->token[i].replacement = "extern";
     t->token[name].replacement = "\"C++\"";
 }
@@ -518,7 +516,7 @@ static void wrap_arm(translation *t, size_t begin, size_t end) {
         const char *type = literal_type(&t->token[begin], &length);
         if (!type || !*type) return;
     }
-    mtl_add_before(t, begin, "(metal::armed(), (");
+    mtl_add_before(t, begin, "(::metal::armed(), (");
     mtl_add_behind(t, last, "))");
 }
 
@@ -608,7 +606,7 @@ static void translate_conditions(translation *t) {
         if (t->token[i].in_directive && !is_macro_text(t, i)) continue;
         size_t begin = condition_begin(t, i), last = mtl_before(t, end);
         if (begin >= i || last == SIZE_MAX || last < second) continue;
-        mtl_add_before(t, begin, "(metal::unarmed(), (");
+        mtl_add_before(t, begin, "(::metal::unarmed(), (");
         mtl_add_behind(t, last, "))");
     }
 }
