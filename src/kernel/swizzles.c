@@ -73,9 +73,12 @@ static bool is_changed(const translation *t, size_t begin, size_t swizzle) {
     size_t behind = mtl_after(t, swizzle), before = mtl_before(t, begin);
     bool directive = t->token[swizzle].in_directive;
     for (;;) {
-        if (directive && !mtl_are_one_directive(t, swizzle, behind)) return mtl_before(t, behind) == swizzle;
-        if (mtl_is(t, behind, ")")) behind = mtl_after(t, behind);
-        else if (mtl_is(t, behind, "[")) behind = mtl_behind_bracket(t, behind);
+        if (directive && !mtl_are_one_directive(t, swizzle, behind)) return true;
+        if (mtl_is(t, behind, ")")) {
+            size_t open = mtl_opening_bracket(t, behind), name = open == SIZE_MAX ? open : mtl_before(t, open);
+            if (name != SIZE_MAX && (mtl_is_identifier(t, name) || mtl_is(t, name, ">"))) return false; /* f(v.xy) */
+            behind = mtl_after(t, behind);
+        } else if (mtl_is(t, behind, "[")) behind = mtl_behind_bracket(t, behind);
         else if (mtl_is(t, behind, ".") && mtl_is_identifier(t, mtl_after(t, behind)))
             behind = mtl_after(t, mtl_after(t, behind));
         else break;
