@@ -123,12 +123,6 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
         return vec(a) op b;                                                                                     \
     }                                                                                                           \
     template <class A> MSL_FN constexpr vec &operator op##=(const A &b) { return *this = *this op b; }
-// By a vector of another integer type.
-#define MSL_VEC_SHIFT(N, EACH, op)                                \
-    template <class U, class = enable_if_t<!is_same_v<U, T>>>     \
-    friend MSL_FN constexpr vec operator op(vec a, vec<U, N> b) { \
-        return vec(EACH(T, MSL_BINARY, op));                      \
-    }
 #define MSL_VEC_COMPARISON(N, EACH, op)                                                  \
     friend MSL_FN constexpr vec<bool, N> operator op(vec a, vec b) {                     \
         return vec<bool, N>(EACH(bool, MSL_BINARY, op));                                 \
@@ -171,8 +165,6 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
     MSL_VEC_ARITHMETIC(EACH, ^)                                                                              \
     MSL_VEC_ARITHMETIC(EACH, <<)                                                                             \
     MSL_VEC_ARITHMETIC(EACH, >>)                                                                             \
-    MSL_VEC_SHIFT(N, EACH, <<)                                                                               \
-    MSL_VEC_SHIFT(N, EACH, >>)                                                                               \
     MSL_VEC_COMPARISON(N, EACH, ==)                                                                          \
     MSL_VEC_COMPARISON(N, EACH, !=)                                                                          \
     MSL_VEC_COMPARISON(N, EACH, <)                                                                           \
@@ -281,8 +273,17 @@ template <class T> struct MSL_VEC(T, 4, sizeof(T) * 4) {
 #undef MSL_WHOLE
 #undef MSL_VEC_COMMON
 #undef MSL_VEC_ARITHMETIC
-#undef MSL_VEC_SHIFT
 #undef MSL_VEC_COMPARISON
+
+// By a vector of another integer type.
+template <class T, class U, int N, class = enable_if_t<!is_same_v<T, U>>>
+MSL_FN constexpr vec<T, N> operator<<(vec<T, N> a, vec<U, N> b) {
+    return a << vec<T, N>(b);
+}
+template <class T, class U, int N, class = enable_if_t<!is_same_v<T, U>>>
+MSL_FN constexpr vec<T, N> operator>>(vec<T, N> a, vec<U, N> b) {
+    return a >> vec<T, N>(b);
+}
 
 // Components as an array has them, aligned as one component; arithmetic is that of V.
 template <class V, class T, int N> struct packed_components;
