@@ -121,6 +121,11 @@ static void find_types(mtl_mentions *mentions, const mtl_token *token) {
     unsigned used;
     mentions->swizzles |= mtl_read_swizzle(token, component, &used) > 0;
     if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
+    static const char *const simd[] = {"vector_",   "matrix_",    "simd_float", "simd_half",
+                                       "simd_char", "simd_uchar", "simd_short", "simd_ushort",
+                                       "simd_int",  "simd_uint",  "simd_long",  "simd_ulong"};
+    for (size_t i = 0; i < sizeof simd / sizeof simd[0]; i++) mentions->simd_types |= begins_with(token, simd[i]);
+    mentions->simd_types |= mtl_token_is(token, "simd") && strncmp(token->text + token->length, "::", 2) == 0;
 }
 
 /* 1.0h, 1.0bf */
@@ -134,6 +139,15 @@ static bool is_16_bit_literal(const mtl_token *token) {
 static bool is_vector(const mtl_token *token, bool *is_long) {
     static const char *const scalars[] = {"bool", "char",  "uchar",  "short", "ushort", "int",     "uint",
                                           "half", "float", "bfloat", "long",  "ulong",  "int64_t", "uint64_t"};
+    static const char *const prefixes[] = {"simd_", "vector_", "matrix_"};
+    mtl_token bare = *token;
+    for (size_t i = 0; i < sizeof prefixes / sizeof prefixes[0]; i++) {
+        if (!begins_with(token, prefixes[i])) continue;
+        bare.text += strlen(prefixes[i]);
+        bare.length -= strlen(prefixes[i]);
+        token = &bare;
+        break;
+    }
     *is_long = begins_with(token, "long") || begins_with(token, "ulong") || mtl_token_is(token, "vec");
     if (mtl_token_is(token, "vec") || mtl_token_is(token, "matrix")) return true;
     for (size_t i = 0; i < sizeof scalars / sizeof scalars[0]; i++) {
@@ -711,7 +725,8 @@ static bool is_part_of(const char *name, const mtl_mentions *mentions, const mtl
     size_t length = strlen(name), end = strlen(suffix);
     if (length > end && strcmp(name + length - end, suffix) == 0) return false;
     if (strcmp(name, "lockstep_cpu.h") == 0) return options->lockstep;
-    if (strcmp(name, "matrix.h") == 0) return mentions->matrices;
+    if (strcmp(name, "matrix.h") == 0) return mentions->matrices || mentions->simd_types;
+    if (strcmp(name, "simd_types.h") == 0) return mentions->simd_types;
     if (strcmp(name, "simdgroup_matrix.h") == 0) return mentions->simdgroup_matrices;
     return true;
 }

@@ -1339,6 +1339,16 @@ case(
     **FLAT,
 )
 
+case(
+    "simd's names of types",
+    f"{ID} simd::float2 v = {{a[i], 2}}; simd_float3 w = simd_float3(v, 3); vector_uint4 u = {{1, 2, 3, 4}};"
+    "matrix_float2x2 m = {{1, 2}, {3, 4}}; simd_float2x2 n = m * m; out0[i] = v.x + w.y + w.z + u.w + n.columns[1].x;",
+    [X],
+    [X + 2 + 3 + 4 + 15],
+    header="#include <simd/simd.h>\n",
+    **FLAT,
+)
+
 
 # ---- lockstep ----------------------------------------------------------------------------------------------------------
 # Bodies that set `s` for thread `i`. What becomes loops over the lanes of a simdgroup, and what has to have a stack for each thread.
