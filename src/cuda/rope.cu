@@ -133,8 +133,8 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
     int64_t to[AHEAD];
     auto fetch = [&](int j, int h) {
         Offsets at = offsets_at(side.heads, h < end ? h : end - 1);
-        raw[j][0] = load_once(x + at.of[X] + first * SIZE);
-        raw[j][1] = load_once(x + at.of[X] + second * SIZE);
+        raw[j][0] = load_16_bytes(x + at.of[X] + first * SIZE);
+        raw[j][1] = load_16_bytes(x + at.of[X] + second * SIZE);
         to[j] = at.of[OUT];
     };
 #pragma unroll
@@ -166,7 +166,8 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
             char *there = out + to[j];
             float v[2][N];
             if (!NORMED && !turns) { // passes through with its bits
-                if (keeps) store_once(there + first * SIZE, raw[j][0]), store_once(there + second * SIZE, raw[j][1]);
+                if (keeps)
+                    store_16_bytes(there + first * SIZE, raw[j][0]), store_16_bytes(there + second * SIZE, raw[j][1]);
             } else {
                 widen(v[0], raw[j][0], T());
                 widen(v[1], raw[j][1], T());
@@ -197,8 +198,8 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
                 }
             }
             if (!keeps) continue;
-            store_once(there + first * SIZE, narrow(v[0], T()));
-            store_once(there + second * SIZE, narrow(v[1], T()));
+            store_16_bytes(there + first * SIZE, narrow(v[0], T()));
+            store_16_bytes(there + second * SIZE, narrow(v[1], T()));
         }
     }
 }
