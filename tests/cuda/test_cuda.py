@@ -1,12 +1,23 @@
 """What the case tables of tests/python cannot see: streams, graphs, models' sizes, repeated bits, errors."""
 
+import concurrent.futures
 import ctypes
 
 import numpy as np
 import pytest
 import torch
 from benchmark import run, seconds, view
-from library import CrossEntropyOptions, attention_options, call, context, rope_options
+from library import (
+    CrossEntropyOptions,
+    attention_options,
+    call,
+    check,
+    context,
+    kernel,
+    kernel_call,
+    library,
+    rope_options,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -267,11 +278,68 @@ def test_an_infinite_value_that_is_seen_shows(dims, queries):
     assert out[..., 6:].isfinite().all()
 
 
-def test_a_row_of_the_lowest_masks_is_a_mean():
-    q, k = randn(1, 2, 70, 512, dtype=torch.bfloat16), randn(1, 2, 300, 512, dtype=torch.bfloat16, seed=1)
-    mask = torch.full((70, 300), torch.finfo(torch.bfloat16).min, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize(("heads", "queries", "keys"), [(2, 70, 300), (16, 700, 300), (8, 1, 300), (1, 1, 20000)])
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+def test_a_row_of_the_lowest_masks_is_a_mean(dim, heads, queries, keys):
+    q, k = (randn(1, heads, n, dim, dtype=torch.bfloat16, seed=n) for n in (queries, keys))
+    mask = torch.full((queries, keys), torch.finfo(torch.bfloat16).min, device="cuda", dtype=torch.bfloat16)
     out, _ = attend(q, k, k, mask=mask)
     torch.testing.assert_close(out.double(), k.double().mean(2, keepdim=True).expand(out.shape), rtol=2e-2, atol=2e-2)
+
+
+# How a mask lies in memory: every axis that may be broadcast, rows that begin anywhere, other strides. One hides whole
+# tiles.
+LAYOUTS = {
+    "own": lambda make, b, h, q, k: make(b, h, q, k),
+    "all heads alike": lambda make, b, h, q, k: make(b, 1, q, k),
+    "all batches alike": lambda make, b, h, q, k: make(h, q, k),
+    "all rows alike": lambda make, b, h, q, k: make(b, 1, 1, k),
+    "one row of odd length": lambda make, b, h, q, k: make(b, h, 1, k + 1)[..., 1:],
+    "odd rows": lambda make, b, h, q, k: make(q, k + 1)[..., 1:],
+    "transposed": lambda make, b, h, q, k: make(b, 1, k, q).mT,
+    "whole tiles": lambda make, b, h, q, k: make(b, h, q, k, hidden=(slice(128, 400), slice(100, 300))),
+}
+
+
+@pytest.mark.parametrize("rest", ["alone", "causal", "key_mask", "softcap", "all"])
+@pytest.mark.parametrize("kind", ["boolean", "added", "integer"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dims", [(64, 64), (80, 72), (128, 128), (192, 128), (256, 256)])
+def test_masks_of_every_layout(dims, layout, kind, rest):
+    dtype = torch.float16 if len(layout) % 2 else torch.bfloat16
+    batch, heads, queries, keys = 2, 8, 700, 1000
+    group = 2 if rest == "all" else 1
+    q = randn(batch, heads, queries, dims[0], dtype=dtype)
+    k = randn(batch, heads // group, keys, dims[0], dtype=dtype, seed=1)
+    v = randn(batch, heads // group, keys, dims[1], dtype=dtype, seed=2)
+
+    def make(*shape, hidden=None):
+        x = randn(*shape, seed=3)
+        if kind == "integer":
+            return x.to(torch.int32)
+        if hidden:
+            x[..., hidden[0]] = torch.inf
+            x[..., hidden[1], :] = torch.inf
+        return x < 0.7 if kind == "boolean" else x.to(dtype).masked_fill(x > 1.5, -torch.inf)
+
+    options = {"mask": LAYOUTS[layout](make, batch, heads, queries, keys)}
+    if rest in ("causal", "all"):
+        options["causal"] = True
+    if rest in ("key_mask", "all"):
+        where = torch.arange(keys, device="cuda")
+        options["key_mask"] = (randn(batch, keys, seed=4) < 1) & ((where < 512) | (where > 700))
+    if rest in ("softcap", "all"):
+        options["softcap"] = 3.0
+    if rest == "all":
+        options["sinks"] = randn(heads, dtype=dtype, seed=6)
+    out, log = attend(q, k, v, **options)
+    ref, ref_log = reference_attention(q, k, v, **options)
+    ref = ref.nan_to_num(0)  # of rows that see nothing
+    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
+    assert error <= SIXTEEN[dtype], error
+    some = ref_log.isfinite()
+    assert torch.equal(some, log.isfinite())
+    assert (log.double() - ref_log)[some].abs().max().item() <= 1e-4
 
 
 @pytest.mark.parametrize("queries", [1, 700])
@@ -419,6 +487,45 @@ def test_work_is_queued_on_the_context_s_stream():
     assert not stream.query()  # and the call did not wait
     stream.synchronize()
     torch.testing.assert_close(out, torch.ones_like(x), rtol=1e-4, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs several GPUs")
+def test_several_gpus():
+    """A thread to a GPU, all at once; then all from one thread, whichever GPU is current."""
+    doubled = kernel("y[thread_position_in_grid.x] = 2 * x[thread_position_in_grid.x];", ["x"], ["y"])
+
+    shapes = (512, 4096), (4096,), (2, 8, 1, 128), (2, 8, 8192, 128)
+    given = [randn(*shape, dtype=torch.bfloat16).cpu() for shape in shapes]
+
+    def work(device, rounds):
+        x, weight, q, k = (tensor.to(device) for tensor in given)
+        for _ in range(rounds):
+            out, attended, many = torch.empty_like(x), torch.empty_like(q), torch.empty_like(k[:, :, :640])
+            twice = torch.empty_like(weight)
+            of_kernel = kernel_call([view(weight)], [view(twice)], (4096, 1, 1), (128, 1, 1))
+            check(library.metalloid_kernel_launch(run.contexts[0], doubled, ctypes.byref(of_kernel)))
+            run("rms_norm", x, weight, 1e-5, out)
+            run("scaled_dot_product_attention", q, k, k, 128**-0.5, None, attended)
+            run("scaled_dot_product_attention", k[:, :, :640], k, k, 128**-0.5, attention_options(causal=True), many)
+        torch.cuda.synchronize(device)
+        assert torch.equal(twice, 2 * weight)
+        x, q, k = x.double(), q.double(), k.double()
+        close(out.cpu(), reference_norm(x, weight, None, 1e-5).cpu(), ROUNDING[torch.bfloat16])
+        want = (q @ k.mT * 128**-0.5).softmax(-1) @ k
+        assert (attended.double() - want).abs().max().item() <= SIXTEEN[torch.bfloat16]
+        return out.cpu(), attended.cpu(), many.cpu()
+
+    def by_thread(device):
+        with torch.cuda.device(device):
+            return work(torch.device("cuda", device), 20)
+
+    devices = range(torch.cuda.device_count())
+    with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+        results = list(pool.map(by_thread, devices))
+    results += [work(torch.device("cuda", device), 2) for device in devices]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    library.metalloid_kernel_destroy(doubled)
 
 
 def test_wide_floats_fail_by_name():
