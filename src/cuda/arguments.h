@@ -39,17 +39,20 @@ typedef struct mtl_cuda_gated_args {
 } mtl_cuda_gated_args;
 
 typedef struct mtl_cuda_rope_side {
-    mtl_cuda_loop heads;
+    mtl_cuda_loop heads; /* in the fast kernel: groups of heads, a block's each */
     mtl_cuda_row x, out, weight;
     int64_t x_batch_stride, x_time_stride, out_batch_stride, out_time_stride;
+    int64_t x_step, out_step; /* from head to head in a group */
+    int heads_in_row;         /* of the loop's last axis, which no group leaves */
 } mtl_cuda_rope_side;
 
 typedef struct mtl_cuda_rope_args {
     mtl_cuda_rope_side side[2];
     int sides, traditional, normed, inverse, each_token, positions_dtype;
-    int heads_a_block; /* that share a block's cosines and sines */
+    int log2_steps, heads_a_thread;   /* the time steps of a block */
+    int64_t first_group, first_batch; /* of blocks of y = 0, of z = 0 */
     int64_t batch, time, head_dim, dims;
-    double scale, log2_base, eps;
+    double scale, log2_ratio, eps; /* the ratio of a pair's inverse frequency to the one before */
     mtl_cuda_row freqs;
     int64_t offset;
     const char *positions;
@@ -79,8 +82,8 @@ typedef struct mtl_cuda_attention_args {
     mtl_cuda_strided logsumexp; /* batch, head, query */
     float scale, softcap;
     int64_t first_visible, last_visible; /* query i sees keys i + first_visible to i + last_visible */
-    /* Where keys are split: a range's normalized sums, of each row of the batch and key/value head, and the logarithm
-     * of their weight; or that in two factors, exp(part_logs) part_sums, which no large score makes coarse. */
+    /* Where keys are split: a range's normalized sums, of each row of the batch and key/value head, and their weight in
+     * two factors, exp(part_logs) part_sums, which no large score makes coarse. */
     int64_t split_keys; /* of a range */
     int splits;
     int heads_a_turn; /* key/value heads whose blocks are launched together: see attention.cuh's turn_of_block */
@@ -89,17 +92,18 @@ typedef struct mtl_cuda_attention_args {
 
 /* The same with q, k and v as the copy engine wants them described: a CUtensorMap each. */
 typedef struct mtl_cuda_attention_hopper_args {
-    __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128];
+    __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128], mask_map[128];
     mtl_cuda_attention_args attention;
     int stages;            /* of tiles on their way, in decoding */
+    int mask_stages;       /* of a mask's tiles, in prefill; 0: there is no mask */
     unsigned items, *next; /* of rows, in prefill; which of them comes after each block's first: NULL where none does */
 } mtl_cuda_attention_hopper_args;
 
-/* kv_cache_sdpa_update: what is written into the cache first. */
+/* What kv_cache_sdpa_update writes into the cache first; a mask into rows that the copy engine can read. */
 typedef struct mtl_cuda_append_args {
-    mtl_cuda_strided from, to; /* batch, head, time, feature */
-    int64_t heads, time, features, count;
-    int size; /* of an element */
+    mtl_cuda_strided from, to;           /* batch, head, time, feature */
+    int64_t rows, heads, time, features; /* rows: of all batches, times and heads */
+    int size;                            /* of an element: 1, 2 or 4 bytes */
 } mtl_cuda_append_args;
 
 typedef struct mtl_cuda_gated_delta_args {

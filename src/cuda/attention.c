@@ -83,32 +83,37 @@ static bool tensor_cores_serve(const mtl_attention_args *args) {
            args->value_dim % 8 == 0 && args->head_dim <= MOST_KEY_DIM && args->value_dim <= MOST_VALUE_DIM;
 }
 
-static metalloid_status append(const mtl_cuda_call *call, const mtl_attention_args *args,
-                               const mtl_attention_operand *from, const mtl_attention_operand *cache,
-                               int64_t features) {
+static metalloid_status append(const mtl_cuda_call *call, mtl_cuda_append_args args, int64_t batch) {
+    enum { THREADS = 256, ROWS = THREADS / WARP, MOST_BLOCKS = 1 << 16 };
+    args.rows = batch * args.time * args.heads;
+    int64_t blocks = (args.rows + ROWS - 1) / ROWS;
+    mtl_cuda_grid grid = {.blocks = blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS, .threads = THREADS};
+    return grid.blocks ? mtl_cuda_launch(call, kernel_of(APPEND), grid, &args) : METALLOID_OK;
+}
+
+static metalloid_status append_to_cache(const mtl_cuda_call *call, const mtl_attention_args *args,
+                                        const mtl_attention_operand *from, const mtl_attention_operand *cache,
+                                        int64_t features) {
     mtl_cuda_append_args arguments = {.from = strided(*from),
                                       .to = strided(*cache),
                                       .heads = args->kv_heads,
                                       .time = args->q_len,
                                       .features = features,
-                                      .count = args->batch * args->q_len * args->kv_heads * features,
                                       .size = (int)mtl_dtype_size(cache->dtype)};
     arguments.to.data += args->append.offset * cache->stride[2];
-    mtl_cuda_grid grid = {.blocks = (arguments.count + 255) / 256, .threads = 256};
-    if (grid.blocks > 65536) grid.blocks = 65536;
-    return mtl_cuda_launch(call, kernel_of(APPEND), grid, &arguments);
+    return append(call, arguments, args->batch);
 }
 
 /* Of Hopper's kernels, which are named after the head dimensions that they serve. */
 #define FORMS(op, dims) \
     { op "_f16_" dims, op "_bf16_" dims }
-enum { HOPPER_DIMS = 5, HOPPER_ALIGNMENT = 1024, ELEMENT = 2 };
+enum { HOPPER_DIMS = 5, HOPPER_ALIGNMENT = 1024, ELEMENT = 2, BLOCK = 64 /* features */ };
 static const struct {
     int key_dim, value_dim;
 } hopper_dims[HOPPER_DIMS] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
 
-/* As a dimension lies in shared memory: in blocks of 64 features. */
-static int in_blocks(int dim) { return (dim + 63) / 64 * 64; }
+/* As a dimension lies in shared memory: in blocks of features. */
+static int in_blocks(int dim) { return (dim + BLOCK - 1) / BLOCK * BLOCK; }
 
 static int hopper_dims_of(const mtl_attention_args *args) {
     int at = 0;
@@ -118,10 +123,47 @@ static int hopper_dims_of(const mtl_attention_args *args) {
 
 static bool describe_keys(const mtl_cuda_call *call, const mtl_attention_args *args,
                           mtl_cuda_attention_hopper_args *hopper, int keys) {
+    mtl_cuda_box box = {BLOCK, keys};
     return mtl_cuda_describe(call, hopper->k_map, &args->k, args->head_dim, args->kv_len, args->kv_heads, args->batch,
-                             keys) &&
+                             box) &&
            mtl_cuda_describe(call, hopper->v_map, &args->v, args->value_dim, args->kv_len, args->kv_heads, args->batch,
-                             keys);
+                             box);
+}
+
+/* One row stands for all where they do not differ. */
+static bool describe_mask(const mtl_cuda_call *call, const mtl_attention_args *args,
+                          mtl_cuda_attention_hopper_args *hopper, mtl_attention_operand mask, mtl_cuda_box box) {
+    if (mask.stride[2] == 0) box.rows = 1;
+    return aligned(mask) &&
+           mtl_cuda_describe(call, hopper->mask_map, &mask, args->kv_len, args->q_len, args->q_heads, args->batch, box);
+}
+
+/* Describes the mask. One that the copy engine cannot read, of odd strides, goes into rows that it can, in *memory, once
+ * and not once for each axis that it is broadcast along. *done is false where that cannot be. */
+static metalloid_status prepare_mask(const mtl_cuda_call *call, const mtl_attention_args *args,
+                                     mtl_cuda_attention_hopper_args *hopper, mtl_cuda_box box, CUdeviceptr *memory,
+                                     bool *done) {
+    mtl_attention_operand mask = args->mask;
+    *done = false;
+    if (mask.dtype != MTL_BOOL && mask.dtype != args->q.dtype) return METALLOID_OK; /* integers: seldom */
+    *done = describe_mask(call, args, hopper, mask, box);
+    if (*done) return METALLOID_OK;
+    int64_t size = mtl_dtype_size(mask.dtype), pitch = (args->kv_len * size + VECTOR - 1) / VECTOR * VECTOR;
+    int64_t rows = mask.stride[2] ? args->q_len : 1, heads = mask.stride[1] ? args->q_heads : 1,
+            batch = mask.stride[0] ? args->batch : 1;
+    *done = mtl_cuda_allocate(call, (size_t)(batch * heads * rows * pitch), memory) == METALLOID_OK;
+    if (!*done) return METALLOID_OK;
+    mask.data = (char *)*memory, mask.stride[3] = size;
+    mask.stride[2] = rows > 1 ? pitch : 0, mask.stride[1] = heads > 1 ? rows * pitch : 0;
+    mask.stride[0] = batch > 1 ? heads * rows * pitch : 0;
+    mtl_cuda_append_args copy = {.from = strided(args->mask),
+                                 .to = strided(mask),
+                                 .heads = heads,
+                                 .time = rows,
+                                 .features = args->kv_len,
+                                 .size = (int)size};
+    *done = describe_mask(call, args, hopper, mask, box);
+    return *done ? append(call, copy, batch) : METALLOID_OK;
 }
 
 /* Memory for the parts of split keys, `rows` of each split. */
@@ -131,6 +173,7 @@ static metalloid_status allocate_parts(const mtl_cuda_call *call, mtl_cuda_atten
     MTL_TRY(mtl_cuda_allocate(call, (size_t)(all * (attention->value_dim + 2)) * sizeof(float), memory));
     attention->parts = (float *)*memory;
     attention->part_logs = attention->parts + all * attention->value_dim;
+    attention->part_sums = attention->part_logs + all;
     return METALLOID_OK;
 }
 
@@ -201,7 +244,15 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
 /* Many queries on Hopper. *done is false where attention.cu has to serve. */
 static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       const mtl_cuda_attention_args *attention, bool *done) {
-    enum { ROWS = 128, LEAST_ROWS = 64, THREADS = 384, STAGES = 2, MASK_STAGES = 4 };
+    enum {
+        ROWS = 128,
+        LEAST_ROWS = 64,
+        THREADS = 384,
+        STAGES = 2,
+        BIT_STAGES = 4,
+        MASK_STAGES = 4,
+        OWN_MEMORY = 1 << 10
+    };
     enum { MOST_LENGTH = (1 << 30) - 2 * ROWS };
     enum { PLAIN, HIDDEN, CHANGED, KINDS };
     static const int images[KINDS] = {MTL_CUDA_IMAGE_attention_hopper, MTL_CUDA_IMAGE_attention_hopper_masked,
@@ -209,19 +260,19 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
 #define KINDS_OF(dims) \
     { FORMS("attention", dims), FORMS("attention_masked", dims), FORMS("attention_changed", dims) }
     static const struct {
-        int keys;
+        int keys, keys_masked;      /* of a tile */
         const char *name[KINDS][2]; /* float16, bfloat16 */
-    } kernels[HOPPER_DIMS] = {{128, KINDS_OF("64_64")},
-                              {128, KINDS_OF("96_96")},
-                              {128, KINDS_OF("128_128")},
-                              {128, KINDS_OF("192_128")},
-                              {64, KINDS_OF("256_256")}};
+    } kernels[HOPPER_DIMS] = {{128, 128, KINDS_OF("64_64")},
+                              {128, 128, KINDS_OF("96_96")},
+                              {128, 128, KINDS_OF("128_128")},
+                              {128, 64, KINDS_OF("192_128")},
+                              {64, 64, KINDS_OF("256_256")}};
     bool bf16 = args->q.dtype == MTL_BF16, adds = args->mask.data && args->mask.dtype != MTL_BOOL;
     int kind = adds || attention->softcap > 0 || !(attention->scale > 0) ? CHANGED
                : args->mask.data || args->key_mask.data                  ? HIDDEN
                                                                          : PLAIN;
     int at = hopper_dims_of(args), places = call->device->multiprocessors;
-    int keys = kind == PLAIN ? kernels[at].keys : kernels[at].keys / 2;
+    int keys = kind == PLAIN ? kernels[at].keys : kernels[at].keys_masked;
     int64_t items = (args->q_len + ROWS - 1) / ROWS * args->batch * args->q_heads;
     *done = false;
     if (args->q_len < LEAST_ROWS || items * 2 < places || items > INT32_MAX || args->q_len > MOST_LENGTH ||
@@ -229,22 +280,32 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
         return METALLOID_OK;
     mtl_cuda_attention_hopper_args hopper = {.attention = *attention, .items = (unsigned)items};
     if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
-                           ROWS) ||
+                           (mtl_cuda_box){BLOCK, ROWS}) ||
         !describe_keys(call, args, &hopper, keys))
         return METALLOID_OK;
-    *done = true;
     mtl_cuda_grid grid = {.blocks = items < places ? items : places, .threads = THREADS};
     int key_dim = in_blocks(hopper_dims[at].key_dim), value_dim = in_blocks(hopper_dims[at].value_dim);
     grid.shared_memory = (ROWS * key_dim + STAGES * keys * (key_dim + value_dim)) * ELEMENT + HOPPER_ALIGNMENT;
-    if (kind != PLAIN) grid.shared_memory += MASK_STAGES * (ROWS + 1) * VECTOR;
+    if (args->key_mask.data || (args->mask.data && !adds)) grid.shared_memory += BIT_STAGES * (ROWS + 1) * VECTOR;
+    CUdeviceptr mask = 0, next = 0;
+    metalloid_status status = METALLOID_OK;
+    *done = true;
+    if (args->mask.data) {
+        int tile = ROWS * keys * (adds ? ELEMENT : 1);
+        int room = (call->device->shared_memory - OWN_MEMORY - grid.shared_memory) / tile;
+        hopper.mask_stages = room < MASK_STAGES ? room : MASK_STAGES;
+        grid.shared_memory += hopper.mask_stages * tile;
+        status = prepare_mask(call, args, &hopper, (mtl_cuda_box){adds ? BLOCK : keys, ROWS}, &mask, done);
+    }
     mtl_cuda_kernel kernel = {images[kind], 2 * at + bf16, kernels[at].name[kind][bf16]};
-    if (items == grid.blocks) return mtl_cuda_launch(call, kernel, grid, &hopper);
-    CUdeviceptr next;
-    MTL_TRY(mtl_cuda_allocate(call, sizeof *hopper.next, &next));
-    metalloid_status status = mtl_cuda_fill(call, next, 1, sizeof *hopper.next, 0);
-    hopper.next = (unsigned *)next;
-    if (status == METALLOID_OK) status = mtl_cuda_launch(call, kernel, grid, &hopper);
-    mtl_cuda_release(call, next);
+    if (*done && status == METALLOID_OK && items > grid.blocks) {
+        status = mtl_cuda_allocate(call, sizeof *hopper.next, &next);
+        if (status == METALLOID_OK) status = mtl_cuda_fill(call, next, 1, sizeof *hopper.next, 0);
+        hopper.next = (unsigned *)next;
+    }
+    if (*done && status == METALLOID_OK) status = mtl_cuda_launch(call, kernel, grid, &hopper);
+    if (next) mtl_cuda_release(call, next);
+    if (mask) mtl_cuda_release(call, mask);
     return status;
 }
 
@@ -278,10 +339,7 @@ static metalloid_status attend_in_tiles(const mtl_cuda_call *call, const mtl_att
     attention->splits = grid.z = (int)splits;
 
     CUdeviceptr memory = 0;
-    if (splits > 1) {
-        MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
-        attention->part_sums = attention->part_logs + splits * heads * rows;
-    }
+    if (splits > 1) MTL_TRY(allocate_parts(call, attention, heads * rows, &memory));
     metalloid_status status = mtl_cuda_launch(call, kernel, grid, attention);
     return memory ? merge_parts(call, attention, heads * rows, memory, status) : status;
 }
@@ -314,7 +372,7 @@ static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_ar
     metalloid_status status = decode_hopper(call, args, attention, &done);
     if (done || status != METALLOID_OK) return status;
     status = attend_hopper(call, args, attention, &done);
-    if (done) return status;
+    if (done || status != METALLOID_OK) return status;
     few |= mma_tiles[class][0].memory > memory;
     return attend_in_tiles(call, args, attention, kernel_of(bf16 * 2 * DIMS + class * 2 + few), mma_tiles[class][few]);
 }
@@ -324,8 +382,8 @@ metalloid_status mtl_cuda_attention(const metalloid_context *context, const char
     MTL_TRY(mtl_cuda_begin(&call, context, op, args->device, args->in_double));
     metalloid_status status = METALLOID_OK;
     if (args->append.k.data) {
-        status = append(&call, args, &args->append.k, &args->k, args->head_dim);
-        if (status == METALLOID_OK) status = append(&call, args, &args->append.v, &args->v, args->value_dim);
+        status = append_to_cache(&call, args, &args->append.k, &args->k, args->head_dim);
+        if (status == METALLOID_OK) status = append_to_cache(&call, args, &args->append.v, &args->v, args->value_dim);
     }
     bool attends = args->batch && args->q_heads && args->q_len && (args->value_dim || args->logsumexp.data);
     if (!attends || status != METALLOID_OK) return mtl_cuda_end(&call, status);

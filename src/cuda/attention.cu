@@ -225,8 +225,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
         int64_t from = column < p.value_dim ? column : 0;
 #pragma unroll 8 // so that the loads of several ranges are in flight
         for (int split = threadIdx.y; split < p.splits; split += MERGE_GROUPS) {
-            float weight = exp_of_difference(p.part_logs[split * all + at], base);
-            if (p.part_sums) weight *= p.part_sums[split * all + at];
+            float weight = exp_of_difference(p.part_logs[split * all + at], base) * p.part_sums[split * all + at];
             float part = p.parts[(split * all + at) * p.value_dim + from];
             sum += weight;
             x += weight == 0 ? 0 : weight * part;
@@ -258,16 +257,22 @@ extern "C" __global__ void __launch_bounds__(128) attention_any(const __grid_con
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) attention_append(const __grid_constant__ mtl_cuda_append_args p) {
-    for (int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; item < p.count;
-         item += (int64_t)gridDim.x * blockDim.x) {
-        int64_t feature, head, time,
-            batch = divide(divide(divide(item, p.features, feature), p.heads, head), p.time, time);
-        const char *from = place(p.from, batch, head, time) + feature * p.from.stride[3];
-        char *to = (char *)place(p.to, batch, head, time) + feature * p.to.stride[3];
-        if (p.size == 2) *(uint16_t *)to = *(const uint16_t *)from;
-        else *(uint32_t *)to = *(const uint32_t *)from;
+// A warp copies a row of features.
+template <typename T> __device__ inline void append_rows(const mtl_cuda_append_args &p) {
+    int64_t warps = (int64_t)gridDim.x * (blockDim.x / WARP);
+    for (int64_t row = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / WARP; row < p.rows; row += warps) {
+        int64_t head, time, batch = divide(divide(row, p.heads, head), p.time, time);
+        const char *from = place(p.from, batch, head, time);
+        char *to = (char *)place(p.to, batch, head, time);
+#pragma unroll 4
+        for (int64_t i = threadIdx.x % WARP; i < p.features; i += WARP)
+            *(T *)(to + i * p.to.stride[3]) = *(const T *)(from + i * p.from.stride[3]);
     }
+}
+extern "C" __global__ void __launch_bounds__(256) attention_append(const __grid_constant__ mtl_cuda_append_args p) {
+    if (p.size == 1) append_rows<uint8_t>(p);
+    else if (p.size == 2) append_rows<uint16_t>(p);
+    else append_rows<uint32_t>(p);
 }
 
 #define ATTENTION_KERNEL(name, type, dim, warps, keys, blocks)       \

@@ -37,7 +37,7 @@ template <int BLOCKS> __device__ inline Part join(unsigned of_largest, unsigned 
     float base = whole.largest == -INFINITY ? 0 : whole.largest;
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
-        float weight = power_of_2(parts[i].largest - base);
+        float weight = exp_of_difference(parts[i].largest, base);
         whole.sum += weight * parts[i].sum;
         whole.value += weight * parts[i].value;
     }
@@ -164,7 +164,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
 
             bool all_see_all = plain && first + 16 <= end && first >= last_query + p.first_visible &&
                                first + 15 <= first_query + p.last_visible;
-            float scale = all_see_all ? p.scale * LOG2_E : 1;
+            float scale = all_see_all ? p.scale : 1;
             if (!all_see_all) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -179,7 +179,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
                             score = capped(p, score);
                             bool sees = row < rows && key < p.kv_len && key >= query[i] + p.first_visible &&
                                         key <= query[i] + p.last_visible && passes_masks(p, score, key_mask, mask, key);
-                            score = sees ? score * LOG2_E : -INFINITY;
+                            score = sees ? score : -INFINITY;
                         }
                     }
                 }
@@ -195,7 +195,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
                 now = larger(__shfl_xor_sync(ALL_LANES, now, 2), now);
                 now = larger(now * scale, largest[i]);
                 float base = now == -INFINITY ? 0 : now; // infinity - infinity would be NaN
-                factor[i] = power_of_2(largest[i] - base);
+                factor[i] = exp_of_difference(largest[i], base);
                 grown |= factor[i] != 1;
                 largest[i] = now;
                 sum[i] *= factor[i];
@@ -203,7 +203,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
                 for (int n = 0; n < 2; n++) {
 #pragma unroll
                     for (int e = 2 * i; e < 2 * i + 2; e++) {
-                        scores[n][e] = power_of_2(fmaf(scores[n][e], scale, -base));
+                        scores[n][e] = power_of_2(fmaf(scores[n][e], scale, -base) * LOG2_E);
                         sum[i] += scores[n][e];
                     }
                 }
@@ -259,7 +259,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         float base = top == -INFINITY ? 0 : top;
 #pragma unroll
         for (int i = 0; i < WARPS; i++) {
-            float weight = power_of_2(parts[i].largest[row] - base);
+            float weight = exp_of_difference(parts[i].largest[row], base);
             total += weight * parts[i].sum[row];
             x += weight * parts[i].values[row][column];
         }
@@ -279,22 +279,22 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         unsigned of_sum = of_largest + sizeof joined->largest;
         int64_t head = kv_head * group + (first_row + row) % group, query = (first_row + row) / group;
         bool parted = p.splits > 1;
-        float sink = !parted && p.sinks.data ? load_float(p.sinks.data + head * p.sinks.stride, p.sinks.dtype) * LOG2_E
-                                             : -INFINITY;
+        float sink =
+            !parted && p.sinks.data ? load_float(p.sinks.data + head * p.sinks.stride, p.sinks.dtype) : -INFINITY;
         Part whole = blocks == 1   ? Part{joined->largest[row], joined->sum[row], joined->values[row][column]}
                      : blocks == 2 ? join<2>(of_largest, of_sum, of_value)
                      : blocks == 4 ? join<4>(of_largest, of_sum, of_value)
                      : blocks == 8 ? join<8>(of_largest, of_sum, of_value)
                                    : join<16>(of_largest, of_sum, of_value);
         float top = larger(sink, whole.largest), base = top == -INFINITY ? 0 : top;
-        float weight = power_of_2(whole.largest - base), total = weight * whole.sum, x = weight * whole.value;
-        total = sink == INFINITY ? INFINITY : sink == -INFINITY ? total : total + power_of_2(sink - base);
+        float weight = exp_of_difference(whole.largest, base), total = weight * whole.sum, x = weight * whole.value;
+        total = sink == INFINITY ? INFINITY : sink == -INFINITY ? total : total + exp_of_difference(sink, base);
         x *= total == 0 ? 0 : 1 / total;
-        float log_sum = total == 0 ? -INFINITY : top / LOG2_E + logf(total);
+        float log_sum = total == 0 ? -INFINITY : top + logf(total);
         int64_t split = rank / blocks, part = (split * gridDim.y + blockIdx.y) * rows + first_row + row;
         if (parted) {
             p.parts[part * p.value_dim + column] = x;
-            if (column == 0) p.part_logs[part] = log_sum;
+            if (column == 0) p.part_logs[part] = top, p.part_sums[part] = total;
             continue;
         }
         store_float((char *)place(p.out, batch, head, query) + column * p.out.stride[3], p.out.dtype, x);

@@ -12,8 +12,10 @@
 // (MOST); only then is a new maximum looked for. A sum of them and a comparison find that out, with no maximum and no
 // exchange between lanes in the usual tile. Weights round to the inputs' dtype, sums are float.
 //
-// What a key mask or a boolean mask shows is made into bits by the other three warps of the fetching group, ahead of
-// the tiles; a tile of which nothing shows is not loaded. Additive masks are read while scores are multiplied.
+// The masks of a tile of scores come by the copy engine too, one warp asking for them, to a few places of their own. Of
+// what key mask and boolean mask show two more warps make bits, ahead of the tiles; a tile of which nothing shows is not
+// loaded. Additive masks are read like a matrix of the product's result and added in natural units, so that a row whose
+// every key has finfo.min still has a mean.
 //
 // As in attention.cu a row that comes out NaN is done again by attention_row.
 #pragma once
@@ -22,8 +24,9 @@
 #include "cuda/wgmma.cuh"
 
 constexpr float MOST = 4096; // sum of a lane's weights of a row and tile: float16 goes to 65504
-constexpr int GROUP = 4 * WARP, GROUP_ROWS = 64, GROUPS = 2, ROWS = GROUPS * GROUP_ROWS, STAGES = 2, MASK_STAGES = 4,
-              MASK_WARPS = 3;
+constexpr int GROUP = 4 * WARP, GROUP_ROWS = 64, GROUPS = 2, ROWS = GROUPS * GROUP_ROWS, STAGES = 2, BIT_STAGES = 4;
+constexpr int MASK_STAGES = 4;           // of a mask's tiles, at most
+constexpr int MASK_WARP = 1, MAKERS = 2; // of the fetching group: who asks for them; the rest make bits
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -53,113 +56,113 @@ __device__ inline float2 widen_pair(unsigned x, __nv_bfloat16) {
     return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
 }
 
-// 16 bytes that are 0 or not: the bits of bytes 2i, 2i + 1, 2i + 8 and 2i + 9 in byte i's lower half.
-__device__ inline unsigned bits_of_bytes(uint4 x) {
-    if ((x.x | x.y | x.z | x.w) & 0xfefefefeu) // they are 0 or 1 as a rule
-        x = make_uint4(__vsetgtu4(x.x, 0), __vsetgtu4(x.y, 0), __vsetgtu4(x.z, 0), __vsetgtu4(x.w, 0));
-    unsigned low = x.x | x.z << 2, high = x.y | x.w << 2; // bytes of lanes 0 0 1 1, and of 2 2 3 3
-    low |= low >> 7, high |= high >> 7;
-    return __byte_perm(low, high, 0x6420) & 0x0f0f0f0fu;
+// Bytes that are not 0 as 1, which they are as a rule.
+template <int N> __device__ inline void as_zeros_and_ones(uint4 (&x)[N]) {
+    unsigned any = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) any |= x[i].x | x[i].y | x[i].z | x[i].w;
+    if ((any & 0xfefefefeu) == 0) return;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        x[i] = make_uint4(__vsetgtu4(x[i].x, 0), __vsetgtu4(x[i].y, 0), __vsetgtu4(x[i].z, 0), __vsetgtu4(x[i].w, 0));
+}
+// A bit to each of 16 such bytes, above those that there are.
+__device__ inline unsigned bits_of_bytes(uint4 x, unsigned bits) {
+    bits = __dp4a(x.z, 0x08040201u, __dp4a(x.w, 0x80402010u, bits << 8));
+    return __dp4a(x.x, 0x08040201u, __dp4a(x.y, 0x80402010u, bits << 8));
 }
 
 // Beyond causal and window: nothing; keys hidden by a key mask or a boolean mask; and scores changed by an additive mask,
 // a cap or a scale that is not positive.
 enum Kind { PLAIN, HIDDEN, CHANGED };
 
-// What is known of a stage of mask bits: some key shows, some does not.
+// What is known of a tile's bits: some key shows, some does not.
 enum { SOME_SHOW = 1, SOME_HIDDEN = 2 };
-struct MaskStage {
-    unsigned bits[ROWS][4]; // of a row's keys: of every eight, two to each of the four lanes that have the row's scores
-    int state[4];           // a mask warp's each
+struct MaskBits {
+    __align__(16) unsigned rows[ROWS][4]; // the first stands for all where there is no boolean mask of different rows
+    int state[4];                         // a maker's each
 };
 
-// The part of an item's masks that one of the MASK_WARPS warps makes bits of: of some rows all keys of a tile.
-template <int KEYS> struct MaskPart {
-    static constexpr int LANES_OF_ROW = KEYS / 16, ROWS_AT_ONCE = WARP / LANES_OF_ROW; // a lane has 16 keys of a row
-    static constexpr int STEP = MASK_WARPS * ROWS_AT_ONCE, PASSES = (ROWS + STEP - 1) / STEP;
-    static constexpr unsigned ALL = 0x0f0f0f0fu;
-    const mtl_cuda_attention_args &p;
-    const Item<KEYS> &item;
-    const char *key_mask, *mask; // mask: of the lane's first row and key 0
-    int part, first_row;
-    bool by_rows, vectors; // all rows are alike, and one stands for them, where there is no boolean mask
-
-    __device__ MaskPart(const mtl_cuda_attention_args &p, const Item<KEYS> &item, int warp)
-        : p(p), item(item), key_mask(key_mask_of(p, item.batch)), part(threadIdx.x % LANES_OF_ROW),
-          first_row(warp * ROWS_AT_ONCE + threadIdx.x % WARP / LANES_OF_ROW),
-          by_rows(p.mask.data && p.mask.dtype == BOOL) {
-        mask = by_rows ? mask_of(p, item.batch, item.head, item.first_query + first_row) : NULL;
-        vectors = by_rows && p.mask.stride[3] == 1 &&
-                  (((uintptr_t)p.mask.data | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2]) & 15) == 0;
-    }
-    __device__ int first_key(int tile) const { return item.begin + tile * KEYS + part * 16; }
-    __device__ bool inside(int pass) const {
-        int row = first_row + pass * STEP;
-        return row < ROWS && item.first_query + row < p.q_len;
-    }
-    __device__ bool by_vectors(int tile) const {
-        return vectors && tile < item.tiles && first_key(tile) + 16 <= item.kv_len;
-    }
-
-    // Asks for the bytes of a tile, where vectors serve.
-    __device__ void load(uint4 (&bytes)[PASSES], int tile) const {
-        const char *at = mask + first_key(tile);
-        bool there = by_vectors(tile);
+// Of a tile's keys, those that two rows of scores see, as a lane has them: bit 8 (n % 4) + 2 (n / 4) + e is of the n-th
+// eight's e-th.
+struct Seen {
+    unsigned rows[2];
+    template <int KEYS> __device__ void load(int i, const unsigned (&row)[4]) {
+        const uint4 bits = *(const uint4 *)row;
+        const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+        rows[i] = 0;
 #pragma unroll
-        for (int pass = 0; pass < PASSES; pass++) {
-            bytes[pass] = make_uint4(0, 0, 0, 0);
-            if (there && inside(pass)) bytes[pass] = *(const uint4 *)(at + (int64_t)pass * STEP * p.mask.stride[2]);
-        }
+        for (int j = 0; j < KEYS / 32; j++)
+            rows[i] |= __funnelshift_r(words[j], words[j], threadIdx.x % 4 * 2 - 2 * j) & 0x03030303u << 2 * j;
     }
-    __device__ void make_bits(const uint4 (&bytes)[PASSES], int tile, int warp, MaskStage &stage) const {
-        int first = first_key(tile);
-        unsigned visible = ALL;
-        if (key_mask || first + 16 > item.kv_len) {
-            visible = 0;
-            for (int j = 0; j < 16; j++) {
-                bool sees = first + j < item.kv_len;
-                if (key_mask && sees)
-                    sees = load_integer(key_mask + (first + j) * p.key_mask.stride[1], p.key_mask.dtype) != 0;
-                visible |= (unsigned)sees << bit_of_key(j);
-            }
-        }
-        bool there = by_vectors(tile);
-        int state = 0;
-#pragma unroll
-        for (int pass = 0; pass < PASSES; pass++) {
-            int row = first_row + pass * STEP;
-            bool counts = by_rows ? inside(pass) : row == 0;
-            unsigned own = counts ? visible : 0;
-            if (there) {
-                own &= bits_of_bytes(bytes[pass]);
-            } else if (by_rows && counts) {
-                const char *at = mask + (int64_t)pass * STEP * p.mask.stride[2] + first * p.mask.stride[3];
-                for (int j = 0; j < 16; j++) {
-                    unsigned bit = 1u << bit_of_key(j);
-                    if (own & bit && *(const uint8_t *)(at + j * p.mask.stride[3]) == 0) own &= ~bit;
-                }
-            }
-            if (counts) state |= (own ? SOME_SHOW : 0) | (own != ALL ? SOME_HIDDEN : 0);
-            own |= __shfl_down_sync(ALL_LANES, own, 1) << 4;
-            if (row < ROWS && part % 2 == 0) {
-                unsigned char *to = (unsigned char *)stage.bits[row] + part / 2;
-                to[0] = own, to[4] = own >> 8, to[8] = own >> 16, to[12] = own >> 24;
-            }
-            if (!by_rows) break;
-        }
-        state = __reduce_or_sync(ALL_LANES, state);
-        if (threadIdx.x % WARP == 0) stage.state[warp] = state;
-    }
-    // Where a lane's key has its bit among what bits_of_bytes makes.
-    __device__ static int bit_of_key(int j) { return j % 8 / 2 * 8 + j % 2 + j / 8 * 2; }
+    __device__ bool operator()(int i, int n, int e) const { return rows[i] & 1u << (n % 4 * 8 + n / 4 * 2 + e); }
 };
+struct SeenAll {
+    __device__ bool operator()(int, int, int) const { return true; }
+};
+
+// A position among some stages, and how often it has come round.
+struct Ring {
+    int stage = 0, parity = 0;
+    __device__ void advance(int stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// What one of the MAKERS warps makes of a tile of an item's masks, 32 keys of a row a lane. `tile`: where the boolean
+// mask's bytes lie; NULL: there is none.
+template <int KEYS>
+__device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<KEYS> &item, int first, int maker,
+                                 const unsigned char *tile, bool rows_differ, MaskBits &bits) {
+    constexpr int LANES = KEYS / 32, ROWS_AT_ONCE = WARP / LANES;
+    int lane = threadIdx.x % WARP, word = lane % LANES, state = 0;
+    const char *key_mask = key_mask_of(p, item.batch);
+    unsigned visible = ~0u; // the copy engine fills with zeros what is beyond the last key
+    if (key_mask || !tile) {
+#pragma unroll
+        for (int i = 0; i < LANES; i++) {
+            int key = first + i * 32 + lane;
+            bool sees = key < item.kv_len;
+            if (sees && key_mask) sees = load_integer(key_mask + key * p.key_mask.stride[1], p.key_mask.dtype) != 0;
+            unsigned of_word = __ballot_sync(ALL_LANES, sees);
+            if (word == i) visible = of_word;
+        }
+    }
+    auto set = [&](int row, unsigned seen) {
+        bits.rows[row][word] = seen;
+        state |= (seen ? SOME_SHOW : 0) | (~seen ? SOME_HIDDEN : 0);
+    };
+    if (tile && rows_differ) {
+        constexpr int STEP = MAKERS * ROWS_AT_ONCE;
+        int row = maker * ROWS_AT_ONCE + lane / LANES;
+        const uint4 *at = (const uint4 *)(tile + row * KEYS + word * 32), *next = at + STEP * KEYS / 16;
+#pragma unroll
+        for (int i = 0; i < ROWS; i += 2 * STEP) {
+            uint4 bytes[4] = {at[i * KEYS / 16], at[i * KEYS / 16 + 1], next[i * KEYS / 16], next[i * KEYS / 16 + 1]};
+            as_zeros_and_ones(bytes);
+            set(row + i, visible & bits_of_bytes(bytes[0], bits_of_bytes(bytes[1], 0)));
+            set(row + i + STEP, visible & bits_of_bytes(bytes[2], bits_of_bytes(bytes[3], 0)));
+        }
+    } else if (maker == 0) {
+        unsigned seen = visible;
+        if (tile) {
+            const uint4 *at = (const uint4 *)tile + word * 2;
+            uint4 bytes[2] = {at[0], at[1]};
+            as_zeros_and_ones(bytes);
+            seen &= bits_of_bytes(bytes[0], bits_of_bytes(bytes[1], 0));
+        }
+        set(0, seen);
+    }
+    state = __reduce_or_sync(ALL_LANES, state);
+    if (lane == 0) bits.state[maker] = state;
+}
 
 // A tile of 16-bit features lies as blocks of 64 features, each row of a block 128 bytes.
 template <typename T, int KEY_DIM, int VALUE_DIM, int KEYS, Kind KIND>
 __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &args) {
     constexpr bool MASKED = KIND != PLAIN;
     // Registers of a fetching thread; three groups have 504 a thread of each together.
-    constexpr int FETCHING = MASKED ? 104 : 40, BLOCK_REGISTERS = 504;
+    constexpr int FETCHING = 40, BLOCK_REGISTERS = 504;
     const mtl_cuda_attention_args &p = args.attention;
     // Groups take turns where the softmax takes as long as the products; elsewhere they find their places themselves.
     constexpr bool TURNS = KEY_DIM <= 64;
@@ -169,46 +172,52 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned q_tile = ((unsigned)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     unsigned k_tiles = q_tile + Q_TILE, v_tiles = k_tiles + STAGES * K_TILE, masks_at = v_tiles + STAGES * V_TILE;
-    MaskStage *masks = (MaskStage *)(shared + (masks_at - (unsigned)__cvta_generic_to_shared(shared)));
+    const bool boolean = MASKED && p.mask.data && p.mask.dtype == BOOL, bits = MASKED && (boolean || p.key_mask.data);
+    const bool added = KIND == CHANGED && p.mask.data && !boolean, rows_differ = p.mask.stride[2] != 0;
+    const int mask_tile = ROWS * KEYS * (added ? 2 : 1), mask_stages = args.mask_stages;
+    unsigned char *mask_tiles = shared + (masks_at - (unsigned)__cvta_generic_to_shared(shared));
+    MaskBits *mask_bits = (MaskBits *)(mask_tiles + mask_stages * mask_tile);
     __shared__ unsigned item_taken[STAGES];
-    __shared__ __align__(8) uint64_t barriers[2 + 6 * STAGES + 2 * MASK_STAGES];
+    __shared__ __align__(8) uint64_t barriers[2 + 6 * STAGES + 2 * BIT_STAGES + 2 * MASK_STAGES];
     unsigned q_full = (unsigned)__cvta_generic_to_shared(barriers), q_empty = q_full + 8;
     unsigned item_full = q_empty + 8, item_empty = item_full + 8 * STAGES;
     unsigned k_full = item_empty + 8 * STAGES, k_empty = k_full + 8 * STAGES, v_full = k_empty + 8 * STAGES,
-             v_empty = v_full + 8 * STAGES, mask_full = v_empty + 8 * STAGES, mask_empty = mask_full + 8 * MASK_STAGES;
+             v_empty = v_full + 8 * STAGES, bits_full = v_empty + 8 * STAGES, bits_empty = bits_full + 8 * BIT_STAGES,
+             mask_full = bits_empty + 8 * BIT_STAGES, mask_empty = mask_full + 8 * MASK_STAGES;
 
     int group = __shfl_sync(ALL_LANES, threadIdx.x / GROUP, 0) - 1; // -1 fetches
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
     const unsigned items = args.items;
-    bool bits = MASKED && (p.key_mask.data || (p.mask.data && p.mask.dtype == BOOL));
 
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1), barrier_init(q_empty, GROUPS * 4);
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(item_full + 8 * i, 1), barrier_init(item_empty + 8 * i, GROUPS * 4 + (bits ? MASK_WARPS : 0));
+            barrier_init(item_full + 8 * i, 1), barrier_init(item_empty + 8 * i, GROUPS * 4 + (MASKED ? 3 : 0));
             barrier_init(k_full + 8 * i, 1), barrier_init(v_full + 8 * i, 1);
             barrier_init(k_empty + 8 * i, GROUPS * 4), barrier_init(v_empty + 8 * i, GROUPS * 4);
         }
-        for (int i = 0; i < MASK_STAGES; i++)
-            barrier_init(mask_full + 8 * i, MASK_WARPS), barrier_init(mask_empty + 8 * i, GROUPS * 4 + 1);
+        for (int i = 0; MASKED && i < BIT_STAGES; i++)
+            barrier_init(bits_full + 8 * i, MAKERS), barrier_init(bits_empty + 8 * i, GROUPS * 4 + 1);
+        for (int i = 0; MASKED && i < mask_stages; i++)
+            barrier_init(mask_full + 8 * i, 1), barrier_init(mask_empty + 8 * i, added ? GROUPS * 4 : MAKERS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
 
-    // Every role goes through the same tiles; `masks_seen` counts them where they have bits.
-    unsigned masks_seen = 0;
+    // Every role goes through the same tiles.
+    Ring bits_at, mask_at;
     auto shows = [&](int state) { return (state & SOME_SHOW) != 0; };
-    auto mask_state = [&]() { // of the next tile, once its bits are there
-        int stage = masks_seen % MASK_STAGES;
-        barrier_wait(mask_full + 8 * stage, masks_seen / MASK_STAGES % 2);
-        int state = 0;
-#pragma unroll
-        for (int i = 0; i < MASK_WARPS; i++) state |= masks[stage].state[i];
-        return state;
+    auto bits_state = [&]() { // of the next tile, once its bits are there
+        barrier_wait(bits_full + 8 * bits_at.stage, bits_at.parity);
+        return mask_bits[bits_at.stage].state[0] | mask_bits[bits_at.stage].state[1];
+    };
+    auto bits_done = [&](bool arrives) {
+        if (arrives) barrier_arrive(bits_empty + 8 * bits_at.stage);
+        bits_at.advance(BIT_STAGES);
     };
     auto mask_done = [&](bool arrives) {
-        if (arrives) barrier_arrive(mask_empty + 8 * (masks_seen % MASK_STAGES));
-        masks_seen++;
+        if (arrives) barrier_arrive(mask_empty + 8 * mask_at.stage);
+        mask_at.advance(mask_stages);
     };
 
     // What the fetching thread took: the same items for all roles, and at last one that is not there.
@@ -226,21 +235,29 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         // Of the registers that the block starts with, 168 a thread: what is asked for beyond them never comes.
         give_registers<FETCHING>();
         if (MASKED && warp > 0) {
-            if (!bits) return;
             for (unsigned index; (index = next_item()) < items;) {
                 const Item<KEYS> item(p, index);
-                const MaskPart<KEYS> part(p, item, warp - 1);
-                uint4 bytes[part.PASSES], next[part.PASSES];
-                part.load(bytes, 0);
-                for (int tile = 0; tile < item.tiles; tile++, masks_seen++) {
-                    int stage = masks_seen % MASK_STAGES;
-                    part.load(next, tile + 1);
-                    barrier_wait(mask_empty + 8 * stage, masks_seen / MASK_STAGES % 2 ^ 1);
-                    part.make_bits(bytes, tile, warp - 1, masks[stage]);
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(mask_full + 8 * stage);
-#pragma unroll
-                    for (int i = 0; i < part.PASSES; i++) bytes[i] = next[i];
+                for (int tile = 0; tile < item.tiles; tile++) {
+                    int first = item.begin + tile * KEYS;
+                    if (warp == MASK_WARP) {
+                        if (mask_stages == 0 || lane != 0) break;
+                        unsigned full = mask_full + 8 * mask_at.stage, to = masks_at + mask_at.stage * mask_tile;
+                        barrier_wait(mask_empty + 8 * mask_at.stage, mask_at.parity ^ 1);
+                        barrier_expect(full, rows_differ ? mask_tile : mask_tile / ROWS);
+                        for (int at = 0; at < KEYS; at += added ? 64 : KEYS)
+                            copy_box(to + at * ROWS * 2, args.mask_map, full, first + at, item.first_query, item.head,
+                                     item.batch);
+                        mask_at.advance(mask_stages);
+                    } else if (bits) {
+                        const unsigned char *mask = boolean ? mask_tiles + mask_at.stage * mask_tile : NULL;
+                        if (mask) barrier_wait(mask_full + 8 * mask_at.stage, mask_at.parity);
+                        barrier_wait(bits_empty + 8 * bits_at.stage, bits_at.parity ^ 1);
+                        make_bits(p, item, first, warp - MASK_WARP - 1, mask, rows_differ, mask_bits[bits_at.stage]);
+                        __syncwarp();
+                        if (lane == 0) barrier_arrive(bits_full + 8 * bits_at.stage);
+                        bits_at.advance(BIT_STAGES);
+                        if (mask) mask_done(lane == 0);
+                    }
                 }
             }
             return;
@@ -258,8 +275,8 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             bool queries = false; // are on their way
             for (int tile = 0; tile < item.tiles; tile++) {
                 if (bits) {
-                    int state = mask_state();
-                    mask_done(true);
+                    int state = bits_state();
+                    bits_done(true);
                     if (!shows(state)) continue;
                 }
                 int stage = fetched % STAGES, parity = fetched / STAGES % 2 ^ 1, key = item.begin + tile * KEYS;
@@ -290,9 +307,13 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     // Values in parts of at most 128 columns, as wide as one product.
     constexpr int PART = VALUE_DIM < 128 ? VALUE_DIM : 128, PARTS = VALUE_DIM / PART;
     float scores[KEYS / 2], values[PARTS][PART / 2], largest[2], sum[2], factor[2];
-    unsigned weights[2][KEYS / 4] = {};                   // of a tile that is being multiplied, and of the next
-    float scale = KIND == CHANGED ? 1 : p.scale * LOG2_E; // within the exponential
-    unsigned multiplied = 0, weighted = 0;                // tiles of keys, of values
+    unsigned weights[2][KEYS / 4] = {}; // of a tile that is being multiplied, and of the next
+    // Scores are multiplied by the scale, and by LOG2_E for powers of 2, within the exponential, as a rule; changed ones
+    // are in natural units. largest is in `UNIT`s of them.
+    constexpr float UNIT = KIND == CHANGED ? 1 : LOG2_E;
+    auto power = [](float x) { return power_of_2(KIND == CHANGED ? x * LOG2_E : x); };
+    float scale = KIND == CHANGED ? 1 : p.scale * LOG2_E;
+    unsigned multiplied = 0, weighted = 0; // tiles of keys, of values
 
     uint64_t queries = descriptor(q_tile + group * GROUP_ROWS * ROW, 16);
     auto multiply_keys = [&]() {
@@ -345,8 +366,6 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     };
     if (group == GROUPS - 1) end_turn();
     unsigned worked = 0; // items
-    unsigned added_pairs[2][KEYS / 8];
-    bool added = KIND == CHANGED && p.mask.data && p.mask.dtype != BOOL, pairs = false;
     for (unsigned index; (index = next_item()) < items;) {
         const Item<KEYS> item(p, index);
         int query[2], group_first = item.first_query + group * GROUP_ROWS, state = 0;
@@ -361,56 +380,54 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             for (int i = 0; i < PART / 2; i++) values[part][i] = 0;
         }
 
-        // The next tile of which something shows, from `tile` on; its bits stay where they are until mask_done.
+        // The next tile of which something shows, from `tile` on; its bits stay where they are until bits_done.
         auto next_tile = [&](int tile) {
             if (!bits) return tile;
             for (; tile < item.tiles; tile++) {
-                state = mask_state();
+                state = bits_state();
                 if (shows(state)) break;
+                bits_done(lane == 0);
+                if (!added) continue;
+                barrier_wait(mask_full + 8 * mask_at.stage, mask_at.parity);
                 mask_done(lane == 0);
             }
             return tile;
         };
-        // An additive mask's values for a tile, asked for while its scores are being multiplied, where pairs serve.
-        auto load_added = [&](int tile) {
-            if (KIND != CHANGED || !added) return;
-            int first = item.begin + tile * KEYS;
-            pairs = p.mask.dtype == Element<T>::dtype && p.mask.stride[3] == (int)sizeof(T) &&
-                    first + KEYS <= item.kv_len &&
-                    (((uintptr_t)p.mask.data | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2]) & 3) == 0;
-            if (!pairs) return;
+        // Scores in natural units: scaled, capped, with the mask added. What causal, window and bits hide is hidden in
+        // between, so that -infinity stays what it is, and the last step mixes with the weights'.
+        const bool early = p.softcap > 0 || !(p.scale > 0);
+        auto cap = [&]() {
+            if (p.softcap > 0) {
+                float inverse = p.scale / p.softcap;
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int row = query[i] < p.q_len ? query[i] : 0;
-                const char *at = mask_of(p, item.batch, item.head, row) + (first + lane % 4 * 2) * (int)sizeof(T);
+                for (int i = 0; i < KEYS / 2; i++) scores[i] = p.softcap * quick_tanh(scores[i] * inverse);
+            } else {
 #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) added_pairs[i][n] = *(const unsigned *)(at + n * 8 * sizeof(T));
+                for (int i = 0; i < KEYS / 2; i++) scores[i] *= p.scale;
             }
         };
-        // Scores as the softmax takes them, by base 2: scaled, capped, with the mask added.
-        auto change = [&](int first) {
+        auto add_mask = [&]() {
+            const float factor = early ? 1 : p.scale;
+            barrier_wait(mask_full + 8 * mask_at.stage, mask_at.parity);
+            unsigned row = rows_differ ? group * GROUP_ROWS + warp * 16 + lane % 16 : 0;
+            unsigned at = masks_at + mask_at.stage * mask_tile + row * ROW + ((lane / 16 ^ (row & 7)) << 4);
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const char *mask =
-                    added && !pairs && query[i] < p.q_len ? mask_of(p, item.batch, item.head, query[i]) : NULL;
+            for (int n = 0; n < KEYS / 8; n += 2) {
+                unsigned pairs[4];
+                load_matrices(pairs, (at ^ n % 8 << 4) + n / 8 * ROWS * ROW);
 #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) {
-                    float2 bias = pairs ? widen_pair(added_pairs[i][n], T()) : make_float2(0, 0);
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float &score = scores[4 * n + 2 * i + e], of_key = e ? bias.y : bias.x;
-                        int key = first + n * 8 + lane % 4 * 2 + e;
-                        if (mask && key < item.kv_len) of_key = load_float(mask + key * p.mask.stride[3], p.mask.dtype);
-                        float changed = score * p.scale;
-                        if (p.softcap > 0) changed = p.softcap * quick_tanh(changed / p.softcap);
-                        score = of_key == -INFINITY ? -INFINITY : (changed + of_key) * LOG2_E;
-                    }
+                for (int j = 0; j < 4; j++) {
+                    float2 bias = widen_pair(pairs[j], T());
+                    float *two = &scores[4 * (n + j / 2) + 2 * (j % 2)];
+                    two[0] = fmaf(two[0], factor, bias.x), two[1] = fmaf(two[1], factor, bias.y);
                 }
             }
+            __syncwarp();
+            mask_done(lane == 0);
         };
         auto hide = [&](int tile) {
             int first = item.begin + tile * KEYS;
-            if constexpr (KIND == CHANGED) change(first);
+            if (KIND == CHANGED && early) cap();
             bool all_see_all = first + KEYS <= item.kv_len &&
                                first >= group_first + GROUP_ROWS - 1 + item.first_visible &&
                                first + KEYS - 1 <= group_first + item.last_visible;
@@ -431,33 +448,21 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     }
                 }
             }
-            if (bits) {
-                if (state & SOME_HIDDEN) {
-                    bool by_rows = p.mask.data && p.mask.dtype == BOOL;
+        };
+        auto hide_unseen = [&](const Seen &seen) {
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        int row = by_rows ? group * GROUP_ROWS + warp * 16 + lane / 4 + 8 * i : 0;
-                        unsigned seen = masks[masks_seen % MASK_STAGES].bits[row][lane % 4];
-#pragma unroll
-                        for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                            for (int e = 0; e < 2; e++) {
-                                if (!(seen & 1u << (2 * n + e))) scores[4 * n + 2 * i + e] = -INFINITY;
-                            }
-                        }
-                    }
-                }
-                __syncwarp();
-                mask_done(lane == 0);
+            for (int i = 0; i < KEYS / 2; i++) {
+                if (!seen(i / 2 % 2, i / 4, i % 2)) scores[i] = -INFINITY;
             }
         };
         // The weights of row i of the tile relative to `largest`; their sum.
-        auto weigh = [&](int i, unsigned(&weights)[KEYS / 4]) {
+        auto weigh = [&](int i, unsigned(&weights)[KEYS / 4], const auto &seen) {
             float base = largest[i] == -INFINITY ? 0 : largest[i], of_tile = 0; // infinity - infinity would be NaN
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
-                float x = power_of_2(fmaf(scores[4 * n + 2 * i], scale, -base));
-                float y = power_of_2(fmaf(scores[4 * n + 2 * i + 1], scale, -base));
+                float x = seen(i, n, 0) ? fmaf(scores[4 * n + 2 * i], scale, -base) : -INFINITY;
+                float y = seen(i, n, 1) ? fmaf(scores[4 * n + 2 * i + 1], scale, -base) : -INFINITY;
+                x = power(x), y = power(y);
                 of_tile += x;
                 of_tile += y;
                 weights[2 * n + i] = narrow_pair(x, y, T());
@@ -467,16 +472,37 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         // Of a row's first tile `largest` is its maximum. It stays as long as weights relative to it are not too large,
         // and there is no maximum to look for. Whether it changed, and with it, by `factor`, what the values count.
         auto softmax = [&](unsigned(&weights)[KEYS / 4], bool first) {
+            Seen seen;
+            bool partly = false; // seen
+            if (bits) {
+                if (state & SOME_HIDDEN) {
+                    partly = true;
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        int row = boolean && rows_differ ? group * GROUP_ROWS + warp * 16 + lane / 4 + 8 * i : 0;
+                        seen.load<KEYS>(i, mask_bits[bits_at.stage].rows[row]);
+                    }
+                    if (KIND == CHANGED) hide_unseen(seen);
+                }
+                __syncwarp();
+                bits_done(lane == 0);
+            }
+            if (KIND == CHANGED && added) add_mask();
             float of_tile[2];
             bool outgrown = first;
-            if (!first) {
+            if (MASKED ||
+                !first) { // the first tile's are made in vain: without a branch they mix with what comes before
 #pragma unroll
-                for (int i = 0; i < 2; i++) of_tile[i] = weigh(i, weights);
+                for (int i = 0; i < 2; i++) {
+                    if (KIND == HIDDEN && partly) of_tile[i] = weigh(i, weights, seen);
+                    else of_tile[i] = weigh(i, weights, SeenAll());
+                }
                 bool fits =
                     of_tile[0] <= MOST && of_tile[1] <= MOST && largest[0] != -INFINITY && largest[1] != -INFINITY;
                 outgrown = __any_sync(ALL_LANES, !fits);
             }
             if (outgrown) {
+                if (KIND == HIDDEN && partly) hide_unseen(seen);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     float now = -INFINITY;
@@ -486,9 +512,9 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     now = larger(__shfl_xor_sync(ALL_LANES, now, 1), now);
                     now = larger(__shfl_xor_sync(ALL_LANES, now, 2), now);
                     now = larger(now * scale, largest[i]);
-                    factor[i] = now == -INFINITY ? 1 : power_of_2(largest[i] - now);
+                    factor[i] = now == -INFINITY ? 1 : power(largest[i] - now);
                     largest[i] = now;
-                    of_tile[i] = weigh(i, weights);
+                    of_tile[i] = weigh(i, weights, SeenAll());
                     sum[i] *= factor[i];
                 }
             }
@@ -503,7 +529,6 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             await_turn();
             multiply_keys();
             end_turn();
-            load_added(tile);
             products_wait<0>();
             settle(scores);
             keys_done();
@@ -534,7 +559,6 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                 multiply_keys();
                 multiply_values(weights);
                 end_turn();
-                load_added(tile);
                 products_wait<1>();
                 settle(scores);
                 keys_done();
@@ -553,14 +577,14 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
             sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
             bool inside = query[i] < p.q_len;
-            float top = largest[i] / LOG2_E, by = 1; // in base e
+            float top = largest[i] / UNIT, by = 1; // in natural units
             if (p.sinks.data) {
-                float sink = load_float(p.sinks.data + item.head * p.sinks.stride, p.sinks.dtype) * LOG2_E;
+                float sink = load_float(p.sinks.data + item.head * p.sinks.stride, p.sinks.dtype) * UNIT;
                 float now = larger(sink, largest[i]);
                 if (now != -INFINITY) {
-                    by = power_of_2(largest[i] - now);
-                    sum[i] = sink == INFINITY ? INFINITY : sum[i] * by + power_of_2(sink - now);
-                    top = now / LOG2_E;
+                    by = power(largest[i] - now);
+                    sum[i] = sink == INFINITY ? INFINITY : sum[i] * by + power(sink - now);
+                    top = now / UNIT;
                 }
             }
             float inverse = sum[i] == 0 ? 0 : by / sum[i];
@@ -605,10 +629,10 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         name(const __grid_constant__ mtl_cuda_attention_hopper_args args) { \
         BODY(type, key_dim, value_dim, keys, kind);                         \
     }
-// The bits of masks, and what is added, take registers: fewer keys at once leave them.
+// 192 features and the tiles of an additive mask leave room for 64 keys.
 #define ATTENTION_KERNELS(name, type, kind)                                            \
-    ATTENTION_KERNEL(name##_64_64, type, 64, 64, (kind == PLAIN ? 128 : 64), kind)     \
-    ATTENTION_KERNEL(name##_96_96, type, 96, 96, (kind == PLAIN ? 128 : 64), kind)     \
-    ATTENTION_KERNEL(name##_128_128, type, 128, 128, (kind == PLAIN ? 128 : 64), kind) \
+    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 128, kind)                            \
+    ATTENTION_KERNEL(name##_96_96, type, 96, 96, 128, kind)                            \
+    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 128, kind)                        \
     ATTENTION_KERNEL(name##_192_128, type, 192, 128, (kind == PLAIN ? 128 : 64), kind) \
-    ATTENTION_KERNEL(name##_256_256, type, 256, 256, (kind == PLAIN ? 64 : 32), kind)
+    ATTENTION_KERNEL(name##_256_256, type, 256, 256, 64, kind)

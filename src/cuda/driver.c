@@ -304,27 +304,28 @@ metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel
     return METALLOID_OK;
 }
 
-bool mtl_cuda_describe(const mtl_cuda_call *call, void *map, const mtl_attention_operand *operand, int64_t features,
-                       int64_t time, int64_t heads, int64_t batch, int rows) {
-    enum { FEATURES = 64, VECTOR = 16 };
+bool mtl_cuda_describe(const mtl_cuda_call *call, void *map, const mtl_attention_operand *operand, int64_t columns,
+                       int64_t time, int64_t heads, int64_t batch, mtl_cuda_box box) {
+    enum { VECTOR = 16 };
 #ifdef MTL_CUDA_WITHOUT_HOPPER
     return false; /* its kernels are empty in what was built */
 #endif
     if (call->device->major != 9) return false;
-    const int64_t extent[] = {features, time, heads, batch},
+    const int64_t extent[] = {columns, time, heads, batch},
                   stride[] = {operand->stride[2], operand->stride[1], operand->stride[0]};
     cuuint64_t extents[4], strides[3];
     for (int i = 0; i < 4; i++) extents[i] = (cuuint64_t)extent[i];
     for (int i = 0; i < 3; i++) {
-        if (extent[i + 1] > 1 && (stride[i] <= 0 || stride[i] >= (int64_t)1 << 40)) return false;
+        if (extent[i + 1] > 1 && (stride[i] < 0 || stride[i] >= (int64_t)1 << 40)) return false;
         strides[i] = extent[i + 1] > 1 ? (cuuint64_t)stride[i] : VECTOR; /* an axis of one step has none */
     }
-    const cuuint32_t box[] = {FEATURES, (cuuint32_t)rows, 1, 1}, steps[] = {1, 1, 1, 1};
-    CUtensorMapDataType dtype =
-        operand->dtype == MTL_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    return driver.cuTensorMapEncodeTiled(map, dtype, 4, operand->data, extents, strides, box, steps,
-                                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+    const cuuint32_t lengths[] = {(cuuint32_t)box.columns, (cuuint32_t)box.rows, 1, 1}, steps[] = {1, 1, 1, 1};
+    CUtensorMapDataType dtype = operand->dtype == MTL_F16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                : operand->dtype == MTL_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    CUtensorMapSwizzle swizzle = operand->dtype == MTL_BOOL ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B;
+    return driver.cuTensorMapEncodeTiled(map, dtype, 4, operand->data, extents, strides, lengths, steps,
+                                         CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

@@ -83,10 +83,14 @@ metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kern
  * first caller finds holds for all. */
 metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid *grid);
 
-/* How the copy engine of Hopper finds boxes of 64 features and `rows` time steps in {batch, head, time, feature},
- * 16-bit. False where the layout or the driver does not allow it. */
-bool mtl_cuda_describe(const mtl_cuda_call *call, void *map, const mtl_attention_operand *operand, int64_t features,
-                       int64_t time, int64_t heads, int64_t batch, int rows);
+/* How the copy engine of Hopper finds boxes of some columns and time steps in {batch, head, time, column}: of float16 and
+ * bfloat16, a row of a box being 128 bytes, whose vectors it exchanges, or of bool. A stride may be 0. False where the
+ * layout or the driver does not allow it. */
+typedef struct mtl_cuda_box {
+    int columns, rows;
+} mtl_cuda_box;
+bool mtl_cuda_describe(const mtl_cuda_call *call, void *map, const mtl_attention_operand *operand, int64_t columns,
+                       int64_t time, int64_t heads, int64_t batch, mtl_cuda_box box);
 
 /* Memory in the order of the stream: it belongs to the calls queued between the two. */
 metalloid_status mtl_cuda_allocate(const mtl_cuda_call *call, size_t bytes, CUdeviceptr *memory);

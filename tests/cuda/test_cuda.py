@@ -1,12 +1,23 @@
 """What the case tables of tests/python cannot see: streams, graphs, models' sizes, repeated bits, errors."""
 
+import concurrent.futures
 import ctypes
 
 import numpy as np
 import pytest
 import torch
 from benchmark import run, seconds, view
-from library import CrossEntropyOptions, attention_options, call, context, rope_options
+from library import (
+    CrossEntropyOptions,
+    attention_options,
+    call,
+    check,
+    context,
+    kernel,
+    kernel_call,
+    library,
+    rope_options,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -54,6 +65,68 @@ def test_layer_norm_whose_first_element_lies_far_out(outlier):
     one, zero, out = torch.ones(4096, device="cuda"), torch.zeros(4096, device="cuda"), torch.empty_like(x)
     run("layer_norm", x, one, zero, 1e-5, out)
     close(out, reference_norm(x, one, zero, 1e-5), ROUNDING[torch.float32])
+
+
+def reference_rope(x, dims, freqs, time_axis, traditional, offset=0, scale=1.0):
+    x, time = x.double(), x.shape[time_axis]
+    angle = (torch.arange(time, device="cuda", dtype=torch.float64) + offset)[:, None] * scale * freqs
+    if time_axis == 1:
+        angle = angle[:, None]
+    turned, rest = x[..., :dims], x[..., dims:]
+    x1, x2 = (turned[..., ::2], turned[..., 1::2]) if traditional else turned.chunk(2, -1)
+    y1, y2 = x1 * angle.cos() - x2 * angle.sin(), x1 * angle.sin() + x2 * angle.cos()
+    return torch.cat((torch.stack((y1, y2), -1).flatten(-2) if traditional else torch.cat((y1, y2), -1), rest), -1)
+
+
+def inverse_frequencies(dims, base):
+    return base ** (-torch.arange(0, dims, 2, device="cuda", dtype=torch.float64) / dims)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [
+        ((2, 9, 2100, 256), 256),  # so much that a thread has two heads, the last group not full
+        ((1, 1, 5000, 128), 64),
+        ((3, 33, 7, 96), 96),
+        ((70000, 2, 1, 32), 32),  # more batches than a grid's axis
+        ((1, 70000, 3, 1, 32), 32),  # more groups of heads
+    ],
+)
+def test_rope_of_many_shapes(shape, dims, traditional, dtype):
+    x = randn(*shape[:-3], shape[-3] + 1, *shape[-2:], dtype=dtype)[..., :-1, :, :]  # the axes before do not merge
+    out = poisoned(*shape, dtype=dtype)
+    run("rope", x, dims, rope_options(traditional=traditional, base=1e4, offset=1000), out)
+    close(out, reference_rope(x, dims, inverse_frequencies(dims, 1e4), -2, traditional, 1000), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(12, 3), (1, 7)])
+@pytest.mark.parametrize("time", [1, 5, 4100])
+def test_qk_norm_rope_of_many_shapes(time, heads, dtype):
+    sides = [randn(3, time, n, 128, dtype=dtype, seed=n) for n in heads]
+    weight, outs = randn(128, dtype=dtype), [poisoned(*x.shape, dtype=dtype) for x in sides]
+    options = rope_options(traditional=False, base=1e6, time_axis=1)
+    run("qk_norm_rope", *sides, weight, weight, 1e-6, 128, options, *outs)
+    for x, out in zip(sides, outs, strict=True):
+        normed = reference_norm(x, weight, None, 1e-6)
+        close(out, reference_rope(normed, 128, inverse_frequencies(128, 1e6), 1, False), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("traditional", [False, True])
+def test_rope_by_far_angles_and_by_none(traditional):
+    freqs = torch.cat((0.5 ** torch.arange(15, device="cuda"), torch.zeros(1, device="cuda")))  # exact angles
+    x = randn(2, 3, 40, 32)
+    unrotated = [30, 31] if traditional else [15, 31]
+    x[..., unrotated[0]] = torch.inf
+    out = poisoned(*x.shape, dtype=x.dtype)
+    options = rope_options(traditional=traditional, base=None, scale=1e10, offset=7, inv_freqs=view(freqs))
+    run("rope", x, 32, options, out)
+    assert torch.equal(out[..., unrotated], x[..., unrotated])
+    ref = reference_rope(x, 32, freqs.double(), -2, traditional, 7, 1e10)
+    out[..., unrotated], ref[..., unrotated] = 0, 0
+    close(out, ref, ROUNDING[torch.float32])
 
 
 def reference_attention(
@@ -205,11 +278,68 @@ def test_an_infinite_value_that_is_seen_shows(dims, queries):
     assert out[..., 6:].isfinite().all()
 
 
-def test_a_row_of_the_lowest_masks_is_a_mean():
-    q, k = randn(1, 2, 70, 512, dtype=torch.bfloat16), randn(1, 2, 300, 512, dtype=torch.bfloat16, seed=1)
-    mask = torch.full((70, 300), torch.finfo(torch.bfloat16).min, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize(("heads", "queries", "keys"), [(2, 70, 300), (16, 700, 300), (8, 1, 300), (1, 1, 20000)])
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+def test_a_row_of_the_lowest_masks_is_a_mean(dim, heads, queries, keys):
+    q, k = (randn(1, heads, n, dim, dtype=torch.bfloat16, seed=n) for n in (queries, keys))
+    mask = torch.full((queries, keys), torch.finfo(torch.bfloat16).min, device="cuda", dtype=torch.bfloat16)
     out, _ = attend(q, k, k, mask=mask)
     torch.testing.assert_close(out.double(), k.double().mean(2, keepdim=True).expand(out.shape), rtol=2e-2, atol=2e-2)
+
+
+# How a mask lies in memory: every axis that may be broadcast, rows that begin anywhere, other strides. One hides whole
+# tiles.
+LAYOUTS = {
+    "own": lambda make, b, h, q, k: make(b, h, q, k),
+    "all heads alike": lambda make, b, h, q, k: make(b, 1, q, k),
+    "all batches alike": lambda make, b, h, q, k: make(h, q, k),
+    "all rows alike": lambda make, b, h, q, k: make(b, 1, 1, k),
+    "one row of odd length": lambda make, b, h, q, k: make(b, h, 1, k + 1)[..., 1:],
+    "odd rows": lambda make, b, h, q, k: make(q, k + 1)[..., 1:],
+    "transposed": lambda make, b, h, q, k: make(b, 1, k, q).mT,
+    "whole tiles": lambda make, b, h, q, k: make(b, h, q, k, hidden=(slice(128, 400), slice(100, 300))),
+}
+
+
+@pytest.mark.parametrize("rest", ["alone", "causal", "key_mask", "softcap", "all"])
+@pytest.mark.parametrize("kind", ["boolean", "added", "integer"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dims", [(64, 64), (80, 72), (128, 128), (192, 128), (256, 256)])
+def test_masks_of_every_layout(dims, layout, kind, rest):
+    dtype = torch.float16 if len(layout) % 2 else torch.bfloat16
+    batch, heads, queries, keys = 2, 8, 700, 1000
+    group = 2 if rest == "all" else 1
+    q = randn(batch, heads, queries, dims[0], dtype=dtype)
+    k = randn(batch, heads // group, keys, dims[0], dtype=dtype, seed=1)
+    v = randn(batch, heads // group, keys, dims[1], dtype=dtype, seed=2)
+
+    def make(*shape, hidden=None):
+        x = randn(*shape, seed=3)
+        if kind == "integer":
+            return x.to(torch.int32)
+        if hidden:
+            x[..., hidden[0]] = torch.inf
+            x[..., hidden[1], :] = torch.inf
+        return x < 0.7 if kind == "boolean" else x.to(dtype).masked_fill(x > 1.5, -torch.inf)
+
+    options = {"mask": LAYOUTS[layout](make, batch, heads, queries, keys)}
+    if rest in ("causal", "all"):
+        options["causal"] = True
+    if rest in ("key_mask", "all"):
+        where = torch.arange(keys, device="cuda")
+        options["key_mask"] = (randn(batch, keys, seed=4) < 1) & ((where < 512) | (where > 700))
+    if rest in ("softcap", "all"):
+        options["softcap"] = 3.0
+    if rest == "all":
+        options["sinks"] = randn(heads, dtype=dtype, seed=6)
+    out, log = attend(q, k, v, **options)
+    ref, ref_log = reference_attention(q, k, v, **options)
+    ref = ref.nan_to_num(0)  # of rows that see nothing
+    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
+    assert error <= SIXTEEN[dtype], error
+    some = ref_log.isfinite()
+    assert torch.equal(some, log.isfinite())
+    assert (log.double() - ref_log)[some].abs().max().item() <= 1e-4
 
 
 @pytest.mark.parametrize("queries", [1, 700])
@@ -357,6 +487,45 @@ def test_work_is_queued_on_the_context_s_stream():
     assert not stream.query()  # and the call did not wait
     stream.synchronize()
     torch.testing.assert_close(out, torch.ones_like(x), rtol=1e-4, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs several GPUs")
+def test_several_gpus():
+    """A thread to a GPU, all at once; then all from one thread, whichever GPU is current."""
+    doubled = kernel("y[thread_position_in_grid.x] = 2 * x[thread_position_in_grid.x];", ["x"], ["y"])
+
+    shapes = (512, 4096), (4096,), (2, 8, 1, 128), (2, 8, 8192, 128)
+    given = [randn(*shape, dtype=torch.bfloat16).cpu() for shape in shapes]
+
+    def work(device, rounds):
+        x, weight, q, k = (tensor.to(device) for tensor in given)
+        for _ in range(rounds):
+            out, attended, many = torch.empty_like(x), torch.empty_like(q), torch.empty_like(k[:, :, :640])
+            twice = torch.empty_like(weight)
+            of_kernel = kernel_call([view(weight)], [view(twice)], (4096, 1, 1), (128, 1, 1))
+            check(library.metalloid_kernel_launch(run.contexts[0], doubled, ctypes.byref(of_kernel)))
+            run("rms_norm", x, weight, 1e-5, out)
+            run("scaled_dot_product_attention", q, k, k, 128**-0.5, None, attended)
+            run("scaled_dot_product_attention", k[:, :, :640], k, k, 128**-0.5, attention_options(causal=True), many)
+        torch.cuda.synchronize(device)
+        assert torch.equal(twice, 2 * weight)
+        x, q, k = x.double(), q.double(), k.double()
+        close(out.cpu(), reference_norm(x, weight, None, 1e-5).cpu(), ROUNDING[torch.bfloat16])
+        want = (q @ k.mT * 128**-0.5).softmax(-1) @ k
+        assert (attended.double() - want).abs().max().item() <= SIXTEEN[torch.bfloat16]
+        return out.cpu(), attended.cpu(), many.cpu()
+
+    def by_thread(device):
+        with torch.cuda.device(device):
+            return work(torch.device("cuda", device), 20)
+
+    devices = range(torch.cuda.device_count())
+    with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+        results = list(pool.map(by_thread, devices))
+    results += [work(torch.device("cuda", device), 2) for device in devices]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    library.metalloid_kernel_destroy(doubled)
 
 
 def test_wide_floats_fail_by_name():
