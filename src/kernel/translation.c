@@ -27,6 +27,7 @@ size_t mtl_after(const translation *t, size_t i) {
 
 /* Of the one before; SIZE_MAX at the beginning. */
 size_t mtl_before(const translation *t, size_t i) {
+    if (i == SIZE_MAX) return SIZE_MAX;
     while (i-- > 0) {
         if (t->token[i].kind != MTL_TOKEN_SPACE) return i;
     }
