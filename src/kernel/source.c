@@ -121,6 +121,7 @@ static void find_types(mtl_mentions *mentions, const mtl_token *token) {
     unsigned used;
     mentions->swizzles |= mtl_read_swizzle(token, component, &used) > 0;
     if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
+    if (mtl_token_is(token, "make_uniform")) mentions->uniforms = true;
     static const char *const simd[] = {"vector_",   "matrix_",    "simd_float", "simd_half",
                                        "simd_char", "simd_uchar", "simd_short", "simd_ushort",
                                        "simd_int",  "simd_uint",  "simd_long",  "simd_ulong"};
@@ -784,6 +785,7 @@ static void add_prelude(mtl_text *out, const mtl_definition *definition, const m
     if (options->target == MTL_TARGET_CUDA) mtl_text_add_string(out, "#define MTL_TARGET_CUDA 1\n");
     if (options->target == MTL_TARGET_CPU) mtl_text_format(out, "#define MTL_STACK_BITS %d\n", options->stack_bits);
     if (options->lockstep) mtl_text_add_string(out, "#define MTL_LOCKSTEP 1\n");
+    if (mentions->uniforms) mtl_text_add_string(out, "#define MSL_UNIFORM 1\n");
     if (mentions->thread_elements) mtl_text_add_string(out, "#define MSL_THREAD_ELEMENTS 1\n");
     add_swizzles(out, definition);
     for (int i = 0; i < mtl_msl_part_count; i++) {

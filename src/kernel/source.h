@@ -33,6 +33,7 @@ typedef struct mtl_mentions {
     bool lanes_meet;                                                      /* barriers, or exchanges in a simdgroup */
     bool halves, swizzles, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
     bool simd_types;                                                      /* simd::float4, simd_float4, vector_float4 */
+    bool uniforms;       /* make_uniform; users have functions called uniform */
     bool relative;       /* anything that depends on the cut into threadgroups */
     int vector_bytes;    /* the alignment of vectors that may be read from and written to buffers; 0: none */
     bool no_contraction; /* #pragma clang fp contract(off): a product and a sum are rounded each */

@@ -1,6 +1,6 @@
 /* Swizzles that are read, as values. SPDX-License-Identifier: MIT
  *
- *     v.xyz   becomes   (metal::valued(), v.xyz)
+ *     v.xyz   becomes   (msl_::valued(), v.xyz)
  *
  * A swizzle is a member of a class of its own, which stands for some components of a vector where it is assigned to. What is read has
  * to be a vector: auto, decltype and the deduction of template arguments ask for its type. The comma is a function for swizzles alone;
@@ -99,7 +99,7 @@ void mtl_translate_swizzles(translation *t) {
         size_t begin = expression_begin(t, mtl_before(t, i));
         if (begin == SIZE_MAX || !mtl_are_one_directive(t, begin, i)) continue;
         if (is_changed(t, begin, swizzle)) continue;
-        mtl_add_before(t, begin, "(::metal::valued(), ");
+        mtl_add_before(t, begin, "(::metal::msl_::valued(), ");
         mtl_add_behind(t, swizzle, ")");
     }
 }

@@ -506,7 +506,7 @@ static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) 
     return t->count;
 }
 
-/* [begin, end) as (metal::armed(), (...)), which gives both arms a type that C++ finds in common: half is a class. A literal has
+/* [begin, end) as (msl_::armed(), (...)), which gives both arms a type that C++ finds in common: half is a class. A literal has
  * one. */
 static void wrap_arm(translation *t, size_t begin, size_t end) {
     size_t last = mtl_before(t, end);
@@ -516,7 +516,7 @@ static void wrap_arm(translation *t, size_t begin, size_t end) {
         const char *type = literal_type(&t->token[begin], &length);
         if (!type || !*type) return;
     }
-    mtl_add_before(t, begin, "(::metal::armed(), (");
+    mtl_add_before(t, begin, "(::metal::msl_::armed(), (");
     mtl_add_behind(t, last, "))");
 }
 
@@ -597,7 +597,7 @@ static size_t condition_begin(const translation *t, size_t i) {
     return begin;
 }
 
-/* c ? a : b   becomes   (metal::unarmed(), (c ? a : b)), which takes from the value what its arms have been given. */
+/* c ? a : b   becomes   (msl_::unarmed(), (c ? a : b)), which takes from the value what its arms have been given. */
 static void translate_conditions(translation *t) {
     for (size_t i = 0; i < t->count && !t->failed; i++) {
         size_t first, colon, second, end;
@@ -606,7 +606,7 @@ static void translate_conditions(translation *t) {
         if (t->token[i].in_directive && !is_macro_text(t, i)) continue;
         size_t begin = condition_begin(t, i), last = mtl_before(t, end);
         if (begin >= i || last == SIZE_MAX || last < second) continue;
-        mtl_add_before(t, begin, "(::metal::unarmed(), (");
+        mtl_add_before(t, begin, "(::metal::msl_::unarmed(), (");
         mtl_add_behind(t, last, "))");
     }
 }

@@ -136,7 +136,7 @@ static void metal_becomes_cxx(void **state) {
 static void swizzles_are_values(void **state) {
     (void)state;
     static const pair pairs[] = {
-#define VALUE(x) "(::metal::valued(), " x ")"
+#define VALUE(x) "(::metal::msl_::valued(), " x ")"
         {"f(v.xy);", "f(" VALUE("v.xy") ");"},
         {"auto a = p->c[1].v.bgr + ns::g<2>(x).ww;",
          "auto a = " VALUE("p->c[1].v.bgr") " + " VALUE("ns::g<2>(x).ww") ";"},
@@ -202,8 +202,8 @@ static void alignment_goes_to_a_member(void **state) {
 static void arms_are_wrapped(void **state) {
     (void)state;
     static const pair pairs[] = {
-#define ARM(x)   "(::metal::armed(), (" x "))"
-#define WHOLE(x) "(::metal::unarmed(), (" x "))"
+#define ARM(x)   "(::metal::msl_::armed(), (" x "))"
+#define WHOLE(x) "(::metal::msl_::unarmed(), (" x "))"
         {"x = c ? a : b;", "x = " WHOLE("c ? " ARM("a") " : " ARM("b")) ";"},
         {"f(c ? a + 1 : 0, d);", "f(" WHOLE("c ? " ARM("a + 1") " : 0") ", d);"},
         {"x = a ? b : c ? d : e;", "x = " WHOLE("a ? " ARM("b") " : " ARM(WHOLE("c ? " ARM("d") " : " ARM("e")))) ";"},

@@ -255,8 +255,10 @@ template <class T> using handed_t = typename handed<T>::type;
 } // namespace msl_
 
 template <class T> struct __is_valid_simdgroup_type : bool_constant<msl_::scalar<T>::kind != 0 || is_vector_v<T>> {};
+#if MSL_UNIFORM
 template <class T> using uniform = T;
 template <class T> MSL_FN constexpr T make_uniform(T x) { return x; }
+#endif
 
 // ---- the lanes there are
 

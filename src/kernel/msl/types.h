@@ -438,15 +438,13 @@ template <class H> struct arm {
 #undef MSL_ARM_OP
     friend MSL_FN constexpr H operator-(arm a) { return -a.value; }
 };
-} // namespace msl_
 struct armed {};
 // What the generated source makes of a whole conditional: (unarmed(), (c ? a : b)).
 struct unarmed {};
-template <class H> MSL_FN constexpr H operator,(unarmed, msl_::arm<H> x) { return x.value; }
-namespace msl_ {
+template <class H> MSL_FN constexpr H operator,(unarmed, arm<H> x) { return x.value; }
 template <class H> using if_16_bit = enable_if_t<is_same_v<H, half> || is_same_v<H, bfloat>>;
+template <class H, class = if_16_bit<H>> MSL_FN constexpr arm<H> operator,(armed, H x) { return x; }
 } // namespace msl_
-template <class H, class = msl_::if_16_bit<H>> MSL_FN constexpr msl_::arm<H> operator,(armed, H x) { return x; }
 
 // ---- limits
 

@@ -423,26 +423,22 @@ template <class V> struct vector_arm : V {
     template <class A, class = if_scalars<A>> MSL_FN constexpr vector_arm(A a) : V(T(a)) {}
     MSL_FN constexpr vector_arm(arm<T> a) : V(T(a)) {}
 };
-} // namespace msl_
-template <class H, int N, class = msl_::if_16_bit<H>>
-MSL_FN constexpr msl_::vector_arm<vec<H, N>> operator,(armed, vec<H, N> v) {
+template <class H, int N, class = if_16_bit<H>> MSL_FN constexpr vector_arm<vec<H, N>> operator,(armed, vec<H, N> v) {
     return v;
 }
-template <class V, class T, int W, int... I> MSL_FN constexpr auto operator,(armed, msl_::swizzle<V, T, W, I...> s) {
+template <class V, class T, int W, int... I> MSL_FN constexpr auto operator,(armed, swizzle<V, T, W, I...> s) {
     return (armed(), V(s));
 }
 
 template <class V> MSL_FN constexpr auto operator,(armed, const packed_vec<V> &p) { return (armed(), V(p)); }
-template <class V> MSL_FN constexpr V operator,(unarmed, const msl_::vector_arm<V> &v) { return v; }
+template <class V> MSL_FN constexpr V operator,(unarmed, const vector_arm<V> &v) { return v; }
 
 // What the generated source makes of a swizzle that is read: (valued(), v.xy).
 struct valued {};
-template <class V, class T, int W, int... I>
-MSL_FN constexpr V operator,(valued, const msl_::swizzle<V, T, W, I...> &s) {
+template <class V, class T, int W, int... I> MSL_FN constexpr V operator,(valued, const swizzle<V, T, W, I...> &s) {
     return s;
 }
 
-namespace msl_ {
 // What a function's argument counts as: a scalar, or the vector that a swizzle or a packed vector stands for.
 template <class T, class = void> struct number {};
 template <class T> struct number<T, enable_if_t<(scalar<T>::kind > 0) && !__is_enum(T)>> { using type = T; };
