@@ -39,17 +39,20 @@ typedef struct mtl_cuda_gated_args {
 } mtl_cuda_gated_args;
 
 typedef struct mtl_cuda_rope_side {
-    mtl_cuda_loop heads;
+    mtl_cuda_loop heads; /* in the fast kernel: groups of heads, a block's each */
     mtl_cuda_row x, out, weight;
     int64_t x_batch_stride, x_time_stride, out_batch_stride, out_time_stride;
+    int64_t x_step, out_step; /* from head to head in a group */
+    int heads_in_row;         /* of the loop's last axis, which no group leaves */
 } mtl_cuda_rope_side;
 
 typedef struct mtl_cuda_rope_args {
     mtl_cuda_rope_side side[2];
     int sides, traditional, normed, inverse, each_token, positions_dtype;
-    int heads_a_block; /* that share a block's cosines and sines */
+    int log2_steps, heads_a_thread;   /* the time steps of a block */
+    int64_t first_group, first_batch; /* of blocks of y = 0, of z = 0 */
     int64_t batch, time, head_dim, dims;
-    double scale, log2_base, eps;
+    double scale, log2_ratio, eps; /* the ratio of a pair's inverse frequency to the one before */
     mtl_cuda_row freqs;
     int64_t offset;
     const char *positions;

@@ -67,6 +67,68 @@ def test_layer_norm_whose_first_element_lies_far_out(outlier):
     close(out, reference_norm(x, one, zero, 1e-5), ROUNDING[torch.float32])
 
 
+def reference_rope(x, dims, freqs, time_axis, traditional, offset=0, scale=1.0):
+    x, time = x.double(), x.shape[time_axis]
+    angle = (torch.arange(time, device="cuda", dtype=torch.float64) + offset)[:, None] * scale * freqs
+    if time_axis == 1:
+        angle = angle[:, None]
+    turned, rest = x[..., :dims], x[..., dims:]
+    x1, x2 = (turned[..., ::2], turned[..., 1::2]) if traditional else turned.chunk(2, -1)
+    y1, y2 = x1 * angle.cos() - x2 * angle.sin(), x1 * angle.sin() + x2 * angle.cos()
+    return torch.cat((torch.stack((y1, y2), -1).flatten(-2) if traditional else torch.cat((y1, y2), -1), rest), -1)
+
+
+def inverse_frequencies(dims, base):
+    return base ** (-torch.arange(0, dims, 2, device="cuda", dtype=torch.float64) / dims)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [
+        ((2, 9, 2100, 256), 256),  # so much that a thread has two heads, the last group not full
+        ((1, 1, 5000, 128), 64),
+        ((3, 33, 7, 96), 96),
+        ((70000, 2, 1, 32), 32),  # more batches than a grid's axis
+        ((1, 70000, 3, 1, 32), 32),  # more groups of heads
+    ],
+)
+def test_rope_of_many_shapes(shape, dims, traditional, dtype):
+    x = randn(*shape[:-3], shape[-3] + 1, *shape[-2:], dtype=dtype)[..., :-1, :, :]  # the axes before do not merge
+    out = poisoned(*shape, dtype=dtype)
+    run("rope", x, dims, rope_options(traditional=traditional, base=1e4, offset=1000), out)
+    close(out, reference_rope(x, dims, inverse_frequencies(dims, 1e4), -2, traditional, 1000), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(12, 3), (1, 7)])
+@pytest.mark.parametrize("time", [1, 5, 4100])
+def test_qk_norm_rope_of_many_shapes(time, heads, dtype):
+    sides = [randn(3, time, n, 128, dtype=dtype, seed=n) for n in heads]
+    weight, outs = randn(128, dtype=dtype), [poisoned(*x.shape, dtype=dtype) for x in sides]
+    options = rope_options(traditional=False, base=1e6, time_axis=1)
+    run("qk_norm_rope", *sides, weight, weight, 1e-6, 128, options, *outs)
+    for x, out in zip(sides, outs, strict=True):
+        normed = reference_norm(x, weight, None, 1e-6)
+        close(out, reference_rope(normed, 128, inverse_frequencies(128, 1e6), 1, False), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("traditional", [False, True])
+def test_rope_by_far_angles_and_by_none(traditional):
+    freqs = torch.cat((0.5 ** torch.arange(15, device="cuda"), torch.zeros(1, device="cuda")))  # exact angles
+    x = randn(2, 3, 40, 32)
+    unrotated = [30, 31] if traditional else [15, 31]
+    x[..., unrotated[0]] = torch.inf
+    out = poisoned(*x.shape, dtype=x.dtype)
+    options = rope_options(traditional=traditional, base=None, scale=1e10, offset=7, inv_freqs=view(freqs))
+    run("rope", x, 32, options, out)
+    assert torch.equal(out[..., unrotated], x[..., unrotated])
+    ref = reference_rope(x, 32, freqs.double(), -2, traditional, 7, 1e10)
+    out[..., unrotated], ref[..., unrotated] = 0, 0
+    close(out, ref, ROUNDING[torch.float32])
+
+
 def reference_attention(
     q, k, v, *, causal=False, mask=None, window=None, causal_offset=None, sinks=None, softcap=None, key_mask=None
 ):
