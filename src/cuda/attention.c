@@ -188,24 +188,28 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 /* Few queries on Hopper: a cluster to a key/value head. *done is false where attention.cu has to serve. */
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
-    enum { ROWS = 16, KEYS = 64, THREADS = 160, MOST_BLOCKS = 16, MOST_TILES = 4096, LEAST_TILES = 8 };
+    enum { ROWS = 16, KEYS = 64, THREADS = 160, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8 };
     enum { MANY_BLOCKS = 8, MANY_TILES = 16, MOST_STAGES = 12, OWN_MEMORY = 6 << 10 };
+#define MASKED_FORMS(dims) \
+    { FORMS("attention_decode", dims), FORMS("attention_decode_masked", dims) }
     static const struct {
         int blocks; /* that a multiprocessor holds */
         int stages;
-        const char *name[2];
-    } kernels[HOPPER_DIMS] = {{2, 6, FORMS("attention_decode", "64_64")},
-                              {2, 3, FORMS("attention_decode", "128_128")}, /* 96 lies in two blocks of 64 too */
-                              {2, 3, FORMS("attention_decode", "128_128")},
-                              {1, 4, FORMS("attention_decode", "192_128")},
-                              {1, 3, FORMS("attention_decode", "256_256")}};
+        const char *name[2][2]; /* masked, bfloat16 */
+    } kernels[HOPPER_DIMS] = {{2, 6, MASKED_FORMS("64_64")},
+                              {2, 3, MASKED_FORMS("128_128")}, /* 96 lies in two blocks of 64 too */
+                              {2, 3, MASKED_FORMS("128_128")},
+                              {1, 4, MASKED_FORMS("192_128")},
+                              {1, 3, MASKED_FORMS("256_256")}};
     int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
     mtl_cuda_attention_hopper_args hopper;
     *done = false;
     if (rows > FEW_ROWS || args->kv_len > INT32_MAX - 2 * KEYS || !describe_keys(call, args, &hopper, KEYS))
         return METALLOID_OK;
     int at = hopper_dims_of(args), bf16 = args->q.dtype == MTL_BF16;
-    mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_decode, 2 * at + bf16, kernels[at].name[bf16]};
+    int masked = args->mask.data || args->key_mask.data || args->softcap > 0 || !(args->scale > 0);
+    mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_decode, 4 * at + 2 * masked + bf16,
+                              kernels[at].name[masked][bf16]};
     mtl_cuda_grid grid = {
         .y = (int)heads, .z = (int)((rows + ROWS - 1) / ROWS), .threads = THREADS, .cluster = 1, .overlaps = true};
     int64_t multiprocessors = call->device->multiprocessors, places = multiprocessors * kernels[at].blocks;
@@ -214,8 +218,8 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     hopper.stages = kernels[at].stages;
     /* Half the multiprocessors keep the memory busy, and all blocks have to end together. Pairs find their places on
      * any number of multiprocessors; larger clusters do not fill them, as a cluster's blocks share a group of 16 or so,
-     * and the groups differ: of those no more than leave room. */
-    int64_t roomy = multiprocessors * 3 / 4;
+     * and the groups differ: of those no more than leave room. Masks take longer than memory: all for them. */
+    int64_t roomy = masked ? multiprocessors : multiprocessors * 3 / 4;
     while (grid.cluster < MOST_BLOCKS && grid.cluster * 2 <= tiles &&
            (items * grid.cluster * 2 <= roomy || (grid.cluster == 1 && items * 2 <= places)))
         grid.cluster *= 2;

@@ -48,14 +48,6 @@ template <int KEYS> struct Item {
     }
 };
 
-// To about 2^-22, which is enough for what is added to scores.
-__device__ inline float quick_tanh(float x) { return 1 - __fdividef(2, 1 + power_of_2(2 * LOG2_E * x)); }
-
-__device__ inline float2 widen_pair(unsigned x, __half) { return __half22float2(*(const __half2 *)&x); }
-__device__ inline float2 widen_pair(unsigned x, __nv_bfloat16) {
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-}
-
 // Bytes that are not 0 as 1, which they are as a rule.
 template <int N> __device__ inline void as_zeros_and_ones(uint4 (&x)[N]) {
     unsigned any = 0;

@@ -375,7 +375,9 @@ def test_a_hidden_key_never_shows(by, dtype, dim, poison, queries):
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)])
-@pytest.mark.parametrize("form", ["plain", "key_mask", "causal", "window", "sinks"])
+@pytest.mark.parametrize(
+    "form", ["plain", "key_mask", "causal", "window", "sinks", "mask", "added", "integer", "softcap"]
+)
 @pytest.mark.parametrize(
     ("batch", "heads", "queries", "keys"),
     [(1, (32, 8), 1, 8192), (3, (8, 1), 2, 20000), (80, (8, 4), 1, 777), (2, (12, 4), 7, 1000), (1, (1, 1), 1, 65536)],
@@ -384,7 +386,13 @@ def test_decoding(batch, heads, queries, keys, form, dims):
     q = randn(batch, heads[0], queries, dims[0], dtype=torch.bfloat16)
     k = randn(batch, heads[1], keys, dims[0], dtype=torch.bfloat16, seed=1)
     v = randn(batch, heads[1], keys, dims[1], dtype=torch.bfloat16, seed=2)
-    options = {"causal": {"causal": True}, "window": {"window": 100}}.get(form, {})
+    options = {"causal": {"causal": True}, "window": {"window": 100}, "softcap": {"softcap": 2.0}}.get(form, {})
+    if form == "mask":
+        options["mask"] = randn(batch, heads[0], queries, keys, seed=3) < 1
+    if form == "added":
+        options["mask"] = randn(1, heads[0], queries, keys, seed=3).to(q.dtype)
+    if form == "integer":
+        options["mask"] = randn(batch, 1, 1, keys + 1, seed=3)[..., 1:].to(torch.int8)
     reference = dict(options)
     if form == "key_mask":
         lengths = torch.randint(1, keys, (batch, 1), device="cuda")
