@@ -94,9 +94,10 @@ typedef struct mtl_cuda_attention_args {
 typedef struct mtl_cuda_attention_hopper_args {
     __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128], mask_map[128];
     mtl_cuda_attention_args attention;
-    int stages;            /* of tiles on their way, in decoding */
-    int mask_stages;       /* of a mask's tiles, in prefill; 0: there is no mask */
-    unsigned items, *next; /* of rows, in prefill; which of them comes after each block's first: NULL where none does */
+    int stages;      /* of tiles on their way, in decoding */
+    int mask_stages; /* of a mask's tiles, in prefill; 0: there is no mask */
+    unsigned items,
+        *next; /* of rows, in prefill; which of them comes after each block's first: NULL where they are dealt out */
 } mtl_cuda_attention_hopper_args;
 
 /* What kv_cache_sdpa_update writes into the cache first; a mask into rows that the copy engine can read. */

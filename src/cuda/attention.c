@@ -12,6 +12,7 @@ enum {
     MOST_SPLITS = 256,
     MERGE_COLUMNS = 64,
     MERGE_GROUPS = 8,
+    MERGE_RANGES = 4,
     CACHE = 32 << 20, /* of the second level: for keys and values in use at a time */
 };
 
@@ -179,7 +180,9 @@ static metalloid_status allocate_parts(const mtl_cuda_call *call, mtl_cuda_atten
 
 static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_attention_args *attention, int64_t rows,
                                     CUdeviceptr memory, metalloid_status status) {
-    mtl_cuda_grid merge = {.blocks = rows, .threads = MERGE_COLUMNS, .rows = MERGE_GROUPS, .overlaps = true};
+    int groups = 1; /* of a few ranges each, whose loads are on their way together */
+    while (groups < MERGE_GROUPS && groups * MERGE_RANGES < attention->splits) groups *= 2;
+    mtl_cuda_grid merge = {.blocks = rows, .threads = MERGE_COLUMNS, .rows = groups, .overlaps = true};
     if (status == METALLOID_OK) status = mtl_cuda_launch(call, kernel_of(MERGE), merge, attention);
     mtl_cuda_release(call, memory);
     return status;
@@ -257,7 +260,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
         MASK_STAGES = 4,
         OWN_MEMORY = 1 << 10
     };
-    enum { MOST_LENGTH = (1 << 30) - 2 * ROWS };
+    enum { MOST_LENGTH = (1 << 30) - 2 * ROWS, FEW_ITEMS = 5, SHORT_KEYS = 1024, DEALT_TILES = 128 /* of a place */ };
     enum { PLAIN, HIDDEN, CHANGED, KINDS };
     static const int images[KINDS] = {MTL_CUDA_IMAGE_attention_hopper, MTL_CUDA_IMAGE_attention_hopper_masked,
                                       MTL_CUDA_IMAGE_attention_hopper_changed};
@@ -279,10 +282,14 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     int keys = kind == PLAIN ? kernels[at].keys : kernels[at].keys_masked;
     int64_t items = (args->q_len + ROWS - 1) / ROWS * args->batch * args->q_heads;
     *done = false;
-    if (args->q_len < LEAST_ROWS || items * 2 < places || items > INT32_MAX || args->q_len > MOST_LENGTH ||
-        args->kv_len > MOST_LENGTH)
+    if (args->q_len < LEAST_ROWS || items > INT32_MAX || args->q_len > MOST_LENGTH || args->kv_len > MOST_LENGTH)
         return METALLOID_OK;
+    /* Long keys of few items are better split, over multiprocessors that would be idle, though each is slower. */
+    if (items * FEW_ITEMS < places && args->kv_len > SHORT_KEYS) return METALLOID_OK;
+    /* A counter has to be made and cleared, which short work does not make up for: its items are dealt out, by size. */
+    bool counted = items > places && items * (args->kv_len / keys + 1) > (int64_t)places * DEALT_TILES;
     mtl_cuda_attention_hopper_args hopper = {.attention = *attention, .items = (unsigned)items};
+    hopper.attention.heads_a_turn = counted ? 1 : (int)(args->batch * args->q_heads);
     if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
                            (mtl_cuda_box){BLOCK, ROWS}) ||
         !describe_keys(call, args, &hopper, keys))
@@ -302,7 +309,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
         status = prepare_mask(call, args, &hopper, (mtl_cuda_box){adds ? BLOCK : keys, ROWS}, &mask, done);
     }
     mtl_cuda_kernel kernel = {images[kind], 2 * at + bf16, kernels[at].name[kind][bf16]};
-    if (*done && status == METALLOID_OK && items > grid.blocks) {
+    if (*done && status == METALLOID_OK && counted) {
         status = mtl_cuda_allocate(call, sizeof *hopper.next, &next);
         if (status == METALLOID_OK) status = mtl_cuda_fill(call, next, 1, sizeof *hopper.next, 0);
         hopper.next = (unsigned *)next;

@@ -161,10 +161,8 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         case U64: find_live<uint64_t>(live, tiles, p, key_mask, first_key); break;
         default: find_live<uint8_t>(live, tiles, p, key_mask, first_key);
         }
-        __syncthreads();
     }
-    if (warp == WARPS) arrive_at<1>(THREADS);
-    else meet_at<1>(THREADS);
+    __syncthreads();
 
     auto shows = [&](int tile) { return !MASKED || !key_mask || (live[tile].x | live[tile].y); };
 
