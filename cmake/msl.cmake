@@ -8,6 +8,7 @@ set(METALLOID_MSL_PARTS
     math.h
     functions.h
     matrix.h
+    simd_types.h
     atomic.h
     simdgroup.h
     lockstep_cpu.h

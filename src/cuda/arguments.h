@@ -39,17 +39,20 @@ typedef struct mtl_cuda_gated_args {
 } mtl_cuda_gated_args;
 
 typedef struct mtl_cuda_rope_side {
-    mtl_cuda_loop heads;
+    mtl_cuda_loop heads; /* in the fast kernel: groups of heads, a block's each */
     mtl_cuda_row x, out, weight;
     int64_t x_batch_stride, x_time_stride, out_batch_stride, out_time_stride;
+    int64_t x_step, out_step; /* from head to head in a group */
+    int heads_in_row;         /* of the loop's last axis, which no group leaves */
 } mtl_cuda_rope_side;
 
 typedef struct mtl_cuda_rope_args {
     mtl_cuda_rope_side side[2];
     int sides, traditional, normed, inverse, each_token, positions_dtype;
-    int heads_a_block; /* that share a block's cosines and sines */
+    int log2_steps, heads_a_thread;   /* the time steps of a block */
+    int64_t first_group, first_batch; /* of blocks of y = 0, of z = 0 */
     int64_t batch, time, head_dim, dims;
-    double scale, log2_base, eps;
+    double scale, log2_ratio, eps; /* the ratio of a pair's inverse frequency to the one before */
     mtl_cuda_row freqs;
     int64_t offset;
     const char *positions;
@@ -91,9 +94,10 @@ typedef struct mtl_cuda_attention_args {
 typedef struct mtl_cuda_attention_hopper_args {
     __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128], mask_map[128];
     mtl_cuda_attention_args attention;
-    int stages;            /* of tiles on their way, in decoding */
-    int mask_stages;       /* of a mask's tiles, in prefill; 0: there is no mask */
-    unsigned items, *next; /* of rows, in prefill; which of them comes after each block's first: NULL where none does */
+    int stages;      /* of tiles on their way, in decoding */
+    int mask_stages; /* of a mask's tiles, in prefill; 0: there is no mask */
+    unsigned items,
+        *next; /* of rows, in prefill; which of them comes after each block's first: NULL where they are dealt out */
 } mtl_cuda_attention_hopper_args;
 
 /* What kv_cache_sdpa_update writes into the cache first; a mask into rows that the copy engine can read. */

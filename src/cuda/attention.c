@@ -10,8 +10,10 @@ enum {
     MOST_VALUE_DIM = 512,
     FEW_ROWS = 32, /* for which blocks of few rows do */
     MOST_SPLITS = 256,
+    MOST_CAP = 1 << 10, /* of scores; times what Hopper's tanh is off by, it does not show */
     MERGE_COLUMNS = 64,
     MERGE_GROUPS = 8,
+    MERGE_RANGES = 4,
     CACHE = 32 << 20, /* of the second level: for keys and values in use at a time */
 };
 
@@ -200,7 +202,9 @@ static metalloid_status allocate_parts(const mtl_cuda_call *call, mtl_cuda_atten
 
 static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_attention_args *attention, int64_t rows,
                                     CUdeviceptr memory, metalloid_status status) {
-    mtl_cuda_grid merge = {.blocks = rows, .threads = MERGE_COLUMNS, .rows = MERGE_GROUPS, .overlaps = true};
+    int groups = 1; /* of a few ranges each, whose loads are on their way together */
+    while (groups < MERGE_GROUPS && groups * MERGE_RANGES < attention->splits) groups *= 2;
+    mtl_cuda_grid merge = {.blocks = rows, .threads = MERGE_COLUMNS, .rows = groups, .overlaps = true};
     if (status == METALLOID_OK) status = mtl_cuda_launch(call, kernel_of(MERGE), merge, attention);
     mtl_cuda_release(call, memory);
     return status;
@@ -209,17 +213,19 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 /* Few queries on Hopper: a cluster to a key/value head. *done is false where attention.cu has to serve. */
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
-    enum { ROWS = 16, KEYS = 64, THREADS = 160, MOST_BLOCKS = 16, MOST_TILES = 4096, LEAST_TILES = 8 };
+    enum { ROWS = 16, KEYS = 64, THREADS = 160, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8 };
     enum { MANY_BLOCKS = 8, MANY_TILES = 16, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
+#define MASKED_FORMS(dims) \
+    { FORMS("attention_decode", dims), FORMS("attention_decode_masked", dims) }
     static const struct {
         int blocks; /* that a multiprocessor holds */
         int stages;
-        const char *name[2];
-    } kernels[HOPPER_DIMS] = {{2, 6, FORMS("attention_decode", "64_64")},
-                              {2, 3, FORMS("attention_decode", "128_128")}, /* 96 lies in two blocks of 64 too */
-                              {2, 3, FORMS("attention_decode", "128_128")},
-                              {1, 4, FORMS("attention_decode", "192_128")},
-                              {1, 3, FORMS("attention_decode", "256_256")}};
+        const char *name[2][2]; /* masked, bfloat16 */
+    } kernels[HOPPER_DIMS] = {{2, 6, MASKED_FORMS("64_64")},
+                              {2, 3, MASKED_FORMS("128_128")}, /* 96 lies in two blocks of 64 too */
+                              {2, 3, MASKED_FORMS("128_128")},
+                              {1, 4, MASKED_FORMS("192_128")},
+                              {1, 3, MASKED_FORMS("256_256")}};
     int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
     mtl_cuda_attention_hopper_args hopper;
     *done = false;
@@ -227,7 +233,9 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
         !describe_keys(call, args, &hopper, KEYS))
         return METALLOID_OK;
     int at = hopper_dims_of(args), bf16 = args->q.dtype == MTL_BF16;
-    mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_decode, 2 * at + bf16, kernels[at].name[bf16]};
+    int masked = args->mask.data || args->key_mask.data || args->softcap > 0 || !(args->scale > 0);
+    mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_decode, 4 * at + 2 * masked + bf16,
+                              kernels[at].name[masked][bf16]};
     mtl_cuda_grid grid = {
         .y = (int)heads, .z = (int)((rows + ROWS - 1) / ROWS), .threads = THREADS, .cluster = 1, .overlaps = true};
     int64_t multiprocessors = call->device->multiprocessors, places = multiprocessors * kernels[at].blocks;
@@ -236,8 +244,8 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     hopper.stages = kernels[at].stages;
     /* Half the multiprocessors keep the memory busy, and all blocks have to end together. Pairs find their places on
      * any number of multiprocessors; larger clusters do not fill them, as a cluster's blocks share a group of 16 or so,
-     * and the groups differ: of those no more than leave room. */
-    int64_t roomy = multiprocessors * 3 / 4;
+     * and the groups differ: of those no more than leave room. Masks take longer than memory: all for them. */
+    int64_t roomy = masked ? multiprocessors : multiprocessors * 3 / 4;
     while (grid.cluster < MOST_BLOCKS && grid.cluster * 2 <= tiles &&
            (items * grid.cluster * 2 <= roomy || (grid.cluster == 1 && items * 2 <= places)))
         grid.cluster *= 2;
@@ -275,7 +283,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
         MASK_STAGES = 4,
         OWN_MEMORY = 1 << 10
     };
-    enum { MOST_LENGTH = (1 << 30) - 2 * ROWS, MOST_CAP = 1 << 10 /* times what quick_tanh is off */ };
+    enum { MOST_LENGTH = (1 << 30) - 2 * ROWS, FEW_ITEMS = 5, SHORT_KEYS = 1024, DEALT_TILES = 128 /* of a place */ };
     enum { PLAIN, HIDDEN, CHANGED, KINDS };
     static const int images[KINDS] = {MTL_CUDA_IMAGE_attention_hopper, MTL_CUDA_IMAGE_attention_hopper_masked,
                                       MTL_CUDA_IMAGE_attention_hopper_changed};
@@ -297,10 +305,14 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     int keys = kind == PLAIN ? kernels[at].keys : kernels[at].keys_masked;
     int64_t items = (args->q_len + ROWS - 1) / ROWS * args->batch * args->q_heads;
     *done = false;
-    if (args->q_len < LEAST_ROWS || items * 2 < places || items > INT32_MAX || args->q_len > MOST_LENGTH ||
-        args->kv_len > MOST_LENGTH || args->softcap > MOST_CAP)
+    if (args->q_len < LEAST_ROWS || items > INT32_MAX || args->q_len > MOST_LENGTH || args->kv_len > MOST_LENGTH)
         return METALLOID_OK;
+    /* Long keys of few items are better split, over multiprocessors that would be idle, though each is slower. */
+    if (items * FEW_ITEMS < places && args->kv_len > SHORT_KEYS) return METALLOID_OK;
+    /* A counter has to be made and cleared, which short work does not make up for: its items are dealt out, by size. */
+    bool counted = items > places && items * (args->kv_len / keys + 1) > (int64_t)places * DEALT_TILES;
     mtl_cuda_attention_hopper_args hopper = {.attention = *attention, .items = (unsigned)items};
+    hopper.attention.heads_a_turn = counted ? 1 : (int)(args->batch * args->q_heads);
     if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
                            (mtl_cuda_box){BLOCK, ROWS}) ||
         !describe_keys(call, args, &hopper, keys))
@@ -320,7 +332,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
         status = prepare_mask(call, args, &hopper, (mtl_cuda_box){adds ? BLOCK : keys, ROWS}, &mask, done);
     }
     mtl_cuda_kernel kernel = {images[kind], 2 * at + bf16, kernels[at].name[kind][bf16]};
-    if (*done && status == METALLOID_OK && items > grid.blocks) {
+    if (*done && status == METALLOID_OK && counted) {
         status = mtl_cuda_allocate(call, sizeof *hopper.next, &next);
         if (status == METALLOID_OK) status = mtl_cuda_fill(call, next, 1, sizeof *hopper.next, 0);
         hopper.next = (unsigned *)next;
@@ -390,11 +402,12 @@ static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_ar
         mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_wide, index, wide_names[index]};
         return attend_in_tiles(call, args, attention, kernel, wide_tiles[form]);
     }
-    bool done;
-    metalloid_status status = decode_hopper(call, args, attention, &done);
-    if (done || status != METALLOID_OK) return status;
-    status = attend_hopper(call, args, attention, &done);
-    if (done || status != METALLOID_OK) return status;
+    if (args->softcap <= MOST_CAP) {
+        bool done;
+        metalloid_status status = decode_hopper(call, args, attention, &done);
+        if (!done && status == METALLOID_OK) status = attend_hopper(call, args, attention, &done);
+        if (done || status != METALLOID_OK) return status;
+    }
     few |= mma_tiles[class][0].memory > memory;
     return attend_in_tiles(call, args, attention, kernel_of(bf16 * 2 * DIMS + class * 2 + few), mma_tiles[class][few]);
 }

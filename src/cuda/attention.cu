@@ -200,8 +200,8 @@ __device__ inline void attention_tiles(const mtl_cuda_attention_args &p) {
     }
 }
 
-// Joins the ranges of split keys: a block to a row, a thread to a column and every GROUPS-th range.
-constexpr int MERGE_COLUMNS = 64, MERGE_GROUPS = 8;
+// Joins the ranges of split keys: a block to a row, a thread to a column and, of so many groups, to its share of the ranges.
+constexpr int MERGE_COLUMNS = 64, MERGE_GROUPS = 8; // at most
 
 extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
     attention_merge(const __grid_constant__ mtl_cuda_attention_args p) {
@@ -225,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
         float x = 0, sum = 0;
         int64_t from = column < p.value_dim ? column : 0;
 #pragma unroll 8 // so that the loads of several ranges are in flight
-        for (int split = threadIdx.y; split < p.splits; split += MERGE_GROUPS) {
+        for (int split = threadIdx.y; split < p.splits; split += blockDim.y) {
             float weight = exp_of_difference(p.part_logs[split * all + at], base) * p.part_sums[split * all + at];
             float part = p.parts[(split * all + at) * p.value_dim + from];
             sum += weight;
@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_COLUMNS *MERGE_GROUPS)
         if (threadIdx.x == 0) of_group[threadIdx.y] = sum;
         __syncthreads();
         x = 0, sum = sink == INFINITY ? INFINITY : sink == -INFINITY ? 0 : exp_of_difference(sink, base);
-        for (int group = 0; group < MERGE_GROUPS; group++) x += joined[group][threadIdx.x], sum += of_group[group];
+        for (int group = 0; group < blockDim.y; group++) x += joined[group][threadIdx.x], sum += of_group[group];
         x = sum == 0 ? 0 : x / sum;
         if (column < p.value_dim) {
             nan |= x != x && sum == sum;

@@ -16,7 +16,7 @@ constexpr int WARPS = 4, THREADS = (WARPS + 1) * WARP;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr int ROWS = 16, KEYS = 16 * WARPS, MOST_TILES = 4096, MOST_STAGES = 12;
+constexpr int ROWS = 16, KEYS = 16 * WARPS, MOST_TILES = 512, MOST_STAGES = 12;
 
 // Of a block's joined rows, by row.
 template <int VALUE_DIM> struct Joined { float values[ROWS][VALUE_DIM], largest[ROWS], sum[ROWS]; };
@@ -44,12 +44,73 @@ template <int BLOCKS> __device__ inline Part join(unsigned of_largest, unsigned 
     return whole;
 }
 
+// What a key mask of elements of type I shows of a block's tiles, a bit to a key. All loads of some tiles are on their way
+// before the first is used.
+template <typename I, typename FirstKey>
+__device__ inline void find_live(uint2 *live, int tiles, const mtl_cuda_attention_args &p, const char *key_mask,
+                                 FirstKey first_key) {
+    constexpr int STEP = THREADS / WARP, AT_ONCE = 4;
+    int lane = threadIdx.x % WARP;
+    for (int tile = threadIdx.x / WARP; tile < tiles; tile += STEP * AT_ONCE) {
+        I low[AT_ONCE] = {}, high[AT_ONCE] = {};
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (tile + i * STEP >= tiles) break;
+            int64_t key = first_key(tile + i * STEP) + lane;
+            if (key < p.kv_len) low[i] = *(const I *)(key_mask + key * p.key_mask.stride[1]);
+            if (key + WARP < p.kv_len) high[i] = *(const I *)(key_mask + (key + WARP) * p.key_mask.stride[1]);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            uint2 bits = make_uint2(__ballot_sync(ALL_LANES, low[i] != 0), __ballot_sync(ALL_LANES, high[i] != 0));
+            if (lane == 0 && tile + i * STEP < tiles) live[tile + i * STEP] = bits;
+        }
+    }
+}
+
+// What a mask has for the scores of a lane, as it lies in memory: asked for a tile ahead, made a number of when it counts.
+template <typename T> struct LaneMask {
+    unsigned raw[2][4];
+
+    __device__ void load(const mtl_cuda_attention_args &p, const char *const (&rows)[2], int64_t first) {
+        auto each = [&](auto of_element) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    int64_t key = first + j / 2 * 8 + j % 2;
+                    if (rows[i] && key < p.kv_len) raw[i][j] = of_element(rows[i] + key * p.mask.stride[3]);
+                }
+            }
+        };
+        if (p.mask.dtype == BOOL) each([](const char *at) { return *(const uint8_t *)at; });
+        else if (p.mask.dtype == Element<T>::dtype) each([](const char *at) { return *(const uint16_t *)at; });
+        else each([&](const char *at) { return __float_as_uint(load_float(at, p.mask.dtype)); });
+    }
+    __device__ void add_to(float (&scores)[2][4], const mtl_cuda_attention_args &p) const {
+        auto each = [&](auto number) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float &score = scores[j / 2][2 * i + j % 2], bias = number(raw[i][j]);
+                    score = bias == -INFINITY ? -INFINITY : score + bias;
+                }
+            }
+        };
+        if (p.mask.dtype == BOOL) each([](unsigned x) { return x ? 0 : -INFINITY; });
+        else if (p.mask.dtype == Element<T>::dtype) each([](unsigned x) { return widen_pair(x, T()).x; });
+        else each([](unsigned x) { return __uint_as_float(x); });
+    }
+};
+
 // 16 bytes of a tile of blocks of 64 features, as the copy engine swizzles it.
 __device__ inline unsigned swizzled(unsigned tile, int row, int chunk) {
     return tile + chunk / 8 * KEYS * 128 + row * 128 + (((chunk ^ row) & 7) << 4);
 }
 
-template <typename T, int KEY_DIM, int VALUE_DIM>
+// MASKED: by key mask, mask, softcap or a scale that is not positive; else by causal and window alone.
+template <typename T, int KEY_DIM, int VALUE_DIM, bool MASKED>
 __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &args) {
     const mtl_cuda_attention_args &p = args.attention;
     constexpr int K_TILE = KEYS * KEY_DIM * 2, V_TILE = KEYS * VALUE_DIM * 2, STAGE = K_TILE + V_TILE;
@@ -57,8 +118,8 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     unsigned stages = ((unsigned)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     unsigned char *own = shared + (stages - (unsigned)__cvta_generic_to_shared(shared));
     __shared__ __align__(8) uint64_t barriers[2 * MOST_STAGES];
-    __shared__ unsigned wrong;                 // rows that came out NaN
-    __shared__ unsigned char live[MOST_TILES]; // whether the key mask shows any key of a tile of this block
+    __shared__ unsigned wrong;                      // rows that came out NaN
+    __shared__ uint2 live[MASKED ? MOST_TILES : 1]; // what the key mask shows of a tile of this block
     unsigned full = (unsigned)__cvta_generic_to_shared(barriers), empty = full + 8 * MOST_STAGES;
     int count = args.stages;
 
@@ -66,16 +127,20 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     int64_t kv_head, batch = divide(blockIdx.y, p.kv_heads, kv_head);
     int rows = (int)(p.group * p.q_len), first_row = blockIdx.z * ROWS, kept = min(rows - first_row, ROWS);
     int group = (int)p.group, first_query = first_row / group, last_query = (first_row + kept - 1) / group;
-    int64_t begin = first_query + p.first_visible, end = last_query + p.last_visible + 1;
-    begin = begin < 0 ? 0 : begin / KEYS, end = end > p.kv_len ? p.kv_len : end;
-    int all = end > begin * KEYS ? (int)((end + KEYS - 1) / KEYS - begin) : 0;
+    // Lengths are below 2^31 - 128 here, so that what is beyond can be cut off, and int suffices.
+    auto cut = [](int64_t x) {
+        return (int)(x < -INT32_MAX + 64 ? -INT32_MAX + 64 : x > INT32_MAX - 64 ? INT32_MAX - 64 : x);
+    };
+    int kv_len = (int)p.kv_len, first_visible = cut(p.first_visible), last_visible = cut(p.last_visible);
+    int begin = max(first_query + first_visible, 0) / KEYS, end = min(last_query + last_visible + 1, kv_len);
+    int all = end > begin * KEYS ? (end + KEYS - 1) / KEYS - begin : 0;
     int tiles = all > rank ? (all - rank + ranks - 1) / ranks : 0; // begin + rank + i ranks
     const char *key_mask = key_mask_of(p, batch);
     // Heads begin at different tiles: at a power of two apart, all would ask the same memory at once.
     int start = tiles ? (int)(blockIdx.y * 5 % tiles) : 0;
     auto first_key = [&](int i) {
         i += start;
-        return (int)(begin + rank + (int64_t)(i < tiles ? i : i - tiles) * ranks) * KEYS;
+        return (begin + rank + (i < tiles ? i : i - tiles) * ranks) * KEYS;
     };
 
     // The copying warp makes the barriers and asks for tiles before the others have come that far.
@@ -86,28 +151,27 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     }
     wait_for_earlier();
     let_next_start();
-    if (key_mask) {
-        for (int i = warp; i < tiles; i += THREADS / WARP) {
-            bool seen = false;
-#pragma unroll
-            for (int j = lane; j < KEYS; j += WARP) {
-                int64_t key = first_key(i) + j;
-                seen |= key < p.kv_len && load_integer(key_mask + key * p.key_mask.stride[1], p.key_mask.dtype) != 0;
-            }
-            seen = __any_sync(ALL_LANES, seen);
-            if (lane == 0) live[i] = seen;
+    if (MASKED && key_mask) {
+        switch (p.key_mask.dtype) {
+        case I16:
+        case U16: find_live<uint16_t>(live, tiles, p, key_mask, first_key); break;
+        case I32:
+        case U32: find_live<uint32_t>(live, tiles, p, key_mask, first_key); break;
+        case I64:
+        case U64: find_live<uint64_t>(live, tiles, p, key_mask, first_key); break;
+        default: find_live<uint8_t>(live, tiles, p, key_mask, first_key);
         }
-        __syncthreads();
     }
-    if (warp == WARPS) arrive_at<1>(THREADS);
-    else meet_at<1>(THREADS);
+    __syncthreads();
+
+    auto shows = [&](int tile) { return !MASKED || !key_mask || (live[tile].x | live[tile].y); };
 
     float values[VALUE_DIM / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     if (warp == WARPS) {
         if (lane == 0) {
             int turn = 0, parity = 1;
             for (int i = 0; i < tiles; i++) {
-                if (key_mask && !live[i]) continue;
+                if (!shows(i)) continue;
                 unsigned k_tile = stages + turn * STAGE, v_tile = k_tile + K_TILE;
                 barrier_wait(empty + 8 * turn, parity);
                 barrier_expect(full + 8 * turn, STAGE);
@@ -124,12 +188,14 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     } else {
         // The lane's two rows, and its part of their queries.
         int query[2];
+        const char *mask_rows[2];
         unsigned q[KEY_DIM / 16][4];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int row = first_row + lane / 4 + 8 * i;
             query[i] = row / group;
             const char *from = place(p.q, batch, kv_head * group + row % group, query[i]);
+            mask_rows[i] = row < rows ? mask_of(p, batch, kv_head * group + row % group, query[i]) : NULL;
 #pragma unroll
             for (int step = 0; step < KEY_DIM / 16; step++) {
 #pragma unroll
@@ -140,10 +206,21 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
                 }
             }
         }
-        bool plain = !p.mask.data && !key_mask && p.softcap == 0 && p.scale > 0;
         int turn = 0, parity = 0;
-        for (int tile = 0; tile < tiles; tile++) {
-            if (key_mask && !live[tile]) continue;
+        auto next_tile = [&](int tile) {
+            while (tile < tiles && !shows(tile)) tile++;
+            return tile;
+        };
+        LaneMask<T> mask = {};
+        auto load_mask = [&](int tile) {
+            if (MASKED && p.mask.data && tile < tiles)
+                mask.load(p, mask_rows, first_key(tile) + warp * 16 + lane % 4 * 2);
+        };
+        bool both = kept > 8; // of the lane's rows are there
+        int tile = next_tile(0);
+        load_mask(tile);
+        for (int next; tile < tiles; tile = next) {
+            next = next_tile(tile + 1);
             unsigned k_tile = stages + turn * STAGE, v_tile = k_tile + K_TILE;
             int first = first_key(tile) + warp * 16;
             barrier_wait(full + 8 * turn, parity);
@@ -162,33 +239,46 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
                 for (int e = 0; e < 4; e++) scores[n][e] += odd[n][e];
             }
 
-            bool all_see_all = plain && first + 16 <= end && first >= last_query + p.first_visible &&
-                               first + 15 <= first_query + p.last_visible;
-            float scale = all_see_all ? p.scale : 1;
-            if (!all_see_all) {
+            bool inside =
+                first + 16 <= end && first >= last_query + first_visible && first + 15 <= first_query + last_visible;
+            float scale = !MASKED && inside ? p.scale : 1;
+            if (MASKED || !inside) {
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int row = first_row + lane / 4 + 8 * i;
-                    const char *mask = mask_of(p, batch, kv_head * group + row % group, query[i]);
+                for (int n = 0; n < 2; n++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) scores[n][e] *= p.scale;
+                }
+                if (MASKED && p.softcap > 0) {
+                    float inverse = 1 / p.softcap;
 #pragma unroll
                     for (int n = 0; n < 2; n++) {
 #pragma unroll
-                        for (int e = 0; e < 2; e++) {
-                            int64_t key = first + n * 8 + lane % 4 * 2 + e;
-                            float &score = scores[n][2 * i + e];
-                            score = capped(p, score);
-                            bool sees = row < rows && key < p.kv_len && key >= query[i] + p.first_visible &&
-                                        key <= query[i] + p.last_visible && passes_masks(p, score, key_mask, mask, key);
-                            score = sees ? score : -INFINITY;
-                        }
+                        for (int e = 0; e < 4; e++) scores[n][e] = p.softcap * quick_tanh(scores[n][e] * inverse);
+                    }
+                }
+                if (MASKED && p.mask.data) {
+                    mask.add_to(scores, p);
+                    load_mask(next);
+                }
+                unsigned seen = ~0u; // of the warp's keys
+                if (MASKED && key_mask) seen = (warp < 2 ? live[tile].x : live[tile].y) >> warp % 2 * 16;
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        int at = n * 8 + lane % 4 * 2 + e % 2, row_query = query[e / 2];
+                        bool in_range = inside || (first + at < kv_len && first + at >= row_query + first_visible &&
+                                                   first + at <= row_query + last_visible);
+                        if (!in_range || !(seen >> at & 1)) scores[n][e] = -INFINITY;
                     }
                 }
             }
 
             bool grown = false;
-            float factor[2];
+            float factor[2] = {1, 1};
 #pragma unroll
             for (int i = 0; i < 2; i++) {
+                if (MASKED && i == 1 && !both) continue; // nothing
                 float now = larger(larger(scores[0][2 * i], scores[0][2 * i + 1]),
                                    larger(scores[1][2 * i], scores[1][2 * i + 1]));
                 now = larger(__shfl_xor_sync(ALL_LANES, now, 1), now);
@@ -311,20 +401,22 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     }
     cluster_wait(); // nobody goes while another reads its memory
 }
-#define BODY(type, key_dim, value_dim) attention_decode<type, key_dim, value_dim>(args)
+#define BODY(type, key_dim, value_dim, masked) attention_decode<type, key_dim, value_dim, masked>(args)
 #else
-#define BODY(type, key_dim, value_dim) // the host takes attention.cu's kernels
+#define BODY(type, key_dim, value_dim, masked) // the host takes attention.cu's kernels
 #endif
 
-#define ATTENTION_KERNEL(name, type, key_dim, value_dim, blocks)            \
+#define ATTENTION_KERNEL(name, type, key_dim, value_dim, blocks, masked)    \
     extern "C" __global__ void __launch_bounds__(THREADS, blocks)           \
         name(const __grid_constant__ mtl_cuda_attention_hopper_args args) { \
-        BODY(type, key_dim, value_dim);                                     \
+        BODY(type, key_dim, value_dim, masked);                             \
     }
-#define ATTENTION_KERNELS(name, type)                   \
-    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 2)     \
-    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 2) \
-    ATTENTION_KERNEL(name##_192_128, type, 192, 128, 1) \
-    ATTENTION_KERNEL(name##_256_256, type, 256, 256, 1)
-ATTENTION_KERNELS(attention_decode_f16, __half)
-ATTENTION_KERNELS(attention_decode_bf16, __nv_bfloat16)
+#define ATTENTION_KERNELS(name, type, masked)                   \
+    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 2, masked)     \
+    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 2, masked) \
+    ATTENTION_KERNEL(name##_192_128, type, 192, 128, 1, masked) \
+    ATTENTION_KERNEL(name##_256_256, type, 256, 256, 1, masked)
+ATTENTION_KERNELS(attention_decode_f16, __half, false)
+ATTENTION_KERNELS(attention_decode_bf16, __nv_bfloat16, false)
+ATTENTION_KERNELS(attention_decode_masked_f16, __half, true)
+ATTENTION_KERNELS(attention_decode_masked_bf16, __nv_bfloat16, true)

@@ -3,7 +3,7 @@
 //   (Dao et al. 2022, arXiv:2205.14135; Shah et al. 2024, arXiv:2407.08608)
 //
 // A block has 64 rows of one head for each of its two groups of four warps. One more group fetches: one thread takes
-// items of 128 rows off a common counter, as blocks get free, and asks the copy engine for their tiles of keys and
+// items of 128 rows, dealt out or off a common counter as blocks get free, and asks the copy engine for their tiles of keys and
 // values, some stages ahead, the next item's under the end of this one. While the matrix units do the scores of the next
 // tile and the weighted values of this one, a group's ordinary instructions do the softmax in between: of the two
 // products in flight only the scores are waited for.
@@ -39,22 +39,19 @@ template <int KEYS> struct Item {
     __device__ Item(const mtl_cuda_attention_args &p, unsigned index)
         : first_visible(cut(p.first_visible)), last_visible(cut(p.last_visible)), kv_len((int)p.kv_len) {
         int q_len = (int)p.q_len;
-        unsigned heads = (unsigned)p.q_heads, blocks = (unsigned)(q_len + ROWS - 1) / ROWS, of_all = index / blocks;
+        // Under causal the last rows have most to do: they go first, of so many heads at a time.
+        unsigned heads = (unsigned)p.q_heads, blocks = (unsigned)(q_len + ROWS - 1) / ROWS,
+                 most = (unsigned)p.heads_a_turn;
+        unsigned first_head = index / (most * blocks) * most, at = index - first_head * blocks;
+        unsigned together = min(most, (unsigned)p.batch * heads - first_head), before = at / together;
+        unsigned of_all = first_head + at - before * together;
         batch = (int)(of_all / heads), head = (int)(of_all % heads);
-        first_query = (int)(blocks - 1 - index % blocks) * ROWS; // under causal the last have most to do: they go first
+        first_query = (int)(blocks - 1 - before) * ROWS;
         int last_query = min(first_query + ROWS, q_len) - 1, end = min(max(last_query + last_visible + 1, 0), kv_len);
         begin = max(first_query + first_visible, 0) / KEYS * KEYS;
         tiles = end > begin ? (end - begin + KEYS - 1) / KEYS : 0;
     }
 };
-
-// To about 2^-22, which is enough for scores with a cap of up to 2^10.
-__device__ inline float quick_tanh(float x) { return 1 - __fdividef(2, 1 + power_of_2(2 * LOG2_E * x)); }
-
-__device__ inline float2 widen_pair(unsigned x, __half) { return __half22float2(*(const __half2 *)&x); }
-__device__ inline float2 widen_pair(unsigned x, __nv_bfloat16) {
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-}
 
 // Bytes that are not 0 as 1, which they are as a rule.
 template <int N> __device__ inline void as_zeros_and_ones(uint4 (&x)[N]) {
@@ -192,14 +189,16 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1), barrier_init(q_empty, GROUPS * 4);
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(item_full + 8 * i, 1), barrier_init(item_empty + 8 * i, GROUPS * 4 + (MASKED ? 3 : 0));
+            barrier_init(item_full + 8 * i, 1);
+            barrier_init(item_empty + 8 * i, (GROUPS * 4 + (MASKED ? 3 : 0)) * WARP);
             barrier_init(k_full + 8 * i, 1), barrier_init(v_full + 8 * i, 1);
             barrier_init(k_empty + 8 * i, GROUPS * 4), barrier_init(v_empty + 8 * i, GROUPS * 4);
         }
         for (int i = 0; MASKED && i < BIT_STAGES; i++)
-            barrier_init(bits_full + 8 * i, MAKERS), barrier_init(bits_empty + 8 * i, GROUPS * 4 + 1);
+            barrier_init(bits_full + 8 * i, MAKERS * WARP), barrier_init(bits_empty + 8 * i, GROUPS * GROUP + 1);
         for (int i = 0; MASKED && i < mask_stages; i++)
-            barrier_init(mask_full + 8 * i, 1), barrier_init(mask_empty + 8 * i, added ? GROUPS * 4 : MAKERS);
+            barrier_init(mask_full + 8 * i, 1),
+                barrier_init(mask_empty + 8 * i, added ? GROUPS * GROUP : MAKERS * WARP);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -211,12 +210,12 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         barrier_wait(bits_full + 8 * bits_at.stage, bits_at.parity);
         return mask_bits[bits_at.stage].state[0] | mask_bits[bits_at.stage].state[1];
     };
-    auto bits_done = [&](bool arrives) {
-        if (arrives) barrier_arrive(bits_empty + 8 * bits_at.stage);
+    auto bits_done = [&]() {
+        barrier_arrive(bits_empty + 8 * bits_at.stage);
         bits_at.advance(BIT_STAGES);
     };
-    auto mask_done = [&](bool arrives) {
-        if (arrives) barrier_arrive(mask_empty + 8 * mask_at.stage);
+    auto mask_done = [&]() {
+        barrier_arrive(mask_empty + 8 * mask_at.stage);
         mask_at.advance(mask_stages);
     };
 
@@ -226,8 +225,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         int stage = taken % STAGES;
         barrier_wait(item_full + 8 * stage, taken++ / STAGES % 2);
         unsigned index = item_taken[stage];
-        __syncwarp();
-        if (lane == 0) barrier_arrive(item_empty + 8 * stage);
+        barrier_arrive(item_empty + 8 * stage);
         return index;
     };
 
@@ -253,10 +251,9 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                         if (mask) barrier_wait(mask_full + 8 * mask_at.stage, mask_at.parity);
                         barrier_wait(bits_empty + 8 * bits_at.stage, bits_at.parity ^ 1);
                         make_bits(p, item, first, warp - MASK_WARP - 1, mask, rows_differ, mask_bits[bits_at.stage]);
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(bits_full + 8 * bits_at.stage);
+                        barrier_arrive(bits_full + 8 * bits_at.stage);
                         bits_at.advance(BIT_STAGES);
-                        if (mask) mask_done(lane == 0);
+                        if (mask) mask_done();
                     }
                 }
             }
@@ -265,7 +262,9 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         if (threadIdx.x != 0) return;
         unsigned fetched = 0, worked = 0;
         for (;; taken++) {
-            unsigned index = taken == 0 ? blockIdx.x : args.next ? gridDim.x + atomicAdd(args.next, 1u) : items;
+            // Dealt out there and back: who has most to do in one round has least in the next.
+            unsigned index = taken * gridDim.x + (taken % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+            if (args.next && taken > 0) index = gridDim.x + atomicAdd(args.next, 1u);
             barrier_wait(item_empty + 8 * (taken % STAGES), taken / STAGES % 2 ^ 1);
             item_taken[taken % STAGES] = index;
             barrier_arrive(item_full + 8 * (taken % STAGES));
@@ -276,7 +275,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             for (int tile = 0; tile < item.tiles; tile++) {
                 if (bits) {
                     int state = bits_state();
-                    bits_done(true);
+                    bits_done();
                     if (!shows(state)) continue;
                 }
                 int stage = fetched % STAGES, parity = fetched / STAGES % 2 ^ 1, key = item.begin + tile * KEYS;
@@ -386,10 +385,10 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             for (; tile < item.tiles; tile++) {
                 state = bits_state();
                 if (shows(state)) break;
-                bits_done(lane == 0);
+                bits_done();
                 if (!added) continue;
                 barrier_wait(mask_full + 8 * mask_at.stage, mask_at.parity);
-                mask_done(lane == 0);
+                mask_done();
             }
             return tile;
         };
@@ -422,8 +421,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     two[0] = fmaf(two[0], factor, bias.x), two[1] = fmaf(two[1], factor, bias.y);
                 }
             }
-            __syncwarp();
-            mask_done(lane == 0);
+            mask_done();
         };
         auto hide = [&](int tile) {
             int first = item.begin + tile * KEYS;
@@ -484,8 +482,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     }
                     if (KIND == CHANGED) hide_unseen(seen);
                 }
-                __syncwarp();
-                bits_done(lane == 0);
+                bits_done();
             }
             if (KIND == CHANGED && added) add_mask();
             float of_tile[2];

@@ -48,7 +48,7 @@ template <typename T> __device__ inline void take_vectors(Partial &partial, cons
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             int vector = first + i * blockDim.x;
-            raw[i] = vector < vectors ? load_once(row + (int64_t)vector * 16) : make_uint4(none, none, none, none);
+            raw[i] = vector < vectors ? load_16_bytes(row + (int64_t)vector * 16) : make_uint4(none, none, none, none);
         }
     };
     uint4 raw[VECTORS], next[VECTORS];

@@ -88,17 +88,15 @@ template <> struct Element<__nv_bfloat16> { static constexpr int dtype = BF16; }
 
 template <typename T> constexpr int LANES = 16 / sizeof(T);
 
-// Data that is read or written once has no use for the first-level cache.
-__device__ inline uint4 load_once(const void *at) {
+// As assembly so that loads stay together, before the first use of any. Without a hint: not to allocate in the
+// first-level cache made streams on Hopper slower, by 1 to 3 %.
+__device__ inline uint4 load_16_bytes(const void *at) {
     uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(at));
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
     return v;
 }
-__device__ inline void store_once(void *at, uint4 v) {
-    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z),
-                 "r"(v.w)
+__device__ inline void store_16_bytes(void *at, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 }
 
@@ -171,6 +169,7 @@ struct Offsets {
 
 __device__ inline Offsets offsets_at(const mtl_cuda_loop &loop, int64_t iteration) {
     Offsets offsets = {};
+#pragma unroll 1
     for (int axis = loop.rank - 1; axis >= 0; axis--) {
         int64_t index = iteration;
         if (axis > 0) iteration = divide(iteration, loop.shape[axis], index);

@@ -4,7 +4,7 @@
 enum {
     VECTOR = 16,
     VECTORS = 1, /* of a thread, as in gated.cuh */
-    THREADS = 256,
+    THREADS = 128,
     ANY = 3,
     MOST_CHUNKS = 1024,
     MOST_ROWS = 65535, /* the grid's limit */

@@ -21,8 +21,8 @@ template <typename T, float (*act)(float)> __device__ inline void gated_rows(con
     for (int i = 0; i < GATED_VECTORS; i++) {
         int64_t vector = first + i * blockDim.x;
         if (vector >= vectors) continue;
-        gate[i] = load_once(p.gate.data + at.of[GATE] + vector * 16);
-        up[i] = load_once(p.up.data + at.of[UP] + vector * 16);
+        gate[i] = load_16_bytes(p.gate.data + at.of[GATE] + vector * 16);
+        up[i] = load_16_bytes(p.up.data + at.of[UP] + vector * 16);
     }
 #pragma unroll
     for (int i = 0; i < GATED_VECTORS; i++) {
@@ -33,7 +33,7 @@ template <typename T, float (*act)(float)> __device__ inline void gated_rows(con
         widen(u, up[i], T());
 #pragma unroll
         for (int j = 0; j < N; j++) g[j] = act(g[j]) * u[j];
-        store_once(p.out.data + at.of[OUT] + vector * 16, narrow(g, T()));
+        store_16_bytes(p.out.data + at.of[OUT] + vector * 16, narrow(g, T()));
     }
 }
 

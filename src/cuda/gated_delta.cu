@@ -33,7 +33,7 @@ template <int KEY_DIM> struct Part {
         for (int i = 0; i < FOURS; i++) {
             const char *at = row + (i * LANES_OF_ROW + lane) * 4 * sizeof(T);
             if constexpr (sizeof(T) == 4) {
-                widen(x[i], load_once(at), t);
+                widen(x[i], load_16_bytes(at), t);
             } else {
                 uint2 raw = *(const uint2 *)at;
                 float eight[8];
@@ -46,7 +46,7 @@ template <int KEY_DIM> struct Part {
 
     __device__ void write(char *row, int lane) const {
 #pragma unroll
-        for (int i = 0; i < FOURS; i++) store_once(row + (i * LANES_OF_ROW + lane) * 16, narrow(x[i], 0.0f));
+        for (int i = 0; i < FOURS; i++) store_16_bytes(row + (i * LANES_OF_ROW + lane) * 16, narrow(x[i], 0.0f));
     }
 
     __device__ void decay(float gamma) {

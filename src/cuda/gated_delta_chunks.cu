@@ -441,11 +441,8 @@ struct Signals {
 };
 static_assert(sizeof(Signals) <= MTL_CUDA_SIGNALS);
 
-// Of the four warps that hold the state, or that fetch: what their lanes did is done.
-__device__ inline void warp_arrives(uint64_t &barrier) {
-    __syncwarp();
-    if (threadIdx.x % WARP == 0) barrier_arrive((unsigned)__cvta_generic_to_shared(&barrier));
-}
+// Of each thread that holds the state, or that fetches: what it did is done.
+__device__ inline void arrive(uint64_t &barrier) { barrier_arrive((unsigned)__cvta_generic_to_shared(&barrier)); }
 __device__ inline void wait_for(uint64_t &barrier, int parity) {
     barrier_wait((unsigned)__cvta_generic_to_shared(&barrier), parity);
 }
@@ -563,7 +560,7 @@ __device__ inline void fetch_chunks(const mtl_cuda_gated_delta_chunks_args &args
     bool ahead = args.stages > 2; // a chunk still on its way when the next one is asked for
     auto arrived = [&](int slot) {
         publish();
-        warp_arrives(signals.full[slot]);
+        arrive(signals.full[slot]);
     };
     int slot = 0, last = 0, parity = 1;
     for (int64_t chunk = 0; chunk < args.chunks; chunk++) {
@@ -657,8 +654,8 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
     publish();
     Signals &signals = *(Signals *)(shared + args.stages * args.stage_bytes);
     if (threadIdx.x < args.stages) {
-        barrier_init((unsigned)__cvta_generic_to_shared(&signals.full[threadIdx.x]), GROUP / WARP);
-        barrier_init((unsigned)__cvta_generic_to_shared(&signals.empty[threadIdx.x]), GROUP / WARP);
+        barrier_init((unsigned)__cvta_generic_to_shared(&signals.full[threadIdx.x]), GROUP);
+        barrier_init((unsigned)__cvta_generic_to_shared(&signals.empty[threadIdx.x]), GROUP);
     }
     __syncthreads();
     if (__shfl_sync(ALL_LANES, warp, 0) >= 4) { // the same of all lanes, as far as the compiler can see
@@ -973,7 +970,7 @@ __device__ inline void gated_delta_chunks(const mtl_cuda_gated_delta_chunks_args
             write_out(chunk);
         }
         if (threadIdx.x == 0) signals.by_steps[slot] = wrong;
-        warp_arrives(signals.empty[slot]);
+        arrive(signals.empty[slot]);
         if (++slot == args.stages) slot = 0, parity ^= 1;
     }
 #pragma unroll

@@ -38,12 +38,12 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     float sums[ADD ? VECTORS : 1][N], pivot = 0;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
-        raw[i] = inside(i) ? load_once(p.x.data + at.of[X] + place(i)) : make_uint4(0, 0, 0, 0);
+        raw[i] = inside(i) ? load_16_bytes(p.x.data + at.of[X] + place(i)) : make_uint4(0, 0, 0, 0);
     if constexpr (ADD) {
         uint4 added[VECTORS];
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
-            added[i] = inside(i) ? load_once(p.residual.data + at.of[RESIDUAL] + place(i)) : make_uint4(0, 0, 0, 0);
+            added[i] = inside(i) ? load_16_bytes(p.residual.data + at.of[RESIDUAL] + place(i)) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             float y[N];
@@ -51,7 +51,7 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
             widen(y, added[i], T());
 #pragma unroll
             for (int j = 0; j < N; j++) sums[i][j] += y[j];
-            if (inside(i)) store_once(p.sum.data + at.of[SUM] + place(i), narrow(sums[i], T()));
+            if (inside(i)) store_16_bytes(p.sum.data + at.of[SUM] + place(i), narrow(sums[i], T()));
         }
     }
 #pragma unroll
@@ -145,7 +145,7 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
             if (p.weight.data) x[j] *= weight[j];
             if (LAYER && p.bias.data) x[j] += bias[j];
         }
-        store_once(p.out.data + at.of[OUT] + place(i), narrow(x, T()));
+        store_16_bytes(p.out.data + at.of[OUT] + place(i), narrow(x, T()));
     }
 }
 

@@ -3,12 +3,14 @@
 
 enum {
     VECTOR = 16,
-    THREADS = 256,
+    THREADS = 128,
     WARP = 32,
     MOST_PAIRS = 256,      /* of the fast kernel */
+    TABLE = 1024,          /* as in rope.cu: pairs of a block's time steps */
+    PLACES = 4,            /* for heads in a block, where there are as many: what shares cosines and sines */
+    HEADS = 2,             /* of a thread at most, as in rope.cu */
     ANY = 12,              /* the general kernel's place after 3 dtypes x 4 */
-    MOST_HEADS = 4,        /* for a thread's cosines and sines: that many are on their way at once */
-    MOST_NORMED = 8,       /* the same where heads are normalized first */
+    MOST_BLOCKS = 65535,   /* along y and z */
     THREADS_WANTED = 2048, /* of a multiprocessor, over the whole call */
 };
 
@@ -41,34 +43,68 @@ static int lanes_of_head(const mtl_rope_args *args) {
     return (int)lanes;
 }
 
+static int heads_in_row(const mtl_cuda_loop *heads) { return heads->rank ? (int)heads->shape[heads->rank - 1] : 1; }
+
+/* Groups of so many heads instead of heads, none across two rows of the last axis. */
+static void group_heads(mtl_cuda_rope_side *side, int heads) {
+    enum { X = MTL_ROPE_X, OUT = MTL_ROPE_OUT, FIRST_HEAD };
+    mtl_cuda_loop *loop = &side->heads;
+    side->heads_in_row = heads_in_row(loop);
+    side->x_step = side->out_step = 0;
+    for (int axis = 0; axis < loop->rank; axis++) loop->stride[axis][FIRST_HEAD] = 0;
+    if (loop->rank == 0 || loop->count == 0) return;
+    int last = loop->rank - 1, groups = (side->heads_in_row + heads - 1) / heads;
+    side->x_step = loop->stride[last][X];
+    side->out_step = loop->stride[last][OUT];
+    loop->stride[last][X] *= heads;
+    loop->stride[last][OUT] *= heads;
+    loop->stride[last][FIRST_HEAD] = heads;
+    loop->count = loop->count / loop->shape[last] * groups;
+    loop->shape[last] = groups;
+}
+
 static metalloid_status launch(const mtl_cuda_call *call, const mtl_rope_args *args, int lanes,
-                               mtl_cuda_rope_args *rope) {
-    int64_t heads = 0;
-    for (int i = 0; i < args->sides; i++) heads += rope->side[i].heads.count;
+                               mtl_cuda_rope_args rope) {
+    int64_t heads = 0, groups = 0;
+    int row = 1;
+    for (int i = 0; i < args->sides; i++) {
+        heads += rope.side[i].heads.count;
+        if (heads_in_row(&rope.side[i].heads) > row) row = heads_in_row(&rope.side[i].heads);
+    }
     if (lanes == 0) {
         int64_t items = args->batch * heads * args->time;
         mtl_cuda_grid grid = {.threads = WARP, .rows = THREADS / WARP, .overlaps = true};
         grid.blocks = (items + grid.rows - 1) / grid.rows;
         if (grid.blocks > 65536) grid.blocks = 65536;
-        return mtl_cuda_launch(call, (mtl_cuda_kernel){MTL_CUDA_IMAGE_rope, ANY, names[ANY]}, grid, rope);
+        return mtl_cuda_launch(call, (mtl_cuda_kernel){MTL_CUDA_IMAGE_rope, ANY, names[ANY]}, grid, &rope);
     }
     int64_t wanted = (int64_t)call->device->multiprocessors * THREADS_WANTED;
-    int64_t each = args->batch * args->time * heads * lanes / wanted, limit = args->normed ? MOST_NORMED : MOST_HEADS;
-    rope->heads_a_block = (int)(each < 1 ? 1 : each > limit ? limit : each);
-    /* All blocks alike: 15 heads of 32 would leave one of 2. */
-    int64_t most = rope->side[0].heads.count, count = (most + rope->heads_a_block - 1) / rope->heads_a_block;
-    rope->heads_a_block = (int)((most + count - 1) / count);
-    int64_t chunks = 0;
-    for (int i = 0; i < args->sides; i++)
-        chunks += (rope->side[i].heads.count + rope->heads_a_block - 1) / rope->heads_a_block;
-    int64_t items = args->batch * chunks * args->time;
-    mtl_cuda_grid grid = {.threads = lanes, .rows = THREADS / lanes, .overlaps = true};
-    /* Whole warps, as sums over a head's lanes need. */
-    if (args->normed && (int64_t)grid.rows * lanes > (items * lanes + WARP - 1) / WARP * WARP)
-        grid.rows = (int)((items * lanes + WARP - 1) / WARP * WARP / lanes);
-    grid.blocks = (items + grid.rows - 1) / grid.rows;
+    rope.heads_a_thread = row > 1 && args->batch * args->time * heads * lanes / wanted >= HEADS ? HEADS : 1;
+    /* A block's rows: places for heads by time steps, both powers of two. */
+    int needed = (row + rope.heads_a_thread - 1) / rope.heads_a_thread, rows = THREADS / lanes, places = 1, steps = 1;
+    int64_t pairs = args->angles.dims / 2;
+    while (places < PLACES && places < needed && 2 * places <= rows) places *= 2;
+    while (steps < args->time && 2 * steps * places <= rows && 2 * steps * pairs <= TABLE)
+        steps *= 2, rope.log2_steps++;
+    while (places < needed && 2 * places * steps <= rows) places *= 2;
+    while (args->normed && places * steps * lanes < WARP) places *= 2; /* whole warps, as sums over lanes need */
+    for (int i = 0; i < args->sides; i++) {
+        group_heads(&rope.side[i], places * rope.heads_a_thread);
+        groups += rope.side[i].heads.count;
+    }
+    mtl_cuda_grid grid = {
+        .blocks = (args->time + steps - 1) / steps, .threads = lanes, .rows = places * steps, .overlaps = true};
     int index = (int)args->side[0].x.dtype * 4 + (args->normed ? 2 : 0) + (args->angles.traditional ? 1 : 0);
-    return mtl_cuda_launch(call, (mtl_cuda_kernel){MTL_CUDA_IMAGE_rope, index, names[index]}, grid, rope);
+    for (; rope.first_batch < args->batch; rope.first_batch += MOST_BLOCKS) {
+        int64_t batches = args->batch - rope.first_batch;
+        grid.z = batches < MOST_BLOCKS ? (int)batches : MOST_BLOCKS;
+        for (rope.first_group = 0; rope.first_group < groups; rope.first_group += MOST_BLOCKS) {
+            int64_t rest = groups - rope.first_group;
+            grid.y = rest < MOST_BLOCKS ? (int)rest : MOST_BLOCKS;
+            MTL_TRY(mtl_cuda_launch(call, (mtl_cuda_kernel){MTL_CUDA_IMAGE_rope, index, names[index]}, grid, &rope));
+        }
+    }
+    return METALLOID_OK;
 }
 
 metalloid_status mtl_cuda_rope(const metalloid_context *context, const char *op, const mtl_rope_args *args) {
@@ -86,7 +122,7 @@ metalloid_status mtl_cuda_rope(const metalloid_context *context, const char *op,
                                .head_dim = args->head_dim,
                                .dims = angles->dims,
                                .scale = angles->scale,
-                               .log2_base = angles->freqs.data ? 0 : log2(angles->base),
+                               .log2_ratio = angles->freqs.data ? 0 : -2 * log2(angles->base) / (double)angles->dims,
                                .eps = args->eps,
                                .freqs = mtl_cuda_row_of(angles->freqs),
                                .offset = angles->offset,
@@ -119,7 +155,7 @@ metalloid_status mtl_cuda_rope(const metalloid_context *context, const char *op,
             rope.side[0].x.data = args->side[0].x.data + at.offset[MTL_ROPE_X];
             rope.side[0].out.data = args->side[0].out.data + at.offset[MTL_ROPE_OUT];
         }
-        status = launch(&call, args, lanes, &rope);
+        status = launch(&call, args, lanes, rope);
     }
     return mtl_cuda_end(&call, status);
 }

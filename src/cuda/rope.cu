@@ -6,12 +6,15 @@
 // The angle is formed and reduced to [-pi/4, pi/4] in double: at position 1e6 float's angle would be off by 3e-2. What
 // is left is so small that float polynomials do for cosine and sine.
 //
-// In the fast kernel `dims / (2 N)` threads turn a head, N = 16 bytes of each half a thread. A thread makes the cosines
-// and sines of its pairs once and uses them for `heads_a_block` heads, so that they cost little beside the one read and
-// one write of x.
+// In the fast kernel a block has a few time steps of a few heads, `head_dim / (2 N)` threads to each, N = 16 bytes of
+// each half a thread. It asks for its part of x, makes the cosines and sines of its time steps in shared memory while
+// that is on its way, and turns. So a head costs little beside the one read and one write of x, and blocks are many and
+// small, as what the last of them leave idle is time lost.
 #include "cuda/device.cuh"
 
-enum { X, OUT }; // operands of the loop over heads
+enum { X, OUT, FIRST_HEAD }; // operands of the loop over heads, or over groups of heads; the last: in its row
+
+constexpr int HEADS = 2, TABLE = 1024, THREADS = 128; // as in rope.c
 
 // Of angles for which the reduction by two pieces of pi/2 would run out of digits: rare, and long.
 __device__ __noinline__ float2 turn_far(double angle) {
@@ -20,29 +23,26 @@ __device__ __noinline__ float2 turn_far(double angle) {
     return make_float2((float)c, (float)s);
 }
 
-// Cosine and sine of any angle, to float's accuracy.
-__device__ inline void turn(double angle, float &cosine, float &sine) {
-    if (fabs(angle) > 1e9) {
-        float2 both = turn_far(angle);
-        cosine = both.x, sine = both.y;
-        return;
-    }
-    double quarters = rint(angle * 0.63661977236758134308); // 2/pi
+__device__ inline bool is_far(double angle) { return fabs(angle) > 1e9; }
+
+// Cosine and sine of an angle that is not far, to float's accuracy.
+__device__ inline float2 turn(double angle) {
+    // Adding 1.5 x 2^52 rounds to an integer, which then lies in the low bits.
+    const double to_integer = 6755399441055744.0;
+    double shifted = fma(angle, 0.63661977236758134308 /* 2/pi */, to_integer), quarters = shifted - to_integer;
     double rest = fma(quarters, -1.57079632679489655800, angle);
     float r = (float)fma(quarters, -6.12323399573676603587e-17, rest), square = r * r;
     // Cephes' sinf and cosf (Moshier).
     float s = fmaf(fmaf(fmaf(-1.9515295891e-4f, square, 8.3321608736e-3f), square, -1.6666654611e-1f), square * r, r);
     float c = fmaf(fmaf(fmaf(2.443315711809948e-5f, square, -1.388731625493765e-3f), square, 4.166664568298827e-2f),
                    square * square, fmaf(-0.5f, square, 1));
-    int quarter = (int)quarters;
-    cosine = quarter & 1 ? s : c;
-    sine = quarter & 1 ? c : s;
-    if ((quarter + 1) & 2) cosine = -cosine;
-    if (quarter & 2) sine = -sine;
+    int quarter = __double2loint(shifted);
+    float cosine = quarter & 1 ? s : c, sine = quarter & 1 ? c : s;
+    return make_float2((quarter + 1) & 2 ? -cosine : cosine, quarter & 2 ? -sine : sine);
 }
 
 __device__ inline double inv_freq(const mtl_cuda_rope_args &p, int64_t pair) {
-    if (!p.freqs.data) return exp2(-(double)(2 * pair) / (double)p.dims * p.log2_base);
+    if (!p.freqs.data) return exp2((double)pair * p.log2_ratio);
     double freq = load_double(p.freqs.data + pair * p.freqs.stride, p.freqs.dtype);
     return p.inverse ? freq : 1 / freq;
 }
@@ -97,84 +97,77 @@ template <int N> __device__ inline void norm_head(float (&x)[2][N], const mtl_cu
 
 template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope_rows(const mtl_cuda_rope_args &p) {
     constexpr int N = LANES<T>, SIZE = sizeof(T);
-    int chunk = threadIdx.x, turning = (int)(p.dims / (2 * N)), lanes = blockDim.x;
-    int64_t chunks0 = (p.side[0].heads.count + p.heads_a_block - 1) / p.heads_a_block;
-    int64_t chunks1 = p.sides > 1 ? (p.side[1].heads.count + p.heads_a_block - 1) / p.heads_a_block : 0;
-    int64_t items = p.batch * (chunks0 + chunks1) * p.time, item = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    __shared__ double inv_freqs[256]; // a power of two takes long: each is made once a block
-    if (p.freqs.data) wait_for_earlier();
-    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < p.dims / 2; i += blockDim.x * blockDim.y)
-        inv_freqs[i] = inv_freq(p, i);
-    __syncthreads();
-    wait_for_earlier();
-    let_next_start();
-    bool live = item < items;
-    if (!live) {
-        if (!NORMED) return;
-        item = items - 1; // its lanes still take part in the warp's sums
-    }
-    int64_t time, head_chunk, batch = divide(divide(item, p.time, time), chunks0 + chunks1, head_chunk);
-    const mtl_cuda_rope_side &side = p.side[head_chunk >= chunks0];
-    int head = (int)((head_chunk >= chunks0 ? head_chunk - chunks0 : head_chunk) * p.heads_a_block);
-    int last = head + p.heads_a_block, end = last < side.heads.count ? last : (int)side.heads.count;
+    int chunk = threadIdx.x, turning = (int)(p.dims / (2 * N));
+    int step = threadIdx.y & ((1 << p.log2_steps) - 1), place = threadIdx.y >> p.log2_steps;
+    int places = blockDim.y >> p.log2_steps;
+    int64_t time = ((int64_t)blockIdx.x << p.log2_steps) + step, batch = p.first_batch + blockIdx.z;
+    int64_t group = p.first_group + blockIdx.y, groups0 = p.side[0].heads.count;
+    const mtl_cuda_rope_side &side = p.side[group >= groups0];
+    Offsets at = offsets_at(side.heads, group >= groups0 ? group - groups0 : group);
+    int heads = time < p.time ? side.heads_in_row - (int)at.of[FIRST_HEAD] - place : 0; // from the thread's first on
 
-    // The thread's two vectors of a head, by their first elements: one of each half of what turns, or of what passes
-    // through.
+    // The thread's two vectors of a head: one of each half of what turns, or of what passes through.
     bool turns = chunk < turning;
     int first = turns ? chunk * N : (int)p.dims + (chunk - turning) * N;
     int second = first + (turns ? (int)p.dims / 2 : (int)(p.head_dim - p.dims) / 2);
-    const char *x = side.x.data + batch * side.x_batch_stride + time * side.x_time_stride;
-    char *out = side.out.data + batch * side.out_batch_stride + time * side.out_time_stride;
-
-    // Heads are in flight while those before them turn. Every lane of a warp makes the same number of turns, as sums
-    // over lanes need; past its last head a lane repeats that one.
-    constexpr int AHEAD = NORMED ? 2 : 4;
-    uint4 raw[AHEAD][2];
-    int64_t to[AHEAD];
-    auto fetch = [&](int j, int h) {
-        Offsets at = offsets_at(side.heads, h < end ? h : end - 1);
-        raw[j][0] = load_once(x + at.of[X] + first * SIZE);
-        raw[j][1] = load_once(x + at.of[X] + second * SIZE);
-        to[j] = at.of[OUT];
-    };
+    const char *x = side.x.data + batch * side.x_batch_stride + time * side.x_time_stride + at.of[X];
+    char *out = side.out.data + batch * side.out_batch_stride + time * side.out_time_stride + at.of[OUT];
+    wait_for_earlier();
+    let_next_start();
+    uint4 raw[HEADS][2];
+    auto fetch = [&] {
 #pragma unroll
-    for (int j = 0; j < AHEAD; j++) fetch(j, head + j);
+        for (int j = 0; j < HEADS; j++) {
+            const char *from = x + (place + j * places) * side.x_step;
+            bool there = j < p.heads_a_thread && j * places < heads;
+            raw[j][0] = there ? load_16_bytes(from + first * SIZE) : make_uint4(0, 0, 0, 0);
+            raw[j][1] = there ? load_16_bytes(from + second * SIZE) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    fetch();
+
+    // The places of a time step share in its pairs.
+    __shared__ __align__(16) float2 table[TABLE]; // by time step, two pairs of a thread, thread, pair
+    float2 *of_step = table + step * turning * N;
+    auto entry = [&](int j) { return (j / 2 * turning + chunk) * 2 + j % 2; };
+    bool unrotated = false, far = false; // some pair
+    auto make_table = [&](auto make) {
+        if (!turns || time >= p.time) return;
+        double position = scaled_position(p, batch, time);
+#pragma unroll 1
+        for (int j = place; j < N; j += places) {
+            int pair = TRADITIONAL ? (j < N / 2 ? first / 2 + j : second / 2 + j - N / 2) : first + j;
+            double angle = position * inv_freq(p, pair);
+            float2 turn = make(angle);
+            of_step[entry(j)] = turn;
+            unrotated |= turn.y == 0;
+            far |= is_far(angle);
+        }
+    };
+    make_table([](double angle) { return turn(angle); });
+    bool some = __syncthreads_or(unrotated || far);
+    if (some && __syncthreads_or(far)) {
+        make_table([](double angle) { return is_far(angle) ? turn_far(angle) : turn(angle); });
+        fetch(); // again, so that nothing has to be kept over those calls
+        __syncthreads();
+    }
+
     bool typed = NORMED && side.weight.data && side.weight.dtype == Element<T>::dtype;
     uint4 weights[2];
     if (typed) {
         weights[0] = *(const uint4 *)(side.weight.data + first * SIZE);
         weights[1] = *(const uint4 *)(side.weight.data + second * SIZE);
     }
-
-    float cosine[N], sine[N];
-    bool unrotated = false; // some pair: an infinite partner has no say in it
-    if (turns) {
-        double position = scaled_position(p, batch, time);
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            int pair = TRADITIONAL ? (j < N / 2 ? first / 2 + j : second / 2 + j - N / 2) : first + j;
-            turn(position * inv_freqs[pair], cosine[j], sine[j]);
-            unrotated |= sine[j] == 0;
-        }
-    }
-
-    for (int now = head; now < last; now += AHEAD) {
-        if (!NORMED && now >= end) return;
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            bool keeps = live && now + j < end;
-            char *there = out + to[j];
+    for (int j = 0; j < HEADS; j++) {
+        if (j >= p.heads_a_thread) break; // for all alike, as sums over lanes need
+        if (!NORMED && j * places >= heads) return;
+        if (NORMED || turns) { // else it passes through with its bits
             float v[2][N];
-            if (!NORMED && !turns) { // passes through with its bits
-                if (keeps) store_once(there + first * SIZE, raw[j][0]), store_once(there + second * SIZE, raw[j][1]);
-            } else {
-                widen(v[0], raw[j][0], T());
-                widen(v[1], raw[j][1], T());
-            }
-            if (now + j + AHEAD < last) fetch(j, now + j + AHEAD);
-            if (!NORMED && !turns) continue;
+            widen(v[0], raw[j][0], T());
+            widen(v[1], raw[j][1], T());
             if constexpr (NORMED) {
-                norm_head<N>(v, p, lanes);
+                norm_head<N>(v, p, blockDim.x);
                 if (side.weight.data) {
                     float weight[2][N];
                     if (typed) {
@@ -188,18 +181,28 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
                     for (int i = 0; i < N; i++) v[0][i] *= weight[0][i], v[1][i] *= weight[1][i];
                 }
             }
-            if (turns) {
+            auto turn_pairs = [&](auto turn_one) {
 #pragma unroll
-                for (int i = 0; i < N; i++) {
-                    float *x1 = TRADITIONAL ? &v[2 * i / N][2 * i % N] : &v[0][i],
-                          *x2 = TRADITIONAL ? x1 + 1 : &v[1][i];
-                    if (!unrotated || sine[i] != 0) turn_pair(*x1, *x2, cosine[i], sine[i]);
+                for (int i = 0; i < N; i += 2) {
+                    float4 two = *(const float4 *)&of_step[entry(i)];
+                    float *x1 = TRADITIONAL ? &v[2 * i / N][2 * i % N] : &v[0][i];
+                    float *x2 = TRADITIONAL ? x1 + 1 : &v[1][i];
+                    turn_one(x1[0], x2[0], two.x, two.y);
+                    turn_one(x1[TRADITIONAL ? 2 : 1], x2[TRADITIONAL ? 2 : 1], two.z, two.w);
                 }
+            };
+            if (turns && !some) turn_pairs(turn_pair);
+            if (turns && some) {
+                turn_pairs([](float &x1, float &x2, float cosine, float sine) {
+                    if (sine != 0) turn_pair(x1, x2, cosine, sine); // else an infinite partner has no say
+                });
             }
-            if (!keeps) continue;
-            store_once(there + first * SIZE, narrow(v[0], T()));
-            store_once(there + second * SIZE, narrow(v[1], T()));
+            raw[j][0] = narrow(v[0], T()), raw[j][1] = narrow(v[1], T());
         }
+        if (j * places >= heads) continue;
+        char *to = out + (place + j * places) * side.out_step;
+        store_16_bytes(to + first * SIZE, raw[j][0]);
+        store_16_bytes(to + second * SIZE, raw[j][1]);
     }
 }
 
@@ -236,9 +239,10 @@ extern "C" __global__ void __launch_bounds__(256) rope_any(const __grid_constant
         double position = scaled_position(p, batch, time);
         for (int64_t pair = lane; pair < p.dims / 2; pair += WARP) {
             int64_t i1 = p.traditional ? 2 * pair : pair, i2 = p.traditional ? i1 + 1 : i1 + p.dims / 2;
-            float x1 = element(i1), x2 = element(i2), cosine, sine;
-            turn(position * inv_freq(p, pair), cosine, sine);
-            if (sine != 0) turn_pair(x1, x2, cosine, sine); // an infinite partner has no say in an unrotated pair
+            float x1 = element(i1), x2 = element(i2);
+            double angle = position * inv_freq(p, pair);
+            float2 by = is_far(angle) ? turn_far(angle) : turn(angle);
+            if (by.y != 0) turn_pair(x1, x2, by.x, by.y); // an infinite partner has no say in an unrotated pair
             store_float(out + i1 * side.out.stride, side.out.dtype, x1);
             store_float(out + i2 * side.out.stride, side.out.dtype, x2);
         }
@@ -253,9 +257,10 @@ extern "C" __global__ void __launch_bounds__(256) rope_any(const __grid_constant
     }
 }
 
-#define ROPE_KERNEL(name, type, traditional, normed)                                                          \
-    extern "C" __global__ void __launch_bounds__(256, 2) name(const __grid_constant__ mtl_cuda_rope_args p) { \
-        rope_rows<type, traditional, normed>(p);                                                              \
+#define ROPE_KERNEL(name, type, traditional, normed)                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, normed ? 6 : 8) \
+        name(const __grid_constant__ mtl_cuda_rope_args p) {              \
+        rope_rows<type, traditional, normed>(p);                          \
     }
 #define ROPE_KERNELS(dtype, type)                              \
     ROPE_KERNEL(rope_##dtype, type, false, false)              \

@@ -62,14 +62,6 @@ __device__ inline void barrier_wait(unsigned barrier, int parity) {
                  : "memory");
 }
 
-// A barrier of some of a block's threads, at which some do not wait.
-template <int BARRIER> __device__ inline void meet_at(int threads) {
-    asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "r"(threads) : "memory");
-}
-template <int BARRIER> __device__ inline void arrive_at(int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"n"(BARRIER), "r"(threads) : "memory");
-}
-
 // ---- a box of a tensor {feature, time, head, batch}, by the copy engine
 
 __device__ inline void copy_box(unsigned to, const void *map, unsigned barrier, int feature, int time, int head,

@@ -29,6 +29,26 @@ static bool is_meeting(const translation *t, size_t i, size_t *open) {
     return mtl_is(t, *open, "(");
 }
 
+static bool is_macro_with_parameters(const translation *t, const mtl_token *name) {
+    for (size_t i = 0; i < t->count; i++) {
+        if (!t->token[i].in_directive || !mtl_is(t, i, "define")) continue;
+        size_t defined = mtl_after(t, i);
+        if (mtl_is(t, defined + 1, "(") && mtl_is_named(&t->token[defined], name->text, name->length)) return true;
+    }
+    return false;
+}
+
+bool mtl_is_statement_macro(const translation *t, size_t i) {
+    static const char *const ends[] = {";", "{", "}", ")", "else", "do", NULL};
+    static const char *const statements[] = {"if", "for", "while", "switch", "catch", NULL};
+    size_t open = mtl_after(t, i), before = mtl_before(t, i);
+    if (!mtl_is_identifier(t, i) || t->token[i].in_directive || mtl_is_one_of(t, i, statements)) return false;
+    if (!mtl_is(t, open, "(") || !mtl_is(t, mtl_behind_bracket(t, open), "{")) return false;
+    if (before != SIZE_MAX && !mtl_is_one_of(t, before, ends)) return false;
+    /* A body has no functions in it, but a class in it may: a constructor. The header's macros stand elsewhere then. */
+    return is_macro_with_parameters(t, &t->token[i]) || t->region == MTL_REGION_BODY;
+}
+
 bool mtl_is_body(const translation *t, size_t i, size_t *name) {
     static const char *const qualifiers[] = {"const",   "constant", "device",      "noexcept",
                                              "mutable", "thread",   "threadgroup", NULL};
@@ -53,7 +73,7 @@ bool mtl_is_body(const translation *t, size_t i, size_t *name) {
         return true;
     }
     *name = before;
-    return mtl_is_identifier(t, before) && !mtl_is_one_of(t, before, statements);
+    return mtl_is_identifier(t, before) && !mtl_is_one_of(t, before, statements) && !mtl_is_statement_macro(t, before);
 }
 
 static bool any_meeting(const translation *t, size_t begin, size_t end) {
@@ -93,7 +113,7 @@ size_t mtl_behind_statement(const translation *t, size_t i) {
         if (mtl_is_one_of(t, i, with_condition)) {
             size_t open = mtl_after(t, i);
             if (mtl_is(t, i, "if")) ifs++;
-            if (mtl_is(t, open, "constexpr")) open = mtl_after(t, open);
+            if (mtl_is_identifier(t, open)) open = mtl_after(t, open); /* constexpr, or a macro for it */
             if (!mtl_is(t, open, "(")) return t->count;
             i = mtl_behind_bracket(t, open);
             continue;
@@ -151,6 +171,7 @@ static size_t postfix_begin(const translation *t, size_t i) {
         size_t before = mtl_before(t, i);
         if (before == SIZE_MAX || !(mtl_is(t, before, "::") || mtl_is(t, before, ".") || mtl_is(t, before, "->")))
             return i;
+        if (mtl_is(t, before, "::") && before > 0 && t->token[before - 1].kind == MTL_TOKEN_SPACE) return before;
         size_t left = mtl_before(t, before);
         while (left != SIZE_MAX && (mtl_is(t, left, ")") || mtl_is(t, left, "]"))) {
             i = mtl_opening_bracket(t, left);
@@ -180,14 +201,22 @@ static void mark_call(translation *t, size_t i, size_t open, const surroundings 
 }
 
 /* A function's own levels begin with it. */
-static void mark_body(translation *t, size_t i, const surroundings *around) {
+static void mark_body(translation *t, size_t i, size_t name, const surroundings *around) {
     size_t end = mtl_behind_bracket(t, i);
     unsigned short outside = around->loops[i];
     for (size_t at = i; at < end; at++) {
         around->loops[at] = (unsigned short)(around->loops[at] - outside);
         around->code[at] = true;
     }
-    if (any_meeting(t, i, end)) mtl_add_behind(t, i, " __mtl_frame __mtl_here; ");
+    if (!any_meeting(t, i, end)) return;
+    mtl_add_behind(t, i, " __mtl_frame __mtl_here; ");
+    if (name == SIZE_MAX) return;
+    /* Which no constexpr function can have. */
+    for (size_t at = mtl_before(t, name);
+         at != SIZE_MAX && !mtl_is(t, at, ";") && !mtl_is(t, at, "}") && !mtl_is(t, at, "{") && !mtl_is(t, at, "=");
+         at = mtl_before(t, at)) {
+        if (mtl_is(t, at, "constexpr")) mtl_blank(t, at);
+    }
 }
 
 void mtl_mark_places(translation *t) {
@@ -197,11 +226,12 @@ void mtl_mark_places(translation *t) {
     } else {
         size_t name, open;
         for (size_t i = 0; i < t->count; i++) {
-            if (!t->token[i].in_directive && (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do")))
+            if (t->token[i].in_directive) continue;
+            if (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do") || mtl_is_statement_macro(t, i))
                 mark_loop(t, i, &around);
         }
         for (size_t i = 0; i < t->count; i++) {
-            if (!t->token[i].in_directive && mtl_is_body(t, i, &name)) mark_body(t, i, &around);
+            if (!t->token[i].in_directive && mtl_is_body(t, i, &name)) mark_body(t, i, name, &around);
         }
         for (size_t i = 0; i < t->count; i++) {
             bool code = t->region == MTL_REGION_BODY || around.code[i] || t->token[i].in_directive;

@@ -102,32 +102,16 @@ static bool begins_with(const mtl_token *token, const char *beginning) {
     return token->length >= length && memcmp(token->text, beginning, length) == 0;
 }
 
-/* v.xyz: the components as bits 0 to 3 of `used` and as numbers; how many, or 0 where it is no swizzle. */
-static int read_swizzle(const mtl_token *token, int component[4], unsigned *used) {
-    static const char *const letters[] = {"xyzw", "rgba"};
-    if (token->kind != MTL_TOKEN_IDENTIFIER || token->length < 2 || token->length > 4) return 0;
-    for (int set = 0; set < 2; set++) {
-        size_t i = 0;
-        *used = 0;
-        for (; i < token->length; i++) {
-            const char *found = memchr(letters[set], token->text[i], 4);
-            if (!found) break;
-            component[i] = (int)(found - letters[set]);
-            *used |= 1u << component[i];
-        }
-        if (i == token->length) return (int)token->length;
-    }
-    return 0;
-}
-
 /* half, float16_t, bfloat4, ... ; float3x3, matrix, transpose, ... */
 static void find_types(mtl_mentions *mentions, const mtl_token *token) {
-    static const char *const halves[] = {"half", "packed_half", "bfloat", "packed_bfloat", "float16"};
+    static const char *const halves[] = {"half",    "bfloat", "packed_",   "float16",
+                                         "unpack_", "HALF_",  "HUGE_VALH", "MAXHALF"};
     static const char *const matrices[] = {"matrix", "determinant", "transpose"};
     static const char *const simdgroup_matrices[] = {
         "simdgroup_matrix", "simdgroup_float8x8", "simdgroup_half8x8",     "simdgroup_bfloat8x8",    "simdgroup_load",
         "simdgroup_store",  "simdgroup_multiply", "make_filled_simdgroup", "make_diagonal_simdgroup"};
     for (size_t i = 0; i < sizeof halves / sizeof halves[0]; i++) mentions->halves |= begins_with(token, halves[i]);
+    mentions->halves |= begins_with(token, "M_") && token->text[token->length - 1] == 'H';
     for (size_t i = 0; i < sizeof matrices / sizeof matrices[0]; i++)
         mentions->matrices |= mtl_token_is(token, matrices[i]);
     if (token->length > 3 && token->text[token->length - 2] == 'x') mentions->matrices = true;
@@ -135,14 +119,36 @@ static void find_types(mtl_mentions *mentions, const mtl_token *token) {
         mentions->simdgroup_matrices |= begins_with(token, simdgroup_matrices[i]);
     int component[4];
     unsigned used;
-    mentions->swizzles |= read_swizzle(token, component, &used) > 0;
+    mentions->swizzles |= mtl_read_swizzle(token, component, &used) > 0;
     if (mtl_token_is(token, "thread_elements")) mentions->thread_elements = true;
+    if (mtl_token_is(token, "make_uniform")) mentions->uniforms = true;
+    static const char *const simd[] = {"vector_",   "matrix_",    "simd_float", "simd_half",
+                                       "simd_char", "simd_uchar", "simd_short", "simd_ushort",
+                                       "simd_int",  "simd_uint",  "simd_long",  "simd_ulong"};
+    for (size_t i = 0; i < sizeof simd / sizeof simd[0]; i++) mentions->simd_types |= begins_with(token, simd[i]);
+    mentions->simd_types |= mtl_token_is(token, "simd") && strncmp(token->text + token->length, "::", 2) == 0;
+}
+
+/* 1.0h, 1.0bf */
+static bool is_16_bit_literal(const mtl_token *token) {
+    if (token->kind != MTL_TOKEN_NUMBER || token->length < 2) return false;
+    char last = token->text[token->length - 1], before = token->text[token->length - 2];
+    return last == 'h' || last == 'H' || ((last == 'f' || last == 'F') && (before == 'b' || before == 'B'));
 }
 
 /* float4, ulong2, half4x4; 8 bytes a component or less than that. */
 static bool is_vector(const mtl_token *token, bool *is_long) {
     static const char *const scalars[] = {"bool", "char",  "uchar",  "short", "ushort", "int",     "uint",
                                           "half", "float", "bfloat", "long",  "ulong",  "int64_t", "uint64_t"};
+    static const char *const prefixes[] = {"simd_", "vector_", "matrix_"};
+    mtl_token bare = *token;
+    for (size_t i = 0; i < sizeof prefixes / sizeof prefixes[0]; i++) {
+        if (!begins_with(token, prefixes[i])) continue;
+        bare.text += strlen(prefixes[i]);
+        bare.length -= strlen(prefixes[i]);
+        token = &bare;
+        break;
+    }
     *is_long = begins_with(token, "long") || begins_with(token, "ulong") || mtl_token_is(token, "vec");
     if (mtl_token_is(token, "vec") || mtl_token_is(token, "matrix")) return true;
     for (size_t i = 0; i < sizeof scalars / sizeof scalars[0]; i++) {
@@ -204,6 +210,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
     for (size_t t = 0; t < tokens.count; t++) {
         const mtl_token *token = &tokens.token[t];
         mentions->no_contraction |= forbids_contraction(token);
+        mentions->halves |= is_16_bit_literal(token);
         if (token->kind != MTL_TOKEN_IDENTIFIER) continue;
         for (int i = 0; i < ATTRIBUTES; i++) {
             if (mtl_token_is(token, attributes[i].name)) mentions->attributes |= 1u << i;
@@ -227,7 +234,9 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
     if (!mtl_tokenize(&tokens, definition->header, strlen(definition->header))) return false;
     for (size_t t = 0; t < tokens.count; t++) {
         mentions->no_contraction |= forbids_contraction(&tokens.token[t]);
+        mentions->halves |= is_16_bit_literal(&tokens.token[t]);
         if (tokens.token[t].kind != MTL_TOKEN_IDENTIFIER) continue;
+        if (mtl_token_is(&tokens.token[t], "threadgroup")) mentions->relative = true; /* perhaps in a macro */
         if (is_meeting_point(&tokens.token[t])) mentions->lanes_meet = true;
         find_types(mentions, &tokens.token[t]);
     }
@@ -717,7 +726,8 @@ static bool is_part_of(const char *name, const mtl_mentions *mentions, const mtl
     size_t length = strlen(name), end = strlen(suffix);
     if (length > end && strcmp(name + length - end, suffix) == 0) return false;
     if (strcmp(name, "lockstep_cpu.h") == 0) return options->lockstep;
-    if (strcmp(name, "matrix.h") == 0) return mentions->matrices;
+    if (strcmp(name, "matrix.h") == 0) return mentions->matrices || mentions->simd_types;
+    if (strcmp(name, "simd_types.h") == 0) return mentions->simd_types;
     if (strcmp(name, "simdgroup_matrix.h") == 0) return mentions->simdgroup_matrices;
     return true;
 }
@@ -725,7 +735,7 @@ static bool is_part_of(const char *name, const mtl_mentions *mentions, const mtl
 static void add_swizzle(mtl_text lists[3], const mtl_token *token) {
     int component[4];
     unsigned used;
-    int count = read_swizzle(token, component, &used);
+    int count = mtl_read_swizzle(token, component, &used);
     if (!count) return;
     mtl_text entry = {0};
     mtl_text_format(&entry, " S%d(%.*s", count, (int)token->length, token->text);
@@ -775,6 +785,7 @@ static void add_prelude(mtl_text *out, const mtl_definition *definition, const m
     if (options->target == MTL_TARGET_CUDA) mtl_text_add_string(out, "#define MTL_TARGET_CUDA 1\n");
     if (options->target == MTL_TARGET_CPU) mtl_text_format(out, "#define MTL_STACK_BITS %d\n", options->stack_bits);
     if (options->lockstep) mtl_text_add_string(out, "#define MTL_LOCKSTEP 1\n");
+    if (mentions->uniforms) mtl_text_add_string(out, "#define MSL_UNIFORM 1\n");
     if (mentions->thread_elements) mtl_text_add_string(out, "#define MSL_THREAD_ELEMENTS 1\n");
     add_swizzles(out, definition);
     for (int i = 0; i < mtl_msl_part_count; i++) {
@@ -816,6 +827,7 @@ bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
                           const mtl_types *types, const mtl_unit_options *given) {
     mtl_unit_options options = *given;
     options.types = types;
+    options.header = definition->header;
     options.arms = has_arms(definition, mentions, types);
     bool threads = mentions->lanes_meet || options.count_iterations;
     mtl_names meeting = {0};

@@ -32,6 +32,8 @@ typedef struct mtl_mentions {
     unsigned char input[MTL_MOST_BUFFERS];                                /* MTL_MENTIONS_* of it */
     bool lanes_meet;                                                      /* barriers, or exchanges in a simdgroup */
     bool halves, swizzles, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
+    bool simd_types;                                                      /* simd::float4, simd_float4, vector_float4 */
+    bool uniforms;       /* make_uniform; users have functions called uniform */
     bool relative;       /* anything that depends on the cut into threadgroups */
     int vector_bytes;    /* the alignment of vectors that may be read from and written to buffers; 0: none */
     bool no_contraction; /* #pragma clang fp contract(off): a product and a sum are rounded each */
@@ -88,6 +90,7 @@ typedef struct mtl_unit_options {
     bool count_iterations;  /* CPU */
     int most_threads;       /* CUDA: of a threadgroup */
     int line;               /* CUDA: mtl_cuda_line */
+    const char *header;     /* what the body may count on */
     const mtl_types *types; /* CUDA: of the call */
     bool arms;              /* those of ?: may have types that C++ finds none in common for: 16-bit floats, swizzles */
     bool lockstep;          /* CPU: lanes that meet in lockstep, where the source allows it */
@@ -130,6 +133,9 @@ bool mtl_find_meeting_functions(mtl_names *names, const mtl_definition *definiti
 /* Metal source as C++, with as many lines: address spaces, threadgroup variables, literals, attributes, includes. */
 typedef enum mtl_region { MTL_REGION_HEADER, MTL_REGION_BODY } mtl_region;
 void mtl_translate(mtl_text *out, const char *source, mtl_region region, const mtl_unit_options *options);
+
+/* v.xyz: the components as bits 0 to 3 of `used` and as numbers; how many, or 0 where it is no swizzle. */
+int mtl_read_swizzle(const mtl_token *token, int component[4], unsigned *used);
 
 /* Whether a token is the name of a function of Metal's at which the lanes of a simdgroup, or its quads, exchange something. */
 bool mtl_is_exchange(const mtl_token *token);

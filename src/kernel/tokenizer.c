@@ -162,7 +162,8 @@ static void directive(scanner *s) {
         if (strlen(with_tokens[i]) == length && memcmp(with_tokens[i], begin, length) == 0) return;
     }
     if (!s->in_directive) return; /* the line is over */
-    bool include = length == 7 && memcmp(begin, "include", 7) == 0;
+    bool include =
+        (length == 7 && memcmp(begin, "include", 7) == 0) || (length == 6 && memcmp(begin, "import", 6) == 0);
     begin = s->at;
     skip_line(s);
     emit(s, include ? MTL_TOKEN_INCLUDE : MTL_TOKEN_VERBATIM, begin);

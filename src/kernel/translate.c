@@ -4,26 +4,43 @@
 #include <stdlib.h>
 #include <string.h>
 
+static void translate_token(translation *t, size_t i);
+
+/* Behind a list of template arguments that opens at `i` and is followed by what makes it one; `i` where it is a comparison. */
+static size_t behind_arguments(const translation *t, size_t i) {
+    static const char *const follow[] = {"(", "::", "{", NULL};
+    size_t behind = mtl_behind_angle(t, i);
+    return behind > i && mtl_is_one_of(t, behind, follow) ? behind : i;
+}
+
 /* ---- literals --------------------------------------------------------------------------------------------------------------- */
 
-/* Metal has no double: 1.0 is a float. 1.0h and 1.0bf are made of floats: clang takes no suffix that is not a standard library's. */
-static void translate_number(translation *t, size_t i) {
-    mtl_token *token = &t->token[i];
+/* The type that a literal's suffix names, and how long it is without: NULL for an integer, "" for the standard's own. */
+static const char *literal_type(const mtl_token *token, size_t *length) {
     bool hexadecimal = token->length > 1 && token->text[0] == '0' && (token->text[1] == 'x' || token->text[1] == 'X');
     bool floating = memchr(token->text, '.', token->length) != NULL;
     const char *exponents = hexadecimal ? "pP" : "eE";
     for (size_t at = 0; at < token->length; at++) floating |= strchr(exponents, token->text[at]) != NULL;
-    if (!floating) return;
     static const struct {
         const char *suffix, *type;
-    } types[] = {{"bf", "metal::bfloat"}, {"BF", "metal::bfloat"}, {"h", "metal::half"}, {"H", "metal::half"}};
-    const char *type = "";
-    size_t length = token->length;
-    for (size_t at = 0; at < sizeof types / sizeof *types && !*type; at++) {
+    } types[] = {{"bf", "::metal::bfloat"}, {"BF", "::metal::bfloat"}, {"h", "::metal::half"}, {"H", "::metal::half"}};
+    *length = token->length;
+    if (!floating) return NULL;
+    for (size_t at = 0; at < sizeof types / sizeof *types; at++) {
         size_t suffix = strlen(types[at].suffix);
-        if (length <= suffix || memcmp(token->text + length - suffix, types[at].suffix, suffix) != 0) continue;
-        type = types[at].type, length -= suffix;
+        if (*length <= suffix || memcmp(token->text + *length - suffix, types[at].suffix, suffix) != 0) continue;
+        *length -= suffix;
+        return types[at].type;
     }
+    return "";
+}
+
+/* Metal has no double: 1.0 is a float. 1.0h and 1.0bf are made of floats: clang takes no suffix that is not a standard library's. */
+static void translate_number(translation *t, size_t i) {
+    mtl_token *token = &t->token[i];
+    size_t length;
+    const char *type = literal_type(token, &length);
+    if (!type) return;
     char last = token->text[length - 1];
     bool is_digit = (last >= '0' && last <= '9') || last == '.';
     if (!is_digit && !*type) return;
@@ -136,7 +153,61 @@ static size_t find_declarators(const translation *t, size_t i) {
     return t->count;
 }
 
+static void write_translated(translation *t, mtl_text *out, size_t i) {
+    translate_token(t, i);
+    if (t->token[i].kind == MTL_TOKEN_SPACE) mtl_text_add_string(out, " ");
+    else mtl_write_token(out, &t->token[i]);
+}
+
+/* Takes `= value` at `i`, if it is there, out of the text: `value`, a list of `type`. Behind it. */
+static size_t take_initializer(translation *t, size_t i, const char *type, mtl_text *value) {
+    if (!mtl_is(t, i, "=")) return i;
+    size_t first = mtl_after(t, i), end = first;
+    while (end < t->count && !mtl_is(t, end, ",") && !mtl_is(t, end, ";")) {
+        bool opens = mtl_is(t, end, "(") || mtl_is(t, end, "{") || mtl_is(t, end, "[");
+        size_t angle = mtl_is(t, end, "<") ? behind_arguments(t, end) : end;
+        end = opens ? mtl_behind_bracket(t, end) : angle > end ? angle : mtl_after(t, end);
+    }
+    if (mtl_is(t, first, "{")) mtl_text_add_string(value, type);
+    mtl_blank(t, i);
+    for (size_t moved = first; moved < end; moved++) {
+        write_translated(t, value, moved);
+        if (t->token[moved].kind != MTL_TOKEN_SPACE) mtl_blank(t, moved);
+        t->token[moved].before = t->token[moved].behind = NULL;
+    }
+    return end;
+}
+
+/* __shared__ T a = 1, b[2] = {};   without the initializers, which the threadgroup's first thread assigns behind. */
+static void initialize_shared(translation *t, size_t name) {
+    mtl_text behind = {0};
+    size_t at = name;
+    while (at < t->count && !mtl_is(t, at, ";")) {
+        if (!mtl_is(t, at, "=")) {
+            bool opens = mtl_is(t, at, "(") || mtl_is(t, at, "{") || mtl_is(t, at, "[");
+            if (mtl_is(t, at, ",")) name = mtl_after(t, at);
+            at = opens ? mtl_behind_bracket(t, at) : mtl_after(t, at);
+            continue;
+        }
+        mtl_text type = {0}, value = {0};
+        const char *text = t->token[name].text;
+        int length = (int)t->token[name].length;
+        mtl_text_format(&type, "typename ::metal::remove_reference<decltype(%.*s)>::type", length, text);
+        at = take_initializer(t, at, mtl_text_string(&type), &value);
+        mtl_text_format(&behind, " __mtl_initialize(%.*s, %s);", length, text, mtl_text_string(&value));
+        mtl_text_free(&type);
+        mtl_text_free(&value);
+    }
+    if (mtl_is(t, at, ";") && behind.length) mtl_add_behind(t, at, mtl_keep(t, &behind));
+    mtl_text_free(&behind);
+}
+
 /* threadgroup T a[4], b;   becomes   typedef T __mtl_a_0[4], __mtl_b_1; and references of these types to the group's storage. */
+enum {
+    HEADERS_VARIABLES = 64,
+    MACROS_VARIABLES = 96
+}; /* the numbers from which on they have theirs, of mtl_most_variables */
+
 static void declare_variables(translation *t, size_t keyword, size_t name) {
     mtl_text references = {0};
     const char *group = t->region == MTL_REGION_BODY ? "__mtl_group" : "__mtl_this_group()";
@@ -144,6 +215,10 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
     static const char *const no_typedef[] = {"static", "constexpr", "volatile", NULL};
     for (size_t at = mtl_before(t, keyword); at != SIZE_MAX && mtl_is_one_of(t, at, no_typedef); at = mtl_before(t, at))
         mtl_blank(t, at);
+    size_t close = mtl_before(t, keyword);
+    size_t open = close != SIZE_MAX && mtl_is(t, close, ")") ? mtl_opening_bracket(t, close) : SIZE_MAX;
+    size_t word = open != SIZE_MAX ? mtl_before(t, open) : SIZE_MAX;
+    if (word != SIZE_MAX && mtl_is(t, word, "alignas")) mtl_blank_range(t, word, keyword);
     for (size_t at = mtl_after(t, keyword); at < name; at = mtl_after(t, at)) {
         if (mtl_is(t, at, "alignas")) mtl_blank_range(t, at, mtl_behind_bracket(t, mtl_after(t, at)));
     }
@@ -153,51 +228,46 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
         while (mtl_is(t, at, "*") || mtl_is(t, at, "&") || mtl_is(t, at, "const")) at = mtl_after(t, at);
         if (!mtl_is_identifier(t, at)) break;
         mtl_token *declared = &t->token[at];
-        mtl_text type = {0};
-        mtl_text_format(&type, "__mtl_%.*s_%d", (int)declared->length, declared->text, t->variables);
-        const char *type_name = mtl_keep(t, &type);
-        mtl_text_free(&type);
-        if (pointer) { /* of the thread's own */
-            mtl_text_format(&references, " %s %.*s;", type_name, (int)declared->length, declared->text);
+        mtl_text type = {0}, number = {0};
+        if (t->token[keyword].in_directive) { /* a macro, whose parameter this may be, in use more than once */
+            mtl_text_format(&type, "__mtl_##%.*s", (int)declared->length, declared->text);
+            mtl_text_format(&number, "%d + __COUNTER__", (int)MACROS_VARIABLES);
         } else {
-            mtl_text_format(&references, " %s &%.*s = __mtl_variable<%s>(%s, %d);", type_name, (int)declared->length,
-                            declared->text, type_name, group, t->variables);
+            mtl_text_format(&type, "__mtl_%.*s_%d", (int)declared->length, declared->text, t->variables);
+            mtl_text_format(&number, "%d", t->variables++);
         }
-        t->variables++;
+        const char *type_name = mtl_keep(t, &type), *variable = mtl_keep(t, &number);
+        mtl_text_free(&type);
+        mtl_text_free(&number);
         declared->replacement = type_name;
-        size_t name_at = at;
         at = mtl_after(t, at);
         while (mtl_is(t, at, "[")) {
             size_t behind = mtl_behind_bracket(t, at);
             if (mtl_is(t, at + 1, "[")) mtl_blank_range(t, at, behind); /* an attribute */
             at = behind;
         }
-        if (mtl_is(t, at, "=")) { /* Metal has no initializers here; an assignment is what they would mean */
-            size_t end = mtl_after(t, at);
-            for (long depth = 0; end < t->count && !(depth == 0 && (mtl_is(t, end, ",") || mtl_is(t, end, ";")));
-                 end = mtl_after(t, end)) {
-                depth += mtl_is(t, end, "(") || mtl_is(t, end, "{") || mtl_is(t, end, "[");
-                depth -= mtl_is(t, end, ")") || mtl_is(t, end, "}") || mtl_is(t, end, "]");
-            }
-            mtl_text_format(&references, " %.*s ", (int)t->token[name_at].length, t->token[name_at].text);
-            for (size_t moved = at; moved < end; moved++) {
-                if (t->token[moved].kind == MTL_TOKEN_SPACE) {
-                    mtl_text_add_string(&references, " ");
-                    continue;
-                }
-                if (t->token[moved].kind == MTL_TOKEN_NUMBER) translate_number(t, moved);
-                const char *text = t->token[moved].replacement;
-                if (text) mtl_text_add_string(&references, text);
-                else mtl_text_add(&references, t->token[moved].text, t->token[moved].length);
-                mtl_blank(t, moved);
-            }
-            mtl_text_add_string(&references, ";");
-            at = end;
+        mtl_text initializer = {0};
+        at = take_initializer(t, at, type_name, &initializer);
+        const char *value = mtl_text_string(&initializer);
+        if (pointer) { /* of the thread's own */
+            mtl_text_format(&references, " %s %.*s%s%s;", type_name, (int)declared->length, declared->text,
+                            *value ? " = " : "", value);
+        } else {
+            mtl_text_format(&references, " %s &%.*s = __mtl_variable<%s>(%s, %s%s%s);", type_name,
+                            (int)declared->length, declared->text, type_name, group, variable, *value ? ", " : "",
+                            value);
         }
+        mtl_text_free(&initializer);
         if (!mtl_is(t, at, ",")) break;
         at = mtl_after(t, at);
     }
-    if (mtl_is(t, at, ";")) mtl_add_behind(t, at, mtl_keep(t, &references));
+    if (mtl_is(t, at, ";")) {
+        mtl_add_behind(t, at, mtl_keep(t, &references));
+    } else if (t->token[keyword].in_directive && references.length && !references.failed) { /* a macro that ends here */
+        references.data[references.length - 1] = '\0';
+        mtl_add_behind(t, mtl_before(t, at), ";");
+        mtl_add_behind(t, mtl_before(t, at), mtl_keep(t, &references));
+    }
     mtl_text_free(&references);
 }
 
@@ -205,7 +275,7 @@ static void translate_threadgroup(translation *t, size_t i) {
     char bracket = enclosing_bracket(t, i);
     size_t name = bracket == '(' || bracket == '[' ? t->count : find_declarators(t, i);
     if (name == t->count) mtl_blank(t, i);
-    else if (t->options->target == MTL_TARGET_CUDA) t->token[i].replacement = "__shared__";
+    else if (t->options->target == MTL_TARGET_CUDA) t->token[i].replacement = "__shared__", initialize_shared(t, name);
     else declare_variables(t, i, name);
 }
 
@@ -215,10 +285,13 @@ static void translate_threadgroup(translation *t, size_t i) {
 static void translate_attribute(translation *t, size_t i) {
     static const char *const standard[] = {"maybe_unused", "nodiscard", "fallthrough", "noreturn",
                                            "deprecated",   "likely",    "unlikely",    NULL};
-    size_t first = mtl_after(t, i + 1);
+    size_t first = mtl_after(t, i + 1), behind = mtl_behind_bracket(t, i);
+    if (behind == t->count && !mtl_is(t, mtl_before(t, behind), "]")) return; /* text that no compiler gets to see */
     if (mtl_is_one_of(t, first, standard) || mtl_is(t, mtl_after(t, first), "::")) return;
-    mtl_blank_range(t, i, mtl_behind_bracket(t, i));
-    if (mtl_is(t, first, "function_constant")) mtl_add_before(t, i, "= metal::msl_::function_constant() ");
+    mtl_blank_range(t, i, behind);
+    /* A parameter is there only if the constant says so. */
+    if (mtl_is(t, first, "function_constant") && enclosing_bracket(t, i) != '(')
+        mtl_add_before(t, i, "= ::metal::msl_::function_constant() ");
 }
 
 /* Metal's own headers are always there. */
@@ -238,14 +311,93 @@ static void translate_include(translation *t, size_t i) {
     }
 }
 
-/* ::name is the user's own or Metal's, which stand in one namespace here. */
+/* ::name is the user's own or Metal's, which stand in one namespace here. What stands right before :: is a scope. */
 static void translate_global(translation *t, size_t i) {
-    size_t previous = mtl_before(t, i);
     static const char *const no_scope[] = {"return", "else", "case", "do", "sizeof", "throw", NULL};
-    if (previous != SIZE_MAX &&
-        (mtl_is(t, previous, ">") || (mtl_is_identifier(t, previous) && !mtl_is_one_of(t, previous, no_scope))))
-        return;
-    mtl_blank(t, i);
+    bool after = i > 0 && t->token[i - 1].kind != MTL_TOKEN_SPACE;
+    if (after && (mtl_is(t, i - 1, ">") || (mtl_is_identifier(t, i - 1) && !mtl_is_one_of(t, i - 1, no_scope)))) return;
+    if (after && mtl_is(t, i - 1, ")")) { /* decltype(x)::type */
+        size_t open = mtl_opening_bracket(t, i - 1), word = open == SIZE_MAX ? open : mtl_before(t, open);
+        if (word != SIZE_MAX && mtl_is(t, word, "decltype")) return;
+    }
+    if (!mtl_is(t, mtl_after(t, i), "metal")) t->token[i].replacement = "::metal::";
+}
+
+/* namespace metal {   becomes   extern "C++" {   which leaves its declarations where all others are. */
+static void translate_namespace(translation *t, size_t i) {
+    size_t name = mtl_after(t, i), open = mtl_after(t, name);
+    if (!mtl_is(t, name, "metal") || !mtl_is(t, open, "{") || enclosing_bracket(t, i) != '\0') return;
+    t->token[i].replacement = "extern";
+    t->token[name].replacement = "\"C++\"";
+}
+
+/* coherent device T *, coherent(system) device T *: every buffer is that. */
+static void translate_coherent(translation *t, size_t i) {
+    static const char *const following[] = {"device", "const", "volatile", NULL};
+    static const char *const scopes[] = {"system", "device", "threadgroup", "simdgroup", NULL};
+    size_t open = mtl_after(t, i), behind = open;
+    if (mtl_is(t, open, "(") && mtl_is_one_of(t, mtl_after(t, open), scopes)) behind = mtl_behind_bracket(t, open);
+    if (mtl_is_one_of(t, behind, following)) mtl_blank_range(t, i, behind);
+}
+
+/* template <class T, uint N> void f(vec<T, N>): a width is found out from an argument if it has the type that it has in vec, which
+ * Metal does not ask for. */
+static void translate_widths(translation *t, size_t i) {
+    static const char *const integers[] = {"uint",     "unsigned", "ushort",  "short",  "size_t",    "uint32_t",
+                                           "uint16_t", "uint8_t",  "uchar",   "char",   "long",      "ulong",
+                                           "uint64_t", "int64_t",  "int16_t", "int8_t", "ptrdiff_t", NULL};
+    size_t open = mtl_after(t, i), behind = mtl_is(t, open, "<") ? mtl_behind_angle(t, open) : open;
+    if (behind == open) return;
+    for (size_t at = open; at < behind; at = mtl_after(t, at)) {
+        size_t name = mtl_after(t, at), next = mtl_after(t, name);
+        if (!mtl_is_one_of(t, at, integers) || !mtl_is_identifier(t, name)) continue;
+        if (!mtl_is(t, mtl_before(t, at), "<") && !mtl_is(t, mtl_before(t, at), ",")) continue;
+        if (!mtl_is(t, next, ",") && !mtl_is(t, next, ">") && !mtl_is(t, next, "=")) continue;
+        for (size_t use = behind; use < t->count && !mtl_is(t, use, ";") && !mtl_is(t, use, "{");
+             use = mtl_after(t, use)) {
+            if (!mtl_is(t, use, "vec") || !mtl_is(t, mtl_after(t, use), "<")) continue;
+            size_t close = mtl_before(t, mtl_behind_angle(t, mtl_after(t, use)));
+            size_t width = close < t->count ? mtl_before(t, close) : t->count;
+            if (width < t->count && mtl_is_identifier(t, width) && mtl_is(t, mtl_before(t, width), ",") &&
+                mtl_is_named(&t->token[width], t->token[name].text, t->token[name].length))
+                t->token[at].replacement = "int";
+        }
+    }
+}
+
+/* T a[4] = {[0 ... 2] = x, [3] = y};   becomes   T a[4]; for (...) a[...] = x; ...   which clang alone reads as it is. */
+static void translate_designators(translation *t, size_t i) {
+    size_t equals = mtl_before(t, i), bracket = equals == SIZE_MAX ? equals : mtl_before(t, equals);
+    if (bracket == SIZE_MAX || !mtl_is(t, equals, "=") || !mtl_is(t, bracket, "]")) return;
+    size_t behind = mtl_behind_bracket(t, i), open = mtl_opening_bracket(t, bracket), name = mtl_before(t, open);
+    if (!mtl_is(t, behind, ";") || name == SIZE_MAX || !mtl_is_identifier(t, name)) return;
+    if (!mtl_is(t, mtl_behind_bracket(t, mtl_after(t, i)), "=")) return; /* a lambda */
+    mtl_text loops = {0};
+    for (size_t at = mtl_after(t, i); mtl_is(t, at, "[");) {
+        size_t close = mtl_before(t, mtl_behind_bracket(t, at)), value = mtl_after(t, mtl_after(t, close)), dots = at;
+        while (dots < close && !(mtl_is_pair(t, dots, ".", ".") && mtl_is(t, dots + 2, "."))) dots++;
+        size_t end = value;
+        while (end < t->count && !mtl_is(t, end, ",") && !mtl_is(t, end, "}")) {
+            bool opens = mtl_is(t, end, "(") || mtl_is(t, end, "{") || mtl_is(t, end, "[");
+            size_t angle = mtl_is(t, end, "<") ? behind_arguments(t, end) : end;
+            end = opens ? mtl_behind_bracket(t, end) : angle > end ? angle : mtl_after(t, end);
+        }
+        mtl_text_add_string(&loops, " for (int __mtl_at = ");
+        for (size_t from = mtl_after(t, at); from < dots; from++) write_translated(t, &loops, from);
+        mtl_text_add_string(&loops, "; __mtl_at <= ");
+        for (size_t to = dots < close ? dots + 3 : mtl_after(t, at); to < close; to++) write_translated(t, &loops, to);
+        mtl_text_format(&loops, "; ++__mtl_at) %.*s[__mtl_at] = ", (int)t->token[name].length, t->token[name].text);
+        for (; value < end; value++) write_translated(t, &loops, value);
+        mtl_text_add_string(&loops, ";");
+        at = mtl_is(t, end, ",") ? mtl_after(t, end) : end;
+    }
+    for (size_t at = i; at < behind; at++) {
+        if (t->token[at].kind != MTL_TOKEN_SPACE) mtl_blank(t, at);
+        t->token[at].before = t->token[at].behind = NULL;
+    }
+    mtl_add_behind(t, i, "{}");
+    mtl_add_behind(t, behind, mtl_keep(t, &loops));
+    mtl_text_free(&loops);
 }
 
 /* ---- alignment ---------------------------------------------------------------------------------------------------------------------- */
@@ -320,13 +472,6 @@ static void count_iterations(translation *t, size_t i) {
 
 /* ---- arms of ?: ----------------------------------------------------------------------------------------------------------------------- */
 
-/* Behind a list of template arguments that opens at `i` and is followed by what makes it one; `i` where it is a comparison. */
-static size_t behind_arguments(const translation *t, size_t i) {
-    static const char *const follow[] = {"(", "::", "{", NULL};
-    size_t behind = mtl_behind_angle(t, i);
-    return behind > i && mtl_is_one_of(t, behind, follow) ? behind : i;
-}
-
 /* Whether the token at `i` may be in a list of template arguments: a < before it that nothing closes. */
 static bool in_angles(const translation *t, size_t i) {
     static const char *const ends[] = {";", "{", "}", "(", "[", NULL};
@@ -346,9 +491,8 @@ static bool in_angles(const translation *t, size_t i) {
 static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) {
     static const char *const ends[] = {",", ";", ")", "]", "}", NULL};
     long nested = 0;
-    bool directive = t->token[i].in_directive;
     for (size_t at = i; at < t->count;) {
-        if (t->token[at].in_directive != directive) return middle ? t->count : at;
+        if (!mtl_are_one_directive(t, i, at)) return middle ? t->count : at;
         if (mtl_is_one_of(t, at, ends) && !(middle && mtl_is(t, at, ","))) return middle ? t->count : at;
         if (mtl_is(t, at, "?")) nested++;
         if (mtl_is(t, at, ":") && nested-- == 0) return at;
@@ -362,26 +506,109 @@ static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) 
     return t->count;
 }
 
-/* [begin, end) as (metal::armed(), (...)), which gives both arms a type that C++ finds in common: half is a class. A literal has
+/* [begin, end) as (msl_::armed(), (...)), which gives both arms a type that C++ finds in common: half is a class. A literal has
  * one. */
 static void wrap_arm(translation *t, size_t begin, size_t end) {
     size_t last = mtl_before(t, end);
     if (begin >= end || last == SIZE_MAX || last < begin) return;
-    if (begin == last && t->token[begin].kind == MTL_TOKEN_NUMBER) return;
-    mtl_add_before(t, begin, "(metal::armed(), (");
+    if (begin == last && t->token[begin].kind == MTL_TOKEN_NUMBER) {
+        size_t length;
+        const char *type = literal_type(&t->token[begin], &length);
+        if (!type || !*type) return;
+    }
+    mtl_add_before(t, begin, "(::metal::msl_::armed(), (");
     mtl_add_behind(t, last, "))");
 }
 
+/* The arms of the ?: at `i`, and what follows; false where they are not found. */
+static bool find_arms(const translation *t, size_t i, size_t *first, size_t *colon, size_t *second, size_t *end) {
+    *first = mtl_after(t, i);
+    if (*first >= t->count) return false;
+    *colon = arm_end(t, *first, true, false);
+    if (*colon >= t->count || !mtl_is(t, *colon, ":")) return false;
+    *second = mtl_after(t, *colon);
+    if (*second >= t->count) return false;
+    *end = arm_end(t, *second, false, in_angles(t, i));
+    return true;
+}
+
 static void translate_condition(translation *t, size_t i) {
-    size_t first = mtl_after(t, i);
-    if (first >= t->count) return;
-    size_t colon = arm_end(t, first, true, false);
-    if (colon >= t->count || !mtl_is(t, colon, ":")) return;
-    size_t second = mtl_after(t, colon);
-    if (second >= t->count) return;
-    size_t end = arm_end(t, second, false, in_angles(t, i));
+    size_t first, colon, second, end;
+    if (!find_arms(t, i, &first, &colon, &second, &end)) return;
     wrap_arm(t, first, colon);
     wrap_arm(t, second, end);
+}
+
+/* Behind the name and the parameters of the macro whose text the token at `i` is in. */
+static size_t macro_begin(const translation *t, size_t i) {
+    while (i > 0 && t->token[i - 1].in_directive && !mtl_is(t, i, "#")) i--;
+    if (!mtl_is(t, i, "#")) return i;
+    size_t name = mtl_after(t, mtl_after(t, i));
+    return mtl_is(t, name + 1, "(") ? mtl_behind_bracket(t, name + 1) : mtl_after(t, name);
+}
+
+/* Not a condition of the preprocessor's. */
+static bool is_macro_text(const translation *t, size_t i) {
+    while (i > 0 && t->token[i].in_directive && !mtl_is(t, i, "define")) i--;
+    return t->token[i].in_directive;
+}
+
+/* The < of a list of template arguments that the > at `i` closes; SIZE_MAX where it is a comparison: a < b && c > d. */
+static size_t arguments_begin(const translation *t, size_t i) {
+    static const char *const parts[] = {",", "::", "<", ">", "*", "(", ")", NULL};
+    size_t open = mtl_opening_angle(t, i), behind = mtl_after(t, i);
+    if (open == SIZE_MAX || !mtl_is_identifier(t, mtl_before(t, open))) return SIZE_MAX;
+    if (mtl_is_identifier(t, behind) || (behind < t->count && t->token[behind].kind == MTL_TOKEN_NUMBER))
+        return SIZE_MAX;
+    for (size_t at = mtl_after(t, open); at < i; at = mtl_after(t, at)) {
+        if (t->token[at].kind == MTL_TOKEN_PUNCTUATION && !mtl_is_one_of(t, at, parts)) return SIZE_MAX;
+    }
+    return open;
+}
+
+/* Where the condition before the ? at `i` begins. */
+static size_t condition_begin(const translation *t, size_t i) {
+    static const char *const stops[] = {"(", "[", "{", ",", ";", "?", ":", "return", "else", "case", "do", NULL};
+    static const char *const statements[] = {"if", "for", "while", "switch", "constexpr", NULL};
+    bool directive = t->token[i].in_directive;
+    size_t begin = i, least = directive ? macro_begin(t, i) : 0;
+    for (size_t at = mtl_before(t, i); at != SIZE_MAX && at >= least && t->token[at].in_directive == directive;) {
+        if (mtl_is_one_of(t, at, stops)) break;
+        if (mtl_is(t, at, "=")) {
+            bool compares = at > 0 && (mtl_is(t, at - 1, "=") || mtl_is(t, at - 1, "!") || mtl_is(t, at - 1, "<") ||
+                                       mtl_is(t, at - 1, ">"));
+            bool shifts = compares && at > 1 && !mtl_is(t, at - 1, "=") && !mtl_is(t, at - 1, "!") &&
+                          mtl_is(t, at - 2, t->token[at - 1].text[0] == '<' ? "<" : ">");
+            if (!compares || shifts) break;
+            at--;
+        } else if (mtl_is(t, at, ">") && arguments_begin(t, at) != SIZE_MAX) {
+            at = arguments_begin(t, at);
+        } else if (mtl_is(t, at, ")") || mtl_is(t, at, "]") || mtl_is(t, at, "}")) {
+            size_t open = mtl_opening_bracket(t, at), before = open == SIZE_MAX ? open : mtl_before(t, open);
+            if (open == SIZE_MAX) return i;
+            if (mtl_is(t, at, ")") && before != SIZE_MAX && mtl_is_one_of(t, before, statements)) break;
+            bool is_list = before != SIZE_MAX && (mtl_is_identifier(t, before) || mtl_is(t, before, ">"));
+            if (mtl_is(t, at, "}") && (!is_list || mtl_is_one_of(t, before, stops))) break;
+            at = open;
+        }
+        begin = at;
+        at = mtl_before(t, at);
+    }
+    return begin;
+}
+
+/* c ? a : b   becomes   (msl_::unarmed(), (c ? a : b)), which takes from the value what its arms have been given. */
+static void translate_conditions(translation *t) {
+    for (size_t i = 0; i < t->count && !t->failed; i++) {
+        size_t first, colon, second, end;
+        if (!mtl_is(t, i, "?") || !find_arms(t, i, &first, &colon, &second, &end)) continue;
+        if (mtl_is(t, end, ">") && in_angles(t, i)) continue; /* f<c ? 1 : 2>, or perhaps a < b ? c : d > e */
+        if (t->token[i].in_directive && !is_macro_text(t, i)) continue;
+        size_t begin = condition_begin(t, i), last = mtl_before(t, end);
+        if (begin >= i || last == SIZE_MAX || last < second) continue;
+        mtl_add_before(t, begin, "(::metal::msl_::unarmed(), (");
+        mtl_add_behind(t, last, "))");
+    }
 }
 
 /* ---- all of it ------------------------------------------------------------------------------------------------------------------------ */
@@ -403,6 +630,8 @@ static void translate_token(translation *t, size_t i) {
         if (mtl_is(t, i, "[") && mtl_is(t, i + 1, "[")) translate_attribute(t, i);
         else if (mtl_is(t, i, "?") && t->options->arms) translate_condition(t, i);
         else if (mtl_is(t, i, "::")) translate_global(t, i);
+        else if (mtl_is(t, i, "{") && mtl_is(t, mtl_after(t, i), "[") && t->options->target == MTL_TARGET_CUDA)
+            translate_designators(t, i);
         break;
     case MTL_TOKEN_IDENTIFIER:
         if (mtl_is_one_of(t, i, plain_spaces)) mtl_blank(t, i);
@@ -411,6 +640,10 @@ static void translate_token(translation *t, size_t i) {
         else if (t->options->target == MTL_TARGET_CPU &&
                  (mtl_is(t, i, "struct") || mtl_is(t, i, "class") || mtl_is(t, i, "union")))
             translate_alignment(t, i);
+        else if (mtl_is(t, i, "namespace")) translate_namespace(t, i);
+        else if (mtl_is(t, i, "template")) translate_widths(t, i);
+        else if (mtl_is(t, i, "coherent")) translate_coherent(t, i);
+        else if (mtl_is(t, i, "__extension__")) mtl_blank(t, i); /* which NVRTC does not know */
         else if (mtl_is(t, i, "kernel") && mtl_is_identifier(t, mtl_after(t, i))) mtl_blank(t, i);
         else if (t->options->count_iterations && (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do")))
             count_iterations(t, i);
@@ -432,10 +665,38 @@ void mtl_write_token(mtl_text *out, const mtl_token *token) {
     if (token->behind) mtl_text_add_string(out, token->behind);
 }
 
+/* #define SHARED threadgroup: what is named so is that. The preprocessor comes too late for it. */
+static void name_spaces(translation *t, const mtl_tokens *defining) {
+    static const char *const spaces[] = {"threadgroup", "constant", NULL};
+    translation d = {.token = defining->token, .count = defining->count};
+    for (size_t i = 0; i < d.count; i++) {
+        if (!d.token[i].in_directive || !mtl_is(&d, i, "define")) continue;
+        size_t name = mtl_after(&d, i), space = mtl_after(&d, name);
+        if (!mtl_are_one_directive(&d, i, space) || mtl_are_one_directive(&d, space, mtl_after(&d, space))) continue;
+        if (!mtl_is_one_of(&d, space, spaces)) continue;
+        for (size_t at = 0; at < t->count; at++) {
+            if (at == name && t->token == d.token) continue;
+            if (!mtl_is_identifier(t, at) || !mtl_is_named(&t->token[at], d.token[name].text, d.token[name].length))
+                continue;
+            t->token[at].text = mtl_is(&d, space, "threadgroup") ? "threadgroup" : "constant";
+            t->token[at].length = strlen(t->token[at].text);
+        }
+    }
+}
+
 static bool begin(translation *t, const char *source) {
     if (!mtl_tokenize(&t->tokens, source, strlen(source))) return false;
     t->token = t->tokens.token;
     t->count = t->tokens.count;
+    const char *header = t->options->header;
+    mtl_tokens tokens;
+    if (t->region == MTL_REGION_HEADER || !header) {
+        name_spaces(t, &t->tokens);
+    } else if (strstr(header, "threadgroup") || strstr(header, "constant")) {
+        if (!mtl_tokenize(&tokens, header, strlen(header))) return false;
+        name_spaces(t, &tokens);
+        mtl_tokens_free(&tokens);
+    }
     return true;
 }
 
@@ -465,14 +726,18 @@ bool mtl_find_meeting_functions(mtl_names *names, const mtl_definition *definiti
 
 void mtl_translate(mtl_text *out, const char *source, mtl_region region, const mtl_unit_options *options) {
     enum { PLACES_OF_HEADER = 1 << 24 }; /* the body's come behind */
-    translation t = {
-        .region = region, .options = options, .first_place = region == MTL_REGION_HEADER ? 0 : PLACES_OF_HEADER};
+    translation t = {.region = region,
+                     .options = options,
+                     .variables = region == MTL_REGION_HEADER ? HEADERS_VARIABLES : 0,
+                     .first_place = region == MTL_REGION_HEADER ? 0 : PLACES_OF_HEADER};
     if (!begin(&t, source)) {
         out->failed = true;
         return;
     }
     mtl_leave_out_overloads(&t);
     if (options->meeting) mtl_mark_places(&t);
+    mtl_translate_swizzles(&t);
+    if (options->arms) translate_conditions(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
     for (size_t i = 0; i < t.count && !t.failed; i++) mtl_write_token(out, &t.token[i]);
     out->failed |= t.failed;
@@ -484,6 +749,8 @@ bool mtl_translate_in_lockstep(mtl_text *out, const mtl_definition *definition, 
     translation t = {.region = MTL_REGION_BODY, .options = options};
     bool done = begin(&t, definition->source);
     if (done) mtl_leave_out_overloads(&t);
+    if (done) mtl_translate_swizzles(&t);
+    if (done && options->arms) translate_conditions(&t);
     for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
     done = done && !t.failed && mtl_write_lockstep(&t, out, definition, mentions);
     end(&t);

@@ -27,6 +27,7 @@ size_t mtl_after(const translation *t, size_t i) {
 
 /* Of the one before; SIZE_MAX at the beginning. */
 size_t mtl_before(const translation *t, size_t i) {
+    if (i == SIZE_MAX) return SIZE_MAX;
     while (i-- > 0) {
         if (t->token[i].kind != MTL_TOKEN_SPACE) return i;
     }
@@ -50,6 +51,12 @@ bool mtl_is_identifier(const translation *t, size_t i) {
 
 bool mtl_is_named(const mtl_token *token, const char *name, size_t length) {
     return token->length == length && memcmp(token->text, name, length) == 0;
+}
+
+bool mtl_are_one_directive(const translation *t, size_t a, size_t b) {
+    if (b >= t->count || t->token[a].in_directive != t->token[b].in_directive) return false;
+    while (t->token[a].in_directive && a < b) a++;
+    return a == b || !t->token[b].in_directive;
 }
 
 bool mtl_is_pair(const translation *t, size_t i, const char *first, const char *second) {
@@ -114,9 +121,42 @@ size_t mtl_behind_angle(const translation *t, size_t i) {
     return i;
 }
 
+size_t mtl_opening_angle(const translation *t, size_t i) {
+    static const char *const ends[] = {";", "{", "}", NULL};
+    long depth = 0;
+    for (; i != SIZE_MAX && !mtl_is_one_of(t, i, ends); i = mtl_before(t, i)) {
+        if (mtl_is(t, i, ")") || mtl_is(t, i, "]")) i = mtl_opening_bracket(t, i);
+        if (mtl_is(t, i, ">")) depth++;
+        if (mtl_is(t, i, "<") && --depth == 0) return i;
+    }
+    return SIZE_MAX;
+}
+
+/* The class whose members the token at `i` is among, by name; SIZE_MAX where there is none. */
+static size_t class_around(const translation *t, size_t i) {
+    static const char *const ends[] = {";", "}", "{", NULL};
+    size_t open = i;
+    long depth = 0;
+    for (open = mtl_before(t, open); open != SIZE_MAX; open = mtl_before(t, open)) {
+        if (mtl_is(t, open, ")") || mtl_is(t, open, "]") || mtl_is(t, open, "}")) depth++;
+        if ((mtl_is(t, open, "(") || mtl_is(t, open, "[") || mtl_is(t, open, "{")) && depth-- == 0) break;
+    }
+    if (open == SIZE_MAX || !mtl_is(t, open, "{")) return SIZE_MAX;
+    for (size_t at = mtl_before(t, open); at != SIZE_MAX && !mtl_is_one_of(t, at, ends); at = mtl_before(t, at)) {
+        if (mtl_is(t, at, "struct") || mtl_is(t, at, "class") || mtl_is(t, at, "union")) return mtl_after(t, at);
+    }
+    return SIZE_MAX;
+}
+
 bool mtl_qualifies_constructor(const translation *t, size_t i) {
     size_t before = mtl_before(t, i), behind = mtl_after(t, i);
-    return before != SIZE_MAX && mtl_is(t, before, ")") && (mtl_is(t, behind, ":") || mtl_is(t, behind, "="));
+    if (before == SIZE_MAX || !mtl_is(t, before, ")")) return false;
+    if (mtl_is(t, behind, ":") || mtl_is(t, behind, "=")) return true;
+    if (!mtl_is(t, behind, "{") && !mtl_is(t, behind, ";")) return false;
+    size_t open = mtl_opening_bracket(t, before), name = open == SIZE_MAX ? open : mtl_before(t, open);
+    size_t around = name == SIZE_MAX ? name : class_around(t, name);
+    return around != SIZE_MAX && around < name && mtl_is_identifier(t, name) && mtl_is_identifier(t, around) &&
+           mtl_is_named(&t->token[name], t->token[around].text, t->token[around].length);
 }
 
 void mtl_blank(translation *t, size_t i) { t->token[i].replacement = ""; }

@@ -35,6 +35,9 @@ bool mtl_is_one_of(const translation *t, size_t i, const char *const *words); /*
 bool mtl_is_identifier(const translation *t, size_t i);
 bool mtl_is_named(const mtl_token *token, const char *name, size_t length);
 
+/* Whether both tokens, b behind a, are code, or of one directive. */
+bool mtl_are_one_directive(const translation *t, size_t a, size_t b);
+
 /* Operators come as single characters: whether there are these two, or one that assigns, ++ and -- among them. */
 bool mtl_is_pair(const translation *t, size_t i, const char *first, const char *second);
 bool mtl_is_assignment(const translation *t, size_t i);
@@ -50,6 +53,9 @@ size_t mtl_opening_bracket(const translation *t, size_t i);
 
 /* Behind the > that closes the < at `i`, or `i` where it opens no list of template arguments. */
 size_t mtl_behind_angle(const translation *t, size_t i);
+
+/* The < that the > at `i` closes, if they are brackets; SIZE_MAX where there is none. */
+size_t mtl_opening_angle(const translation *t, size_t i);
 
 /* Whether the address space at `i` is that of a constructor: X() constant : x(1) {}. No const can stand there. */
 bool mtl_qualifies_constructor(const translation *t, size_t i);
@@ -67,6 +73,9 @@ void mtl_add_behind(translation *t, size_t i, const char *text);
 void mtl_write_token(mtl_text *out, const mtl_token *token);
 
 /* ---- places.c ---- */
+
+/* Whether `name (...) {` at `i` is a macro that stands for the head of a statement: FOR_UNROLL (int i = 0; i < 4; ++i) {...} */
+bool mtl_is_statement_macro(const translation *t, size_t i);
 
 /* Whether the body of a function or a lambda opens at `i`, with its name, or SIZE_MAX for a lambda without one. */
 bool mtl_is_body(const translation *t, size_t i, size_t *name);
@@ -87,6 +96,11 @@ bool mtl_write_lockstep(translation *t, mtl_text *out, const mtl_definition *def
 
 /* Asks for the loop at `i` (for) to be unrolled if it goes over a threadgroup's share of few elements. */
 void mtl_unroll(translation *t, size_t i);
+
+/* ---- swizzles.c ---- */
+
+/* Those that are read become values. */
+void mtl_translate_swizzles(translation *t);
 
 /* ---- overloads.c ---- */
 

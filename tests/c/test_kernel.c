@@ -82,8 +82,8 @@ static void metal_becomes_cxx(void **state) {
         {"constant const int* p", "         const int* p"},
         {"static constant float x = 1;", "static constexpr float x = 1;"},
         {"a = 1.0 * b + 2.f - 1e-3 + 0x1p3 + 7;", "a = 1.0f * b + 2.f - 1e-3f + 0x1p3f + 7;"},
-        {"half h = 1.0h;", "half h = metal::half(1.0f);"},
-        {"b = .5BF - 1e-3bf;", "b = metal::bfloat(.5f) - metal::bfloat(1e-3f);"},
+        {"half h = 1.0h;", "half h = ::metal::half(1.0f);"},
+        {"b = .5BF - 1e-3bf;", "b = ::metal::bfloat(.5f) - ::metal::bfloat(1e-3f);"},
         {"void f(float x [[buffer(0)]])", "void f(float x              )"},
         {"[[maybe_unused]] int x;", "[[maybe_unused]] int x;"},
         {"#include <metal_stdlib>\nint x;", "                       \nint x;"},
@@ -98,8 +98,56 @@ static void metal_becomes_cxx(void **state) {
         {"threadgroup vec<T, 2> a[N][2], b;",
          "typedef vec<T, 2> __mtl_a_0[N][2], __mtl_b_1; __mtl_a_0 &a = __mtl_variable<__mtl_a_0>(__mtl_group, 0); "
          "__mtl_b_1 &b = __mtl_variable<__mtl_b_1>(__mtl_group, 1);"},
-        {"return ::exp(x);", "return   exp(x);"},
+        {"threadgroup int n = 2 * 1.0, a[2] = {0};",
+         "typedef int __mtl_n_0          , __mtl_a_1[2]      ; __mtl_n_0 &n = __mtl_variable<__mtl_n_0>(__mtl_group, "
+         "0, 2 * "
+         "1.0f); __mtl_a_1 &a = __mtl_variable<__mtl_a_1>(__mtl_group, 1, __mtl_a_1{0});"},
+        {"#define TG threadgroup\nf((TG float*)p);", "#define TG            \nf((            float*)p);"},
+        {"#define SHARED(T, n) threadgroup T n[4]\n", "#define SHARED(T, n) typedef T __mtl_##n[4]; __mtl_##n &n = "
+                                                      "__mtl_variable<__mtl_##n>(__mtl_group, 96 + __COUNTER__)\n"},
+        {"return ::exp(x);", "return ::metal::exp(x);"},
+        {"inline ::c10::X f() { return ::metal::exp(decltype(x)::v); }",
+         "inline ::metal::c10::X f() { return ::metal::exp(decltype(x)::v); }"},
         {"metal::exp(x)", "metal::exp(x)"},
+        {"coherent(system) device T* p; coherent = 1;", "                        T* p; coherent = 1;"},
+        {"float a[[unclosed;", "float a[[unclosed;"},
+    };
+    const mtl_unit_options options = {0};
+    expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
+    static const pair header[] = {
+        {"namespace metal { int f(); } namespace a { namespace metal { } }",
+         "extern \"C++\" { int f(); } namespace a { namespace metal { } }"},
+        {"template <class T, uint N> T f(vec<T, N> v);", "template <class T, int N> T f(vec<T, N> v);"},
+        {"template <class T, uint N> T f(thread T (&a)[N]);", "template <class T, uint N> T f(       T (&a)[N]);"},
+        {"struct S { S(int x) constant {} int f() constant { return 1; } };",
+         "struct S { S(int x)          {} int f() const { return 1; } };"},
+        {"void f(device T* m [[function_constant(has_m)]])", "void f(       T* m                             )"},
+    };
+    expect_translation(header, sizeof header / sizeof header[0], MTL_REGION_HEADER, &options);
+    static const pair cuda[] = {
+        {"threadgroup int n = 1, m;", "__shared__ int n    , m; __mtl_initialize(n, 1);"},
+        {"float a[4] = {[0 ... 3] = 1.0};",
+         "float a[4] =  {}                ; for (int __mtl_at = 0 ; __mtl_at <=  3; ++__mtl_at) a[__mtl_at] = 1.0f;"},
+    };
+    const mtl_unit_options gpu = {.target = MTL_TARGET_CUDA};
+    expect_translation(cuda, sizeof cuda / sizeof cuda[0], MTL_REGION_BODY, &gpu);
+}
+
+static void swizzles_are_values(void **state) {
+    (void)state;
+    static const pair pairs[] = {
+#define VALUE(x) "(::metal::msl_::valued(), " x ")"
+        {"f(v.xy);", "f(" VALUE("v.xy") ");"},
+        {"auto a = p->c[1].v.bgr + ns::g<2>(x).ww;",
+         "auto a = " VALUE("p->c[1].v.bgr") " + " VALUE("ns::g<2>(x).ww") ";"},
+        {"x = (a + b).xyz.x + float4{1, 2, 3, 4}.yz[0];",
+         "x = " VALUE("(a + b).xyz") ".x + " VALUE("float4{1, 2, 3, 4}.yz") "[0];"},
+        {"v.xy = w.yx; v.zw += 1; ++v.xy; v.zw--; (v.xy) *= 2; v.xyz.x = 1; v.xyz[0] = 1;",
+         "v.xy = " VALUE("w.yx") "; v.zw += 1; ++v.xy; v.zw--; (v.xy) *= 2; v.xyz.x = 1; v.xyz[0] = 1;"},
+        {"v.x = s.rg(); if (v.xy == w) return v.zw;",
+         "v.x = s.rg(); if (" VALUE("v.xy") " == w) return " VALUE("v.zw") ";"},
+        {"#define A(v) v.xy\n#define B(v) (v.xy)\nint xy;", "#define A(v) v.xy\n#define B(v) (v.xy)\nint xy;"},
+        {"#define C(v) f(v.xy + 1) + f(v.xy)\n", "#define C(v) f(" VALUE("v.xy") " + 1) + f(" VALUE("v.xy") ")\n"},
     };
     const mtl_unit_options options = {0};
     expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
@@ -154,10 +202,17 @@ static void alignment_goes_to_a_member(void **state) {
 static void arms_are_wrapped(void **state) {
     (void)state;
     static const pair pairs[] = {
-#define ARM(x) "(metal::armed(), (" x "))"
-        {"x = c ? a : b;", "x = c ? " ARM("a") " : " ARM("b") ";"},
-        {"f(c ? a + 1 : 0, d);", "f(c ? " ARM("a + 1") " : 0, d);"},
-        {"x = a ? b : c ? d : e;", "x = a ? " ARM("b") " : " ARM("c ? " ARM("d") " : " ARM("e")) ";"},
+#define ARM(x)   "(::metal::msl_::armed(), (" x "))"
+#define WHOLE(x) "(::metal::msl_::unarmed(), (" x "))"
+        {"x = c ? a : b;", "x = " WHOLE("c ? " ARM("a") " : " ARM("b")) ";"},
+        {"f(c ? a + 1 : 0, d);", "f(" WHOLE("c ? " ARM("a + 1") " : 0") ", d);"},
+        {"x = a ? b : c ? d : e;", "x = " WHOLE("a ? " ARM("b") " : " ARM(WHOLE("c ? " ARM("d") " : " ARM("e")))) ";"},
+        {"return a <= b && is_same_v<A, B> ? 1.0h : 2;",
+         "return " WHOLE("a <= b && is_same_v<A, B> ? " ARM("::metal::half(1.0f)") " : 2") ";"},
+        {"if (q) a <<= b == c ? d : 1;", "if (q) a <<= " WHOLE("b == c ? " ARM("d") " : 1") ";"},
+        {"f<c ? 1 : 2>(x);", "f<c ? 1 : 2>(x);"},
+        {"#define M(a, b) a > b ? a : b\n#define N 1\n",
+         "#define M(a, b) " WHOLE("a > b ? " ARM("a") " : " ARM("b")) "\n#define N 1\n"},
         {"#if A ? B : C\n", "#if A ? B : C\n"},
     };
     const mtl_unit_options options = {.arms = true};
@@ -207,6 +262,14 @@ static void places_are_marked(void **state) {
         {"for (;;) a();", "for (;;) a();"},
         {"for (;;) metal::simd_sum(x);",
          "for (;;) if (__mtl_loop(0, 16777216)); else  (__mtl_at(1, 16777225), metal::simd_sum(x));"},
+        {"x = ::metal::simd_sum(x);", "x = (__mtl_at(0, 16777223), ::metal::simd_sum(x));"},
+        {"#define LOOP(x) for (x)\nLOOP (int i = 0; i < 4; ++i) { simd_sum(x); }",
+         "#define LOOP(x) for (x)\nLOOP (int i = 0; i < 4; ++i) if (__mtl_loop(0, 16777230)); else  { (__mtl_at(1, "
+         "16777256), "
+         "simd_sum(x)); }"},
+        {"constexpr float simd_sum_of(float x) { return simd_sum(x); }",
+         "          float simd_sum_of(float x) { __mtl_frame __mtl_here;  return (__mtl_at(0, 16777231), simd_sum(x)); "
+         "}"},
         {"float simd_sum_of(float x) { return simd_sum(x); }",
          "float simd_sum_of(float x) { __mtl_frame __mtl_here;  return (__mtl_at(0, 16777229), simd_sum(x)); }"},
     };
@@ -240,6 +303,7 @@ int main(void) {
         cmocka_unit_test(every_byte_belongs_to_a_token),
         cmocka_unit_test(numbers_end_where_they_should),
         cmocka_unit_test(metal_becomes_cxx),
+        cmocka_unit_test(swizzles_are_values),
         cmocka_unit_test(overloads_are_left_out),
         cmocka_unit_test(alignment_goes_to_a_member),
         cmocka_unit_test(arms_are_wrapped),

@@ -22,6 +22,7 @@ CODES = {
     torch.bfloat16: (4, 16),
     torch.int64: (0, 64),
     torch.int32: (0, 32),
+    torch.int8: (0, 8),
     torch.bool: (6, 8),
 }
 

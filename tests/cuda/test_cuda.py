@@ -83,6 +83,68 @@ def test_the_sum_may_lie_where_an_input_was(length, dtype, where):
     close(total, ref_sum, ROUNDING[dtype])
 
 
+def reference_rope(x, dims, freqs, time_axis, traditional, offset=0, scale=1.0):
+    x, time = x.double(), x.shape[time_axis]
+    angle = (torch.arange(time, device="cuda", dtype=torch.float64) + offset)[:, None] * scale * freqs
+    if time_axis == 1:
+        angle = angle[:, None]
+    turned, rest = x[..., :dims], x[..., dims:]
+    x1, x2 = (turned[..., ::2], turned[..., 1::2]) if traditional else turned.chunk(2, -1)
+    y1, y2 = x1 * angle.cos() - x2 * angle.sin(), x1 * angle.sin() + x2 * angle.cos()
+    return torch.cat((torch.stack((y1, y2), -1).flatten(-2) if traditional else torch.cat((y1, y2), -1), rest), -1)
+
+
+def inverse_frequencies(dims, base):
+    return base ** (-torch.arange(0, dims, 2, device="cuda", dtype=torch.float64) / dims)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [
+        ((2, 9, 2100, 256), 256),  # so much that a thread has two heads, the last group not full
+        ((1, 1, 5000, 128), 64),
+        ((3, 33, 7, 96), 96),
+        ((70000, 2, 1, 32), 32),  # more batches than a grid's axis
+        ((1, 70000, 3, 1, 32), 32),  # more groups of heads
+    ],
+)
+def test_rope_of_many_shapes(shape, dims, traditional, dtype):
+    x = randn(*shape[:-3], shape[-3] + 1, *shape[-2:], dtype=dtype)[..., :-1, :, :]  # the axes before do not merge
+    out = poisoned(*shape, dtype=dtype)
+    run("rope", x, dims, rope_options(traditional=traditional, base=1e4, offset=1000), out)
+    close(out, reference_rope(x, dims, inverse_frequencies(dims, 1e4), -2, traditional, 1000), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(12, 3), (1, 7)])
+@pytest.mark.parametrize("time", [1, 5, 4100])
+def test_qk_norm_rope_of_many_shapes(time, heads, dtype):
+    sides = [randn(3, time, n, 128, dtype=dtype, seed=n) for n in heads]
+    weight, outs = randn(128, dtype=dtype), [poisoned(*x.shape, dtype=dtype) for x in sides]
+    options = rope_options(traditional=False, base=1e6, time_axis=1)
+    run("qk_norm_rope", *sides, weight, weight, 1e-6, 128, options, *outs)
+    for x, out in zip(sides, outs, strict=True):
+        normed = reference_norm(x, weight, None, 1e-6)
+        close(out, reference_rope(normed, 128, inverse_frequencies(128, 1e6), 1, False), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("traditional", [False, True])
+def test_rope_by_far_angles_and_by_none(traditional):
+    freqs = torch.cat((0.5 ** torch.arange(15, device="cuda"), torch.zeros(1, device="cuda")))  # exact angles
+    x = randn(2, 3, 40, 32)
+    unrotated = [30, 31] if traditional else [15, 31]
+    x[..., unrotated[0]] = torch.inf
+    out = poisoned(*x.shape, dtype=x.dtype)
+    options = rope_options(traditional=traditional, base=None, scale=1e10, offset=7, inv_freqs=view(freqs))
+    run("rope", x, 32, options, out)
+    assert torch.equal(out[..., unrotated], x[..., unrotated])
+    ref = reference_rope(x, 32, freqs.double(), -2, traditional, 7, 1e10)
+    out[..., unrotated], ref[..., unrotated] = 0, 0
+    close(out, ref, ROUNDING[torch.float32])
+
+
 def reference_attention(
     q, k, v, *, causal=False, mask=None, window=None, causal_offset=None, sinks=None, softcap=None, key_mask=None
 ):
@@ -122,7 +184,7 @@ def attend(q, k, v, **options):
 SIXTEEN = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-# Whole blocks, blocks with ends, one query, a few: with split keys and without.
+# Whole blocks, blocks with ends, one query, a few: with split keys and without, items of blocks dealt out in rounds.
 LENGTHS = [
     ((4, 4), 384, 384),
     ((8, 2), 333, 1001),
@@ -130,6 +192,7 @@ LENGTHS = [
     ((4, 1), 5, 700),
     ((40, 8), 520, 1000),
     ((40, 8), 300, 1001),
+    ((4, 2), 200, 2500),
 ]
 
 
@@ -379,7 +442,9 @@ def test_a_visible_nan_shows(queries, dim, dtype, form):
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)])
-@pytest.mark.parametrize("form", ["plain", "key_mask", "causal", "window", "sinks"])
+@pytest.mark.parametrize(
+    "form", ["plain", "key_mask", "causal", "window", "sinks", "mask", "added", "integer", "softcap"]
+)
 @pytest.mark.parametrize(
     ("batch", "heads", "queries", "keys"),
     [(1, (32, 8), 1, 8192), (3, (8, 1), 2, 20000), (80, (8, 4), 1, 777), (2, (12, 4), 7, 1000), (1, (1, 1), 1, 65536)],
@@ -388,7 +453,13 @@ def test_decoding(batch, heads, queries, keys, form, dims):
     q = randn(batch, heads[0], queries, dims[0], dtype=torch.bfloat16)
     k = randn(batch, heads[1], keys, dims[0], dtype=torch.bfloat16, seed=1)
     v = randn(batch, heads[1], keys, dims[1], dtype=torch.bfloat16, seed=2)
-    options = {"causal": {"causal": True}, "window": {"window": 100}}.get(form, {})
+    options = {"causal": {"causal": True}, "window": {"window": 100}, "softcap": {"softcap": 2.0}}.get(form, {})
+    if form == "mask":
+        options["mask"] = randn(batch, heads[0], queries, keys, seed=3) < 1
+    if form == "added":
+        options["mask"] = randn(1, heads[0], queries, keys, seed=3).to(q.dtype)
+    if form == "integer":
+        options["mask"] = randn(batch, 1, 1, keys + 1, seed=3)[..., 1:].to(torch.int8)
     reference = dict(options)
     if form == "key_mask":
         lengths = torch.randint(1, keys, (batch, 1), device="cuda")

@@ -1114,6 +1114,242 @@ case(
 )
 
 
+# ---- combinations: one expression, said to MSL and to Python, for operands of every kind
+
+
+class Vector:
+    """What a vector is in each of the threads, with MSL's operators: results are rounded, or wrap, to its type."""
+
+    def __init__(self, values, dtype=None):
+        self.values = np.asarray(values)
+        if dtype is not None:
+            self.values = self.values.astype(dtype)
+
+    def __getattr__(self, swizzle):
+        return Vector(self.values[:, ["xyzw".index(letter) for letter in swizzle]])
+
+    def apply(self, f, other=0):
+        dtype = self.values.dtype
+        other = other.values if isinstance(other, Vector) else np.asarray(other)
+        wide = dtype if dtype.kind in "iu" else f32
+        with np.errstate(all="ignore"):
+            return Vector(f(self.values.astype(wide), other.astype(dtype).astype(wide)), dtype)
+
+
+for _name, _f in {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "truediv": np.divide,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "lshift": np.left_shift,
+    "rshift": np.right_shift,
+}.items():
+    setattr(Vector, f"__{_name}__", lambda a, b, f=_f: a.apply(f, b))
+    setattr(Vector, f"__r{_name}__", lambda a, b, f=_f: a.apply(lambda x, y: f(y, x), b))
+for _name, _f in {
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+}.items():
+    setattr(Vector, f"__{_name}__", lambda a, b, f=_f: a.apply(lambda x, y: f(x, y).astype(x.dtype), b))
+Vector.__hash__ = None
+Vector.__neg__ = lambda a: a.apply(lambda x, _: -x)
+Vector.__invert__ = lambda a: a.apply(lambda x, _: ~x)
+
+_ITEMS = 16
+_AROUND = """
+template <typename X> X same(X x) { return x; }
+template <typename X, uint N> vec<X, N> twice(vec<X, N> v) { return v + v; }
+template <typename X> struct Held { char before; packed_TYPE4 p; X v[2]; };
+constant TYPE K = 3;
+enum Count { NONE, ONE, TWO };
+#define PICK(c, a, b) c ? a : b
+"""
+
+
+def combine(T, dtype, width):
+    integer = np.dtype(dtype).kind in "iu"
+
+    def vectors():
+        if not integer:
+            return Vector(rng.uniform(-3, 3, (_ITEMS, 4)), dtype)
+        return Vector(rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, (_ITEMS, 4), np.dtype(dtype)))
+
+    x, y = vectors(), vectors()
+    whole, mix = "xyzw"[:width], {2: "yx", 3: "zxy", 4: "wzyx"}[width]
+    v, w = getattr(x, whole), getattr(y, whole)
+    operands = ["v", f"x.{mix}", "p", f"p.{mix}", "s.v[1]", "*at", f"s.p.{whole}", f"same(x.{whole})"]
+    scalars = ["e", "2", "K", "x.y", "p[1]", "s.p.y", "TWO", "true"]
+    scalars += [] if integer else ["2.0", "2.0h", "2.0f"]
+    pairs = [(a, "w") for a in operands] + [("v", c) for c in scalars]
+    pairs += [(b, a) for a, b in pairs]
+    listed = [f"{a} {o} {b}" for a, b in pairs for o in "+-*" + ("&|^" if integer else "/")]
+    listed += [f"V(v {o} {b})" for o in ("<", "<=", ">", ">=", "==", "!=") for b in ("w", f"y.{mix}", "e", "2")]
+    listed += [f"-{a}" for a in operands] + [f"twice(x.{mix})", f"max(v, x.{mix})", "min(p, 2)", f"max(y.{mix}, e)"]
+    listed += ["clamp(v, 1, 2)", "select(v, w, v < w)", f"select(x.{mix}, w, v >= e)"]
+    if integer:
+        bits = 8 * np.dtype(dtype).itemsize - 1
+        listed += [f"v << (w & {bits})", "v >> 1", f"v >> (x.{mix} & {bits})", "~v", f"~x.{mix}"]
+    names = {
+        "v": v,
+        "w": w,
+        "p": x,
+        "x": x,
+        "y": y,
+        "e": x.z,
+        "K": 3,
+        "TWO": 2,
+        "true": 1,
+        "V": lambda a: a,
+        "same": lambda a: a,
+        "twice": lambda a: a + a,
+        "max": lambda a, b: a.apply(np.maximum, b),
+        "min": lambda a, b: a.apply(np.minimum, b),
+        "clamp": lambda a, b, c: a.apply(lambda q, _: np.clip(q, b, c)),
+        "select": lambda a, b, c: Vector(np.where(c.values, b.values, a.values)),
+    }
+    python = {"s.v[1]": "v", "*at": "v", "p[1]": "x.y", "s.p.": "x.", "min(p,": "min(v,", "2.0h": "2", "2.0f": "2"}
+    expected = []
+    for expression in listed:
+        for metal, said in python.items():
+            expression = expression.replace(metal, said)
+        expression = " ".join("v" if word == "p" else word for word in expression.replace("-p", "-v").split(" "))
+        expected.append(np.broadcast_to(eval(expression, names).values, (_ITEMS, width)))
+    body = (
+        f"{ID} typedef vec<{T}, {width}> V; typedef packed_{T}{width} P; typedef vec<{T}, 4> F; int n = 0;"
+        f"F x = F(((const device packed_{T}4*)a)[i]), y = ((const device packed_{T}4*)b)[i]; V v = x.{whole}, w(y.{whole});"
+        f"P p = v; {T} e = x.z; Held<V> s; s.p = x; s.v[1] = v; thread V* at = s.v + 1; device P* o = (device P*)out0 + i;"
+    )
+    body += "".join(f"o[{_ITEMS} * n++] = P({expression});\n" for expression in listed)
+    for kind in ("V", "P"):
+        body += f"{{ {kind} q = w; q.{mix} = v; q += e; q[1] -= K; q *= x.{mix}; q.x = 2; ++q; q.{mix[:2]} -= y.xy;"
+        body += f"o[{_ITEMS} * n++] = P(q); }}\n"
+    q = np.array(w.values)
+    q[:, ["xyzw".index(letter) for letter in mix]] = v.values
+    q = (Vector(q) + x.z).values
+    q[:, 1:2] = (Vector(q[:, 1:2]) - 3).values
+    q = (Vector(q) * getattr(x, mix)).values
+    q[:, 0] = 2
+    q = (Vector(q) + 1).values
+    first = ["xyzw".index(letter) for letter in mix[:2]]
+    q[:, first] = (Vector(q[:, first]) - y.xy).values
+    expected += [q, q]
+    body += f'{{ auto c = e > K ? w : x.{mix}; static_assert(is_same_v<decltype(c), V>, "");'
+    body += f"o[{_ITEMS} * n++] = P(PICK(e < K, c, v)); }}"
+    picked = np.where((x.z > 3).values, w.values, getattr(x, mix).values)
+    expected.append(np.where((x.z < 3).values, picked, v.values))
+    case(
+        f"combinations of {T}{width}",
+        body,
+        [x.values, y.values],
+        [np.stack(expected)],
+        header=_AROUND.replace("TYPE", T),
+        grid=(_ITEMS, 1, 1),
+        rtol=1e-5 if T == "float" else 0,  # which may be multiplied and added to in one
+        atol=1e-5 if T == "float" else 0,
+    )
+
+
+for _T, _dtype, _width in (
+    ("half", f16, 4),
+    ("bfloat", bfloat16, 3),
+    ("float", f32, 2),
+    ("uchar", np.uint8, 4),
+    ("short", np.int16, 3),
+    ("ulong", np.uint64, 2),
+):
+    if _dtype is not None:
+        combine(_T, _dtype, _width)
+
+# ---- what published kernels make of the language
+
+_x, _y, _z, _w = np.split(X.reshape(-1, 4), 4, axis=1)
+case(
+    "swizzles are vectors wherever they are read",
+    f"{ID} float4 v = ((const device float4*)a)[i]; auto p = v.yx; p += v.zw; decltype(v.xyz) t = v.zyx; Pair s; s.xy = v.wz; s.xy.x += 1;"
+    "float2 q = square(v.xy) + SWAPPED(v) + s.xy * s.rg(); out0[i] = total(v.wzy) + total(t.xy) + as_type<float4>(as_type<uint4>(v)).zw.x"
+    " + v.xyz.zy.x + (v + 1).xy[1] + float4{1, 2, 3, 4}.yz.x; TO(v) = q; ++v.zw; v.xy++; v.xyz[0] += 1;"
+    "((device float4*)out1)[i] = v; out2[i] = p.x + square(p.yx).x;",
+    [X],
+    [
+        (_w + _z + _y + _z + _y + _z + _z + _y + 1 + 2)[:, 0],
+        np.concatenate([_x**2 + _y**2 + _w + 1 + 2, _y**2 + _x**2 + _z + 1, _z + 1, _w + 1], 1),
+        (_y + _z + (_x + _w) ** 2)[:, 0],
+    ],
+    header="struct Pair { float2 xy; float2 rg() { return 1; } };\n"
+    "template <typename T> T square(T x) { return x * x; }\n"
+    "template <typename T, uint N> T total(vec<T, N> v) { T s = 0; for (uint i = 0; i < N; i++) s += v[i]; return s; }\n"
+    "#define SWAPPED(v) square(v.yx)\n#define TO(v) v.xy\n",
+    grid=(64, 1, 1),
+)
+_h, _n = X.astype(f16), np.arange(256)
+case(
+    "conditionals have the type of their arms",
+    f'{ID} half h = a[i]; auto g = i % 2 ? h : 0; static_assert(is_same_v<decltype(g), half>, "");'
+    "out0[i] = bytes(i < 100 && is_same_v<float, half> ? h : 1) + bytes(h > 1 ? h : h < 0 ? -h : 0) + bytes(i ? 1.h / 4 : 1.h)"
+    " + 10 * bytes(i > 3 ? 1.0h : 2.0f) + bytes(LARGER(h, 0)); half c = i > 9 ? (i > 99 ? 1 / 64.h : 1 / 16.h) : (i > 4 ? 1 / 4.h : 1.h);"
+    "out1[i] = c + g; out2[i] = (i % 3 ? half4(h) : half4(1.0h).wzyx).x;",
+    [_h],
+    [
+        np.full(256, 48, i32),
+        np.select([_n > 99, _n > 9, _n > 4], [1 / 64, 1 / 16, 1 / 4], 1).astype(f16) + np.where(_n % 2, _h, f16(0)),
+        np.where(_n % 3, _h, f16(1)),
+    ],
+    header="template <typename T> int bytes(T) { return sizeof(T); }\n#define LARGER(a, b) (a) > (b) ? (a) : (b)\n",
+    **FLAT,
+)
+case(
+    "initializers",
+    f"{ID} uint l = thread_position_in_threadgroup.x; threadgroup float sums[4] = {{1, 2}};"
+    "threadgroup int count = 3, two[2][2] = {{1, 2}, {3, 4}};"
+    "float4 v = {a[i], 2}; packed_float3 p = {1, v.xy}; half2 h[2] = {{1, 2.0f}, half2(3)}; constexpr float4 k = float4(float2(1), 2, 3);"
+    "float f[4] = {[0 ... 2] = 5.0, [3] = 7}; uint4 u = {i, 1u, 2}; float2x2 m = {{1, 2}, {3, 4}}; Defaults d; half e[3] = {1, 2.0, half(3)};"
+    "if (l == 5) { sums[2] = 4; count += 2; } threadgroup_barrier(mem_flags::mem_threadgroup);"
+    "out0[i] = sums[0] + sums[1] + sums[2] + sums[3] + count + two[1][0]; out1[i] = v.x + v.y + v.z + p[1] + h[0].y + h[1].x + k.w;"
+    "out2[i] = f[0] + f[2] + f[3] + u.x + u.w + m[1][0] + d.v.y + d.h[1] + e[2] + d.p.z + columns[1].x + sum({1, 2, 3});",
+    [X],
+    [np.full(256, 15.0, f32), 2 * X + 2 + 2 + 3 + 3, (17 + _n + 3 + 2 + 2 + 3 + 3 + 3 + 6).astype(f32)],
+    header="struct Defaults { float2 v = {1, 2}; half h[2] = {1, 2.0h}; packed_float3 p = {1, 2, 3}; };\n"
+    "constant float2x2 columns = float2x2(float2(1, 2), float2(3, 4));\n"
+    "inline float sum(initializer_list<float> l) { float s = 0; for (float x : l) s += x; return s; }\n",
+    **FLAT,
+)
+case(
+    "users' names, namespaces and macros",
+    f"{ID} SHARED float mine[64]; uint l = thread_position_in_threadgroup.x; mine[l] = a[i]; ARRAY(half, more, 64); more[l] = 2;"
+    "threadgroup_barrier(mem_flags::mem_threadgroup); float s = 0; UNROLLED (int k = 0; k < 4; ++k) { s += summed(0.25f); }"
+    "out0[i] = mine[l ^ 1] + more[l ^ 1] + s + ::own::metal::twice(1) + metal::halved(8) + numeric_limits<Wide>::max() + ::seven()"
+    " + decltype(Wide())::size + max(NONE, TWO) + half(1) * TWO + simd_min(5);",
+    [X],
+    [X[_n ^ 1] + 2 + 32 + 2 + 4 + 9 + 7 + 3 + 2 + 2 + 5],
+    header="#define SHARED threadgroup\n#define ARRAY(T, name, n) threadgroup T name[n]\n"
+    '#define UNROLLED(x) _Pragma("clang loop unroll(full)") for (x)\n'
+    "enum Count { NONE, ONE, TWO }; struct Wide { enum { size = 3 }; }; inline int seven() { return 7; }\n"
+    "namespace own { namespace metal { inline float twice(float x) { return 2 * ::metal::fabs(x); } } }\n"
+    "namespace metal { inline float halved(float x) { return metal::sqrt(x * x) / 2; }\n"
+    "template <> struct numeric_limits<Wide> { static constexpr int max() { return 9; } }; }\n"
+    "template <typename T> T simd_min(T x) { return x; }\n"
+    "template <typename T> constexpr T summed(T x) { return ::metal::simd_sum(x); }\n",
+    **FLAT,
+)
+
+case(
+    "simd's names of types",
+    f"{ID} simd::float2 v = {{a[i], 2}}; simd_float3 w = simd_float3(v, 3); vector_uint4 u = {{1, 2, 3, 4}};"
+    "matrix_float2x2 m = {{1, 2}, {3, 4}}; simd_float2x2 n = m * m; out0[i] = v.x + w.y + w.z + u.w + n.columns[1].x;",
+    [X],
+    [X + 2 + 3 + 4 + 15],
+    header="#include <simd/simd.h>\n",
+    **FLAT,
+)
+
+
 # ---- lockstep ----------------------------------------------------------------------------------------------------------
 # Bodies that set `s` for thread `i`. What becomes loops over the lanes of a simdgroup, and what has to have a stack for each thread.
 LOCKSTEP = {

@@ -129,8 +129,9 @@ template <class A> MSL_FN constexpr msl_::number_t<A> extract_bits(A a, uint off
     using V = msl_::number_t<A>;
     return msl_::each<V>([=](auto x) { return msl_::extract_of(x, offset, count); }, V(a));
 }
-template <class A> MSL_FN constexpr msl_::number_t<A> insert_bits(A base, A insert, uint offset, uint count) {
-    using V = msl_::number_t<A>;
+template <class A, class B>
+MSL_FN constexpr msl_::common_t<A, B> insert_bits(A base, B insert, uint offset, uint count) {
+    using V = msl_::common_t<A, B>;
     return msl_::each<V>([=](auto x, auto y) { return msl_::insert_of(x, y, offset, count); }, V(base), V(insert));
 }
 
@@ -236,6 +237,23 @@ template <class A, class B, class C, class V = msl_::vectors_t<A, B>>
 MSL_FN V faceforward(A normal, B incident, C reference) {
     return float(dot(V(reference), V(incident))) < 0.0f ? V(normal) : -V(normal);
 }
+
+#define MSL_ALSO_GEOMETRIC    \
+    using metal::distance;    \
+    using metal::length;      \
+    using metal::normalize;   \
+    using metal::reflect;     \
+    using metal::refract;     \
+    using metal::faceforward; \
+    using metal::dot;         \
+    using metal::cross;
+namespace precise {
+MSL_ALSO_GEOMETRIC
+}
+namespace fast {
+MSL_ALSO_GEOMETRIC
+}
+#undef MSL_ALSO_GEOMETRIC
 
 // ---- pack, unpack
 

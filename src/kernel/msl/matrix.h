@@ -5,32 +5,49 @@ template <class T, int C, int R> struct matrix {
     vec<T, R> columns[C];
 
     matrix() = default;
-    MSL_FN constexpr explicit matrix(T diagonal) : columns{} {
-        for (int c = 0; c < C; ++c) {
-            columns[c] = vec<T, R>(T(0));
-            if (c < R) columns[c][c] = diagonal;
-        }
-    }
-    // columns, or C * R scalars column by column
-    template <class A, class B, class... Rest,
-              class = enable_if_t<sizeof...(Rest) + 2 == C || sizeof...(Rest) + 2 == C * R>>
-    MSL_FN constexpr matrix(const A &a, const B &b, const Rest &...rest) : columns{} {
-        if constexpr (sizeof...(Rest) + 2 == C) {
-            int i = 0;
-            columns[i++] = vec<T, R>(a);
-            columns[i++] = vec<T, R>(b);
-            ((columns[i++] = vec<T, R>(rest)), ...);
-        } else {
-            T all[] = {T(a), T(b), T(rest)...};
-            for (int i = 0; i < C * R; ++i) columns[i / R][i % R] = all[i];
-        }
-    }
-    template <class U> MSL_FN constexpr explicit matrix(const matrix<U, C, R> &m) : columns{} {
-        for (int c = 0; c < C; ++c) columns[c] = vec<T, R>(m.columns[c]);
-    }
+    MSL_FN constexpr explicit matrix(T diagonal) : matrix(of_diagonal(diagonal)) {}
+    // columns
+    template <int N = C, class = enable_if_t<N == 2>>
+    MSL_FN constexpr matrix(const vec<T, R> &a, const vec<T, R> &b) : columns{a, b} {}
+    template <int N = C, class = enable_if_t<N == 3>>
+    MSL_FN constexpr matrix(const vec<T, R> &a, const vec<T, R> &b, const vec<T, R> &c) : columns{a, b, c} {}
+    template <int N = C, class = enable_if_t<N == 4>>
+    MSL_FN constexpr matrix(const vec<T, R> &a, const vec<T, R> &b, const vec<T, R> &c, const vec<T, R> &d)
+        : columns{a, b, c, d} {}
+    // C * R scalars, column by column
+    template <class... A, class = msl_::if_scalars<A...>, class = enable_if_t<sizeof...(A) == C * R>>
+    MSL_FN constexpr matrix(A... a) : matrix(of_elements({T(a)...})) {}
+    template <class U> MSL_FN constexpr explicit matrix(const matrix<U, C, R> &m) : matrix(of_matrix(m)) {}
     MSL_FN constexpr vec<T, R> &operator[](int c) { return columns[c]; }
     MSL_FN constexpr const vec<T, R> &operator[](int c) const { return columns[c]; }
 
+  private:
+    struct elements {
+        T e[C * R];
+    };
+    static MSL_FN constexpr vec<T, R> column(const elements &all, int c) {
+        const T *e = all.e + c * R;
+        if constexpr (R == 2) return vec<T, 2>(e[0], e[1]);
+        else if constexpr (R == 3) return vec<T, 3>(e[0], e[1], e[2]);
+        else return vec<T, 4>(e[0], e[1], e[2], e[3]);
+    }
+    static MSL_FN constexpr matrix of_elements(const elements &all) {
+        if constexpr (C == 2) return matrix(column(all, 0), column(all, 1));
+        else if constexpr (C == 3) return matrix(column(all, 0), column(all, 1), column(all, 2));
+        else return matrix(column(all, 0), column(all, 1), column(all, 2), column(all, 3));
+    }
+    static MSL_FN constexpr matrix of_diagonal(T diagonal) {
+        elements all{};
+        for (int i = 0; i < (C < R ? C : R); ++i) all.e[i * R + i] = diagonal;
+        return of_elements(all);
+    }
+    template <class U> static MSL_FN constexpr matrix of_matrix(const matrix<U, C, R> &m) {
+        elements all{};
+        for (int i = 0; i < C * R; ++i) all.e[i] = T(m.columns[i / R][i % R]);
+        return of_elements(all);
+    }
+
+  public:
     friend MSL_FN matrix operator+(matrix a, const matrix &b) {
         for (int c = 0; c < C; ++c) a.columns[c] += b.columns[c];
         return a;
@@ -43,11 +60,13 @@ template <class T, int C, int R> struct matrix {
         for (int c = 0; c < C; ++c) a.columns[c] = -a.columns[c];
         return a;
     }
-    friend MSL_FN matrix operator*(matrix a, T s) {
-        for (int c = 0; c < C; ++c) a.columns[c] *= s;
+    template <class A, class = msl_::if_scalars<A>> friend MSL_FN matrix operator*(matrix a, A s) {
+        for (int c = 0; c < C; ++c) a.columns[c] *= T(s);
         return a;
     }
-    friend MSL_FN matrix operator*(T s, const matrix &a) { return a * s; }
+    template <class A, class = msl_::if_scalars<A>> friend MSL_FN matrix operator*(A s, const matrix &a) {
+        return a * s;
+    }
     friend MSL_FN vec<T, R> operator*(const matrix &a, const vec<T, C> &v) {
         vec<T, R> sum = a.columns[0] * v[0];
         for (int c = 1; c < C; ++c) sum += a.columns[c] * v[c];

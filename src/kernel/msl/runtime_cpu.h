@@ -318,6 +318,28 @@ template <typename Type> __mtl_inline Type &__mtl_variable(mtl_group &group, uns
     return *(Type *)memory;
 }
 
+template <typename Type, typename Value> __mtl_inline void __mtl_assign(Type &to, const Value &value) { to = value; }
+template <typename Type, typename Value, unsigned long N>
+__mtl_inline void __mtl_assign(Type (&to)[N], const Value (&value)[N]) {
+    for (unsigned long i = 0; i < N; i++) __mtl_assign(to[i], value[i]);
+}
+/* With a value, which it has when a threadgroup's first thread gets there. */
+template <typename Type> struct __mtl_initialized {
+    Type value;
+    unsigned position[3]; /* of the threadgroup whose value it is */
+};
+template <typename Type, typename Value>
+__mtl_inline Type &__mtl_variable(mtl_group &group, unsigned variable, const Value &value) {
+    bool first = !group.variable[variable];
+    __mtl_initialized<Type> &place = __mtl_variable<__mtl_initialized<Type>>(group, variable);
+    for (int axis = 0; axis < 3; axis++) first |= place.position[axis] != group.position[axis];
+    if (first) {
+        for (int axis = 0; axis < 3; axis++) place.position[axis] = group.position[axis];
+        __mtl_assign(place.value, value);
+    }
+    return place.value;
+}
+
 __mtl_inline unsigned __mtl_count(const unsigned *extent) { return extent[0] * extent[1] * extent[2]; }
 
 /* Sets place and extents of threadgroup `at` of the dispatch. `joined`, an axis (y where there is one along x): of

@@ -12,6 +12,16 @@ struct mtl_group {
     unsigned position[3], extent[3];
 };
 
+template <class T, class V> __mtl_inline void __mtl_assign(T &to, const V &value) { to = value; }
+template <class T, class V, unsigned long N> __mtl_inline void __mtl_assign(T (&to)[N], const V (&value)[N]) {
+    for (unsigned long i = 0; i < N; ++i) __mtl_assign(to[i], value[i]);
+}
+// The value that a variable in threadgroup memory begins with.
+template <class T, class V> __mtl_inline void __mtl_initialize(T &variable, const V &value) {
+    if (threadIdx.x + threadIdx.y + threadIdx.z == 0) __mtl_assign(variable, value);
+    __syncthreads();
+}
+
 __mtl_inline unsigned __mtl_count(const unsigned (&extent)[3]) { return extent[0] * extent[1] * extent[2]; }
 
 // A thread's place where the threadgroups are `threads` in a line, a power of two, and all of them whole.

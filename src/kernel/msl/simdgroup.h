@@ -254,6 +254,12 @@ template <class T> struct handed<T, msl_::void_t<number_t<T>>> { using type = nu
 template <class T> using handed_t = typename handed<T>::type;
 } // namespace msl_
 
+template <class T> struct __is_valid_simdgroup_type : bool_constant<msl_::scalar<T>::kind != 0 || is_vector_v<T>> {};
+#if MSL_UNIFORM
+template <class T> using uniform = T;
+template <class T> MSL_FN constexpr T make_uniform(T x) { return x; }
+#endif
+
 // ---- the lanes there are
 
 MSL_FN simd_vote simd_active_threads_mask() { return simd_vote(msl_::active()); }
@@ -265,28 +271,37 @@ MSL_FN bool simd_all(bool b) { return msl_::ballot(!b) == 0; }
 
 // ---- shuffles
 
-template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle(A x, ushort lane) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T simd_shuffle(A x, ushort lane, Rest...) {
+    MSL_NO_REST(simd_shuffle);
     return msl_::from_lane(T(x), lane);
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_broadcast(A x, ushort lane) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T simd_broadcast(A x, ushort lane, Rest...) {
+    MSL_NO_REST(simd_broadcast);
     return msl_::from_lane(T(x), lane);
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_broadcast_first(A x) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T simd_broadcast_first(A x, Rest...) {
+    MSL_NO_REST(simd_broadcast_first);
     return msl_::from_lane(T(x), msl_::first_lane(msl_::active()));
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle_xor(A x, ushort mask) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T simd_shuffle_xor(A x, ushort mask, Rest...) {
+    MSL_NO_REST(simd_shuffle_xor);
     return msl_::from_xor(T(x), mask);
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle_up(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T simd_shuffle_up(A x, ushort delta, Rest...) {
+    MSL_NO_REST(simd_shuffle_up);
     return msl_::from_lane(T(x), msl_::lane() - delta);
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle_down(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T simd_shuffle_down(A x, ushort delta, Rest...) {
+    MSL_NO_REST(simd_shuffle_down);
     return msl_::from_lane(T(x), msl_::lane() + delta);
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle_rotate_up(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T simd_shuffle_rotate_up(A x, ushort delta, Rest...) {
+    MSL_NO_REST(simd_shuffle_rotate_up);
     return msl_::from_lane(T(x), (msl_::lane() - delta) & 31u);
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T simd_shuffle_rotate_down(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST>
+MSL_FN T simd_shuffle_rotate_down(A x, ushort delta, Rest...) {
+    MSL_NO_REST(simd_shuffle_rotate_down);
     return msl_::from_lane(T(x), (msl_::lane() + delta) & 31u);
 }
 // Within each `modulo` lanes, what is shifted out of `filling` at one end is shifted in at the other.
@@ -310,25 +325,31 @@ MSL_FN T simd_shuffle_and_fill_down(A x, msl_::same<A> filling, ushort delta, us
 #define MSL_EACH_REDUCTION(one)                                                                                 \
     one(sum, sum_f) one(product, product_f) one(min, min_of_f) one(max, max_of_f) one(and, and_f) one(or, or_f) \
         one(xor, xor_f)
-#define MSL_REDUCTION(name, operation)                                          \
-    template <class A, class T = msl_::number_t<A>> MSL_FN T simd_##name(A x) { \
-        return msl_::reduce<32>(T(x), msl_::operation());                       \
-    }                                                                           \
-    template <class A, class T = msl_::number_t<A>> MSL_FN T quad_##name(A x) { \
-        return msl_::reduce<4>(T(x), msl_::operation());                        \
+#define MSL_REDUCTION(name, operation)                                                             \
+    template <class A, class T = msl_::number_t<A>, MSL_REST> MSL_FN T simd_##name(A x, Rest...) { \
+        MSL_NO_REST(simd_##name);                                                                  \
+        return msl_::reduce<32>(T(x), msl_::operation());                                          \
+    }                                                                                              \
+    template <class A, class T = msl_::number_t<A>, MSL_REST> MSL_FN T quad_##name(A x, Rest...) { \
+        MSL_NO_REST(quad_##name);                                                                  \
+        return msl_::reduce<4>(T(x), msl_::operation());                                           \
     }
 MSL_EACH_REDUCTION(MSL_REDUCTION)
 #undef MSL_REDUCTION
-template <class A, class T = msl_::number_t<A>> MSL_FN T simd_prefix_inclusive_sum(A x) {
+template <class A, class T = msl_::number_t<A>, MSL_REST> MSL_FN T simd_prefix_inclusive_sum(A x, Rest...) {
+    MSL_NO_REST(simd_prefix_inclusive_sum);
     return msl_::prefix<true>(T(x), msl_::sum_f(), T(make_scalar_t<T>(0)));
 }
-template <class A, class T = msl_::number_t<A>> MSL_FN T simd_prefix_exclusive_sum(A x) {
+template <class A, class T = msl_::number_t<A>, MSL_REST> MSL_FN T simd_prefix_exclusive_sum(A x, Rest...) {
+    MSL_NO_REST(simd_prefix_exclusive_sum);
     return msl_::prefix<false>(T(x), msl_::sum_f(), T(make_scalar_t<T>(0)));
 }
-template <class A, class T = msl_::number_t<A>> MSL_FN T simd_prefix_inclusive_product(A x) {
+template <class A, class T = msl_::number_t<A>, MSL_REST> MSL_FN T simd_prefix_inclusive_product(A x, Rest...) {
+    MSL_NO_REST(simd_prefix_inclusive_product);
     return msl_::prefix<true>(T(x), msl_::product_f(), T(make_scalar_t<T>(1)));
 }
-template <class A, class T = msl_::number_t<A>> MSL_FN T simd_prefix_exclusive_product(A x) {
+template <class A, class T = msl_::number_t<A>, MSL_REST> MSL_FN T simd_prefix_exclusive_product(A x, Rest...) {
+    MSL_NO_REST(simd_prefix_exclusive_product);
     return msl_::prefix<false>(T(x), msl_::product_f(), T(make_scalar_t<T>(1)));
 }
 
@@ -342,32 +363,41 @@ MSL_FN bool quad_is_helper_thread() { return false; }
 MSL_FN quad_vote quad_ballot(bool b) { return quad_vote(msl_::ballot(b) >> (msl_::lane() & ~3u) & 15u); }
 MSL_FN bool quad_any(bool b) { return quad_ballot(b).lanes != 0; }
 MSL_FN bool quad_all(bool b) { return quad_ballot(!b).lanes == 0; }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle(A x, ushort lane) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T quad_shuffle(A x, ushort lane, Rest...) {
+    MSL_NO_REST(quad_shuffle);
     return msl_::from_lane(T(x), (msl_::lane() & ~3u) + (lane & 3u));
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_broadcast(A x, ushort lane) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T quad_broadcast(A x, ushort lane, Rest...) {
+    MSL_NO_REST(quad_broadcast);
     return quad_shuffle(x, lane);
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_broadcast_first(A x) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T quad_broadcast_first(A x, Rest...) {
+    MSL_NO_REST(quad_broadcast_first);
     uint base = msl_::lane() & ~3u;
     return msl_::from_lane(T(x), base + msl_::first_lane(msl_::active() >> base & 15u));
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle_xor(A x, ushort mask) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T quad_shuffle_xor(A x, ushort mask, Rest...) {
+    MSL_NO_REST(quad_shuffle_xor);
     return msl_::from_xor(T(x), mask & 3u);
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle_up(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T quad_shuffle_up(A x, ushort delta, Rest...) {
+    MSL_NO_REST(quad_shuffle_up);
     uint lane = msl_::lane();
     return msl_::from_lane(T(x), (lane & 3u) >= delta ? lane - delta : lane);
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle_down(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T quad_shuffle_down(A x, ushort delta, Rest...) {
+    MSL_NO_REST(quad_shuffle_down);
     uint lane = msl_::lane();
     return msl_::from_lane(T(x), (lane & 3u) + delta < 4u ? lane + delta : lane);
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle_rotate_up(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST> MSL_FN T quad_shuffle_rotate_up(A x, ushort delta, Rest...) {
+    MSL_NO_REST(quad_shuffle_rotate_up);
     uint lane = msl_::lane();
     return msl_::from_lane(T(x), (lane & ~3u) + ((lane - delta) & 3u));
 }
-template <class A, class T = msl_::handed_t<A>> MSL_FN T quad_shuffle_rotate_down(A x, ushort delta) {
+template <class A, class T = msl_::handed_t<A>, MSL_REST>
+MSL_FN T quad_shuffle_rotate_down(A x, ushort delta, Rest...) {
+    MSL_NO_REST(quad_shuffle_rotate_down);
     uint lane = msl_::lane();
     return msl_::from_lane(T(x), (lane & ~3u) + ((lane + delta) & 3u));
 }
@@ -379,7 +409,8 @@ template <class A, class T = msl_::handed_t<A>>
 MSL_FN T quad_shuffle_and_fill_down(A x, msl_::same<A> filling, ushort delta, ushort modulo = 4) {
     return simd_shuffle_and_fill_down(x, filling, delta, modulo);
 }
-template <class A, class T = msl_::number_t<A>> MSL_FN T quad_prefix_inclusive_sum(A x) {
+template <class A, class T = msl_::number_t<A>, MSL_REST> MSL_FN T quad_prefix_inclusive_sum(A x, Rest...) {
+    MSL_NO_REST(quad_prefix_inclusive_sum);
     T sum(x);
     for (ushort step = 1; step < 4; step *= 2) {
         T y = quad_shuffle_up(sum, step);
@@ -387,11 +418,13 @@ template <class A, class T = msl_::number_t<A>> MSL_FN T quad_prefix_inclusive_s
     }
     return sum;
 }
-template <class A, class T = msl_::number_t<A>> MSL_FN T quad_prefix_exclusive_sum(A x) {
+template <class A, class T = msl_::number_t<A>, MSL_REST> MSL_FN T quad_prefix_exclusive_sum(A x, Rest...) {
+    MSL_NO_REST(quad_prefix_exclusive_sum);
     T y = quad_shuffle_up(quad_prefix_inclusive_sum(x), 1);
     return (msl_::lane() & 3u) == 0 ? T(make_scalar_t<T>(0)) : y;
 }
-template <class A, class T = msl_::number_t<A>> MSL_FN T quad_prefix_inclusive_product(A x) {
+template <class A, class T = msl_::number_t<A>, MSL_REST> MSL_FN T quad_prefix_inclusive_product(A x, Rest...) {
+    MSL_NO_REST(quad_prefix_inclusive_product);
     T product(x);
     for (ushort step = 1; step < 4; step *= 2) {
         T y = quad_shuffle_up(product, step);
@@ -399,7 +432,8 @@ template <class A, class T = msl_::number_t<A>> MSL_FN T quad_prefix_inclusive_p
     }
     return product;
 }
-template <class A, class T = msl_::number_t<A>> MSL_FN T quad_prefix_exclusive_product(A x) {
+template <class A, class T = msl_::number_t<A>, MSL_REST> MSL_FN T quad_prefix_exclusive_product(A x, Rest...) {
+    MSL_NO_REST(quad_prefix_exclusive_product);
     T y = quad_shuffle_up(quad_prefix_inclusive_product(x), 1);
     return (msl_::lane() & 3u) == 0 ? T(make_scalar_t<T>(1)) : y;
 }

@@ -57,12 +57,12 @@ typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 
-template <class T, int C, int R> MSL_FN simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T value) {
+template <class T, int C, int R = C> MSL_FN simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T value) {
     simdgroup_matrix<T, C, R> m;
     m.e = vec<T, 2>(value, value);
     return m;
 }
-template <class T, int C, int R> MSL_FN simdgroup_matrix<T, C, R> make_diagonal_simdgroup_matrix(T value) {
+template <class T, int C, int R = C> MSL_FN simdgroup_matrix<T, C, R> make_diagonal_simdgroup_matrix(T value) {
     return simdgroup_matrix<T, C, R>(value);
 }
 

@@ -28,7 +28,25 @@
 #define __METAL__       1
 #define __HAVE_BFLOAT__ 1
 
+#if !MSL_GPU    // NVRTC has its own
+namespace std { // where compilers look for what {1, 2, 3} is as an argument
+template <class T> class initializer_list {
+    const T *first;
+    unsigned long count;
+    constexpr initializer_list(const T *begin, unsigned long n) : first(begin), count(n) {}
+
+  public:
+    using value_type = T;
+    constexpr initializer_list() : first(nullptr), count(0) {}
+    constexpr unsigned long size() const { return count; }
+    constexpr const T *begin() const { return first; }
+    constexpr const T *end() const { return first + count; }
+};
+} // namespace std
+#endif
+
 namespace metal {
+using std::initializer_list;
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -100,6 +118,8 @@ template <class T, size_t N> struct remove_extent<T[N]> { using type = T; };
 #undef MSL_REMOVER
 template <class T> using decay_t = remove_cv_t<remove_reference_t<T>>;
 template <class T> struct decay { using type = decay_t<T>; };
+template <class T> struct remove_addrspace { using type = T; }; // which types have none of here
+template <class T> using remove_addrspace_t = T;
 template <class T> struct add_const { using type = const T; };
 template <class T> struct add_pointer { using type = remove_reference_t<T> *; };
 template <class T> using add_pointer_t = typename add_pointer<T>::type;
@@ -108,12 +128,11 @@ template <class T> T &&declval() noexcept;
 template <class T> MSL_FN constexpr remove_reference_t<T> &&move(T &&x) {
     return static_cast<remove_reference_t<T> &&>(x);
 }
-template <class T> MSL_FN constexpr T &&forward(remove_reference_t<T> &x) { return static_cast<T &&>(x); }
 
 namespace msl_ {
-// What an arithmetic type is: kind 0 none, 1 bool, 2 integer, 3 floating point.
+// What an arithmetic type is: kind 0 none, 1 bool, 2 integer (an enumeration too), 3 floating point.
 template <class T> struct scalar {
-    static constexpr int kind = 0;
+    static constexpr int kind = __is_enum(T) ? 2 : 0;
     static constexpr bool is_signed = false;
 };
 #define MSL_SCALAR(T, Kind, Signed)               \
@@ -137,9 +156,10 @@ MSL_SCALAR(float, 3, true)
 MSL_SCALAR(double, 3, true)
 } // namespace msl_
 
-template <class T> constexpr bool is_arithmetic_v = msl_::scalar<remove_cv_t<T>>::kind != 0;
+template <class T> constexpr bool is_arithmetic_v = msl_::scalar<remove_cv_t<T>>::kind != 0 && !__is_enum(T);
 template <class T>
-constexpr bool is_integral_v = msl_::scalar<remove_cv_t<T>>::kind == 1 || msl_::scalar<remove_cv_t<T>>::kind == 2;
+constexpr bool is_integral_v = (msl_::scalar<remove_cv_t<T>>::kind == 1 || msl_::scalar<remove_cv_t<T>>::kind == 2) &&
+                               !__is_enum(T);
 template <class T> constexpr bool is_floating_point_v = msl_::scalar<remove_cv_t<T>>::kind == 3;
 template <class T> constexpr bool is_signed_v = msl_::scalar<remove_cv_t<T>>::is_signed;
 template <class T> constexpr bool is_unsigned_v = is_integral_v<T> && !is_signed_v<T>;
@@ -147,7 +167,6 @@ template <class T> constexpr bool is_scalar_v = is_arithmetic_v<T> || __is_enum(
 template <class T> constexpr bool is_enum_v = __is_enum(T);
 template <class T> constexpr bool is_class_v = __is_class(T);
 template <class T> constexpr bool is_union_v = __is_union(T);
-template <class T> constexpr bool is_empty_v = __is_empty(T);
 template <class T> constexpr bool is_trivially_copyable_v = __is_trivially_copyable(T);
 template <class A, class B> constexpr bool is_base_of_v = __is_base_of(A, B);
 template <class T> constexpr bool is_void_v = is_same_v<remove_cv_t<T>, void>;
@@ -181,7 +200,6 @@ MSL_TRAIT(is_scalar)
 MSL_TRAIT(is_enum)
 MSL_TRAIT(is_class)
 MSL_TRAIT(is_union)
-MSL_TRAIT(is_empty)
 MSL_TRAIT(is_trivially_copyable)
 MSL_TRAIT(is_void)
 MSL_TRAIT(is_const)
@@ -420,16 +438,18 @@ template <class H> struct arm {
 #undef MSL_ARM_OP
     friend MSL_FN constexpr H operator-(arm a) { return -a.value; }
 };
-} // namespace msl_
 struct armed {};
-namespace msl_ {
+// What the generated source makes of a whole conditional: (unarmed(), (c ? a : b)).
+struct unarmed {};
+template <class H> MSL_FN constexpr H operator,(unarmed, arm<H> x) { return x.value; }
 template <class H> using if_16_bit = enable_if_t<is_same_v<H, half> || is_same_v<H, bfloat>>;
+template <class H, class = if_16_bit<H>> MSL_FN constexpr arm<H> operator,(armed, H x) { return x; }
 } // namespace msl_
-template <class H, class = msl_::if_16_bit<H>> MSL_FN constexpr msl_::arm<H> operator,(armed, H x) { return x; }
 
 // ---- limits
 
-template <class T> struct numeric_limits {
+// By the name that Metal's own header gives what users specialize.
+template <class T> struct _numeric_limits_impl {
     static constexpr bool is_specialized = is_integral_v<T>;
     static constexpr bool is_signed = is_signed_v<T>;
     static constexpr bool is_integer = true;
@@ -447,9 +467,8 @@ template <class T> struct numeric_limits {
     static MSL_FN constexpr T quiet_NaN() { return T(0); }
     static MSL_FN constexpr T denorm_min() { return T(0); }
 };
-template <class T> struct numeric_limits<const T> : numeric_limits<T> {};
 #define MSL_FLOAT_LIMITS(T, U, Digits, MinExponent, Min, Max, Epsilon, Inf, NaN)       \
-    template <> struct numeric_limits<T> {                                             \
+    template <> struct _numeric_limits_impl<T> {                                       \
         static constexpr bool is_specialized = true;                                   \
         static constexpr bool is_signed = true;                                        \
         static constexpr bool is_integer = false;                                      \
@@ -476,6 +495,8 @@ MSL_FLOAT_LIMITS(float, uint, 24, -125, 0x00800000, 0x7f7fffff, 0x34000000, 0x7f
 MSL_FLOAT_LIMITS(half, ushort, 11, -13, 0x0400, 0x7bff, 0x1400, 0x7c00, 0x7e00)
 MSL_FLOAT_LIMITS(bfloat, ushort, 8, -125, 0x0080, 0x7f7f, 0x3c00, 0x7f80, 0x7fc0)
 #undef MSL_FLOAT_LIMITS
+template <class T> struct numeric_limits : _numeric_limits_impl<T> {};
+template <class T> struct numeric_limits<const T> : numeric_limits<T> {};
 
 // ---- array, thread scopes and other names of the standard library
 
@@ -515,10 +536,10 @@ template <class T> MSL_FN constexpr void swap(T &a, T &b) {
 #define LONG_MAX       9223372036854775807l
 #define LONG_MIN       (-9223372036854775807l - 1)
 #define ULONG_MAX      18446744073709551615ul
-#define INFINITY       (metal::numeric_limits<float>::infinity())
-#define NAN            (metal::numeric_limits<float>::quiet_NaN())
+#define INFINITY       (::metal::numeric_limits<float>::infinity())
+#define NAN            (::metal::numeric_limits<float>::quiet_NaN())
 #define HUGE_VALF      INFINITY
-#define HUGE_VALH      (metal::numeric_limits<metal::half>::infinity())
+#define HUGE_VALH      (::metal::numeric_limits<::metal::half>::infinity())
 #define MAXFLOAT       0x1.fffffep127f
 #define FLT_MAX        0x1.fffffep127f
 #define FLT_MIN        0x1p-126f
@@ -530,10 +551,10 @@ template <class T> MSL_FN constexpr void swap(T &a, T &b) {
 #define FLT_MIN_EXP    (-125)
 #define FLT_MAX_10_EXP 38
 #define FLT_MIN_10_EXP (-37)
-#define MAXHALF        metal::half(0x1.ffcp15f)
-#define HALF_MAX       metal::half(0x1.ffcp15f)
-#define HALF_MIN       metal::half(0x1p-14f)
-#define HALF_EPSILON   metal::half(0x1p-10f)
+#define MAXHALF        ::metal::half(0x1.ffcp15f)
+#define HALF_MAX       ::metal::half(0x1.ffcp15f)
+#define HALF_MIN       ::metal::half(0x1p-14f)
+#define HALF_EPSILON   ::metal::half(0x1p-10f)
 #define HALF_DIG       3
 #define HALF_MANT_DIG  11
 #define HALF_RADIX     2
@@ -552,16 +573,16 @@ template <class T> MSL_FN constexpr void swap(T &a, T &b) {
 #define M_2_SQRTPI_F   1.12837916709551257390f
 #define M_SQRT2_F      1.41421356237309504880f
 #define M_SQRT1_2_F    0.707106781186547524401f
-#define M_E_H          metal::half(M_E_F)
-#define M_LOG2E_H      metal::half(M_LOG2E_F)
-#define M_LOG10E_H     metal::half(M_LOG10E_F)
-#define M_LN2_H        metal::half(M_LN2_F)
-#define M_LN10_H       metal::half(M_LN10_F)
-#define M_PI_H         metal::half(M_PI_F)
-#define M_PI_2_H       metal::half(M_PI_2_F)
-#define M_PI_4_H       metal::half(M_PI_4_F)
-#define M_1_PI_H       metal::half(M_1_PI_F)
-#define M_2_PI_H       metal::half(M_2_PI_F)
-#define M_2_SQRTPI_H   metal::half(M_2_SQRTPI_F)
-#define M_SQRT2_H      metal::half(M_SQRT2_F)
-#define M_SQRT1_2_H    metal::half(M_SQRT1_2_F)
+#define M_E_H          ::metal::half(M_E_F)
+#define M_LOG2E_H      ::metal::half(M_LOG2E_F)
+#define M_LOG10E_H     ::metal::half(M_LOG10E_F)
+#define M_LN2_H        ::metal::half(M_LN2_F)
+#define M_LN10_H       ::metal::half(M_LN10_F)
+#define M_PI_H         ::metal::half(M_PI_F)
+#define M_PI_2_H       ::metal::half(M_PI_2_F)
+#define M_PI_4_H       ::metal::half(M_PI_4_F)
+#define M_1_PI_H       ::metal::half(M_1_PI_F)
+#define M_2_PI_H       ::metal::half(M_2_PI_F)
+#define M_2_SQRTPI_H   ::metal::half(M_2_SQRTPI_F)
+#define M_SQRT2_H      ::metal::half(M_SQRT2_F)
+#define M_SQRT1_2_H    ::metal::half(M_SQRT1_2_F)

@@ -69,7 +69,7 @@ struct function_constant {
     }
 };
 } // namespace msl_
-#define is_function_constant_defined(name) (metal::msl_::function_constant())
+#define is_function_constant_defined(name) (::metal::msl_::function_constant())
 #undef MSL_UNSUPPORTED
 #undef MSL_UNSUPPORTED_TYPE
 

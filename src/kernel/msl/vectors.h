@@ -16,10 +16,10 @@ template <class V> struct packed_vec;
 
 namespace msl_ {
 template <class... A> using if_scalars = enable_if_t<((scalar<A>::kind > 0) && ...)>;
-// Another scalar, from which a 16-bit float, a class, would be one conversion too many on the way to its vectors.
+// Another scalar, where one of both is a 16-bit float: a class, to or from which is one conversion too many on the way to a vector.
+template <class T> constexpr bool is_16_bit = is_same_v<T, half> || is_same_v<T, bfloat>;
 template <class T, class A>
-using if_scalar_for =
-    enable_if_t<(scalar<A>::kind > 0) && !is_same_v<T, A> && (is_same_v<T, half> || is_same_v<T, bfloat>)>;
+using if_scalar_for = enable_if_t<(scalar<A>::kind > 0) && !is_same_v<T, A> && (is_16_bit<T> || is_16_bit<A>)>;
 
 // Components I of the Width elements that this member of a union overlays, as a value of type V.
 template <class V, class T, int Width, int... I> struct swizzle {
@@ -52,7 +52,34 @@ template <class V, class T, int Width, int... I> struct swizzle {
     MSL_SWIZZLE_OP(<<)
     MSL_SWIZZLE_OP(>>)
 #undef MSL_SWIZZLE_OP
+    MSL_FN V operator++() { return *this += T(1), V(*this); }
+    MSL_FN V operator--() { return *this -= T(1), V(*this); }
+    MSL_FN V operator++(int) {
+        V old = *this;
+        *this += T(1);
+        return old;
+    }
+    MSL_FN V operator--(int) {
+        V old = *this;
+        *this -= T(1);
+        return old;
+    }
 };
+
+// What a vector is made of: how many components an argument brings, and component I of all arguments, 0 behind the last.
+template <class T> constexpr int parts_of = scalar<T>::kind > 0;
+template <class T, int N> constexpr int parts_of<vec<T, N>> = N;
+template <class V, class T, int W, int... I> constexpr int parts_of<swizzle<V, T, W, I...>> = sizeof...(I);
+template <class V> constexpr int parts_of<packed_vec<V>> = V::width;
+template <int N, class... P>
+using if_parts = enable_if_t<(sizeof...(P) > 1) && ((parts_of<P> > 0) && ...) &&
+                             ((parts_of<P> + ...) == N || (((parts_of<P> == 1) && ...) && sizeof...(P) < N))>;
+template <int I> MSL_FN constexpr int component() { return 0; }
+template <int I, class A, class... P> MSL_FN constexpr auto component(const A &a, const P &...p) {
+    if constexpr (I >= parts_of<A>) return component<I - parts_of<A>>(p...);
+    else if constexpr (scalar<A>::kind > 0) return a;
+    else return a[I];
+}
 } // namespace msl_
 
 #if MSL_GPU
@@ -121,7 +148,8 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
         return *this;                                                                                        \
     }                                                                                                        \
     template <class A, class = msl_::if_scalar_for<T, A>> MSL_FN constexpr vec(A s) : vec(T(s)) {}           \
-    template <class U> MSL_FN constexpr explicit vec(vec<U, N> b) : vec(EACH(T, MSL_CONVERT, )) {}           \
+    template <class U, int M, class = enable_if_t<(M >= N)>>                                                 \
+    MSL_FN constexpr explicit vec(vec<U, M> b) : vec(EACH(T, MSL_CONVERT, )) {}                              \
     template <class V, class U, int W, int... I>                                                             \
     MSL_FN constexpr explicit vec(const msl_::swizzle<V, U, W, I...> &b) : vec(b.operator V()) {}            \
     template <class V> MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(b.operator V()) {}        \
@@ -180,7 +208,8 @@ template <class T> struct MSL_VEC(T, 2, sizeof(T) * 2) {
     };
     MSL_FN constexpr vec(T s) : x(s), y(s) {}
     MSL_FN constexpr vec(T a, T b) : x(a), y(b) {}
-    template <class A, class B, class = msl_::if_scalars<A, B>> MSL_FN constexpr vec(A a, B b) : x(T(a)), y(T(b)) {}
+    template <class... P, class = msl_::if_parts<2, P...>>
+    MSL_FN constexpr vec(const P &...p) : x(T(msl_::component<0>(p...))), y(T(msl_::component<1>(p...))) {}
     MSL_VEC_COMMON(2, MSL_EACH_2)
 };
 
@@ -202,8 +231,9 @@ template <class T> struct MSL_VEC(T, 3, sizeof(T) * 4) {
     };
     MSL_FN constexpr vec(T s) : x(s), y(s), z(s) {}
     MSL_FN constexpr vec(T a, T b, T c) : x(a), y(b), z(c) {}
-    template <class A, class B, class C, class = msl_::if_scalars<A, B, C>>
-    MSL_FN constexpr vec(A a, B b, C c) : x(T(a)), y(T(b)), z(T(c)) {}
+    template <class... P, class = msl_::if_parts<3, P...>>
+    MSL_FN constexpr vec(const P &...p)
+        : x(T(msl_::component<0>(p...))), y(T(msl_::component<1>(p...))), z(T(msl_::component<2>(p...))) {}
     MSL_FN constexpr vec(T a, vec<T, 2> b) : x(a), y(b.x), z(b.y) {}
     MSL_FN constexpr vec(vec<T, 2> a, T b) : x(a.x), y(a.y), z(b) {}
     MSL_VEC_COMMON(3, MSL_EACH_3)
@@ -227,8 +257,10 @@ template <class T> struct MSL_VEC(T, 4, sizeof(T) * 4) {
     };
     MSL_FN constexpr vec(T s) : x(s), y(s), z(s), w(s) {}
     MSL_FN constexpr vec(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
-    template <class A, class B, class C, class D, class = msl_::if_scalars<A, B, C, D>>
-    MSL_FN constexpr vec(A a, B b, C c, D d) : x(T(a)), y(T(b)), z(T(c)), w(T(d)) {}
+    template <class... P, class = msl_::if_parts<4, P...>>
+    MSL_FN constexpr vec(const P &...p)
+        : x(T(msl_::component<0>(p...))), y(T(msl_::component<1>(p...))), z(T(msl_::component<2>(p...))),
+          w(T(msl_::component<3>(p...))) {}
     MSL_FN constexpr vec(T a, T b, vec<T, 2> c) : x(a), y(b), z(c.x), w(c.y) {}
     MSL_FN constexpr vec(T a, vec<T, 2> b, T c) : x(a), y(b.x), z(b.y), w(c) {}
     MSL_FN constexpr vec(T a, vec<T, 3> b) : x(a), y(b.x), z(b.y), w(b.z) {}
@@ -242,6 +274,16 @@ template <class T> struct MSL_VEC(T, 4, sizeof(T) * 4) {
 #undef MSL_VEC_COMMON
 #undef MSL_VEC_ARITHMETIC
 #undef MSL_VEC_COMPARISON
+
+// By a vector of another integer type.
+template <class T, class U, int N, class = enable_if_t<!is_same_v<T, U>>>
+MSL_FN constexpr vec<T, N> operator<<(vec<T, N> a, vec<U, N> b) {
+    return a << vec<T, N>(b);
+}
+template <class T, class U, int N, class = enable_if_t<!is_same_v<T, U>>>
+MSL_FN constexpr vec<T, N> operator>>(vec<T, N> a, vec<U, N> b) {
+    return a >> vec<T, N>(b);
+}
 
 // Components as an array has them, aligned as one component; arithmetic is that of V.
 template <class V, class T, int N> struct packed_components;
@@ -302,8 +344,11 @@ template <class V> struct packed_vec : packed_components<V, typename V::scalar_t
     packed_vec() = default;
     constexpr packed_vec(const packed_vec &) = default;
     MSL_FN constexpr packed_vec(const V &v) : packed_components<V, typename V::scalar_type, V::width>(v) {}
-    template <class... A, class = enable_if_t<(sizeof...(A) > 0), decltype(V(declval<A>()...))>>
-    MSL_FN constexpr explicit packed_vec(const A &...a) : packed_vec(V(a...)) {}
+    template <class A, class = enable_if_t<msl_::scalar<A>::kind == 0, decltype(V(declval<A>()))>>
+    MSL_FN constexpr explicit packed_vec(const A &a) : packed_vec(V(a)) {}
+    template <class... A, class = enable_if_t<(sizeof...(A) > 1), decltype(V(declval<A>()...))>>
+    MSL_FN constexpr packed_vec(const A &...a) : packed_vec(V(a...)) {}
+    template <class A, class = msl_::if_scalars<A>> MSL_FN constexpr packed_vec(A a) : packed_vec(V(a)) {}
     MSL_FN packed_vec &operator=(const packed_vec &b) {
         msl_::copy(this, &b, sizeof *this);
         return *this;
@@ -316,10 +361,25 @@ template <class V> struct packed_vec : packed_components<V, typename V::scalar_t
     MSL_PACKED_OP(-)
     MSL_PACKED_OP(*)
     MSL_PACKED_OP(/)
+    MSL_PACKED_OP(%)
+    MSL_PACKED_OP(<<)
+    MSL_PACKED_OP(>>)
     MSL_PACKED_OP(&)
     MSL_PACKED_OP(|)
     MSL_PACKED_OP(^)
 #undef MSL_PACKED_OP
+    MSL_FN packed_vec &operator++() { return *this += scalar_type(1); }
+    MSL_FN packed_vec &operator--() { return *this -= scalar_type(1); }
+    MSL_FN V operator++(int) {
+        V old = *this;
+        ++*this;
+        return old;
+    }
+    MSL_FN V operator--(int) {
+        V old = *this;
+        --*this;
+        return old;
+    }
 };
 #undef MSL_S2
 #undef MSL_S3
@@ -363,19 +423,26 @@ template <class V> struct vector_arm : V {
     template <class A, class = if_scalars<A>> MSL_FN constexpr vector_arm(A a) : V(T(a)) {}
     MSL_FN constexpr vector_arm(arm<T> a) : V(T(a)) {}
 };
-} // namespace msl_
-template <class H, int N, class = msl_::if_16_bit<H>>
-MSL_FN constexpr msl_::vector_arm<vec<H, N>> operator,(armed, vec<H, N> v) {
+template <class H, int N, class = if_16_bit<H>> MSL_FN constexpr vector_arm<vec<H, N>> operator,(armed, vec<H, N> v) {
     return v;
 }
-template <class V, class T, int W, int... I> MSL_FN constexpr auto operator,(armed, msl_::swizzle<V, T, W, I...> s) {
+template <class V, class T, int W, int... I> MSL_FN constexpr auto operator,(armed, swizzle<V, T, W, I...> s) {
     return (armed(), V(s));
 }
 
-namespace msl_ {
+template <class V> MSL_FN constexpr auto operator,(armed, const packed_vec<V> &p) { return (armed(), V(p)); }
+template <class V> MSL_FN constexpr V operator,(unarmed, const vector_arm<V> &v) { return v; }
+
+// What the generated source makes of a swizzle that is read: (valued(), v.xy).
+struct valued {};
+template <class V, class T, int W, int... I> MSL_FN constexpr V operator,(valued, const swizzle<V, T, W, I...> &s) {
+    return s;
+}
+
 // What a function's argument counts as: a scalar, or the vector that a swizzle or a packed vector stands for.
 template <class T, class = void> struct number {};
-template <class T> struct number<T, enable_if_t<(scalar<T>::kind > 0)>> { using type = T; };
+template <class T> struct number<T, enable_if_t<(scalar<T>::kind > 0) && !__is_enum(T)>> { using type = T; };
+template <class T> struct number<T, enable_if_t<__is_enum(T)>> { using type = decltype(+T()); };
 template <class H> struct number<arm<H>> { using type = H; };
 template <class V> struct number<vector_arm<V>> { using type = V; };
 template <class T, int N> struct number<vec<T, N>> { using type = vec<T, N>; };
