@@ -247,6 +247,15 @@ def test_a_visible_nan_shows_in_its_query_alone():
         assert np.isnan(out[0, 0, 0]).all() == (name == "k")
 
 
+@pytest.mark.parametrize("keys", [3, 50, 5000])
+def test_a_sink_hides_no_nan(keys):
+    q, k, v = normal(9, (1, 2, 3, 8), (1, 1, keys, 8), (1, 1, keys, 8))
+    q[0, 1, 1, 2] = np.nan
+    out, logsumexp = attend(q, k, v, scale=0.3, sinks=np.array([1.0, 2.0], np.float32), return_logsumexp=True)
+    assert np.isnan(out[0, 1, 1]).all()
+    assert np.argwhere(np.isnan(logsumexp)).tolist() == [[0, 1, 1]]
+
+
 @pytest.mark.parametrize("value", [-1e9, np.finfo(np.float32).min])
 def test_a_large_finite_mask_is_an_ordinary_number(value):
     _, k, v = normal(10, (1,), (1, 1, 30, 8), (1, 1, 30, 8))

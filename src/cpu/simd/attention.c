@@ -550,7 +550,7 @@ static double normalizer(const mtl_attention_args *args, int64_t head, double *l
         double sink = mtl_load_double(args->sinks.data + head * args->sinks.stride, args->sinks.dtype);
         if (sink > *largest) {
             factor = exp(*largest - sink);
-            *sum = factor == 0 ? 0 : *sum * factor;
+            *sum = factor == 0 && !isnan(*sum) ? 0 : *sum * factor;
             *largest = sink;
         }
         /* exp(infinity - infinity) is NaN, but next to an infinite sink every finite score has the weight 0. */
