@@ -356,7 +356,8 @@ typedef struct metalloid_kernel_call {
     DLTensor *const *outputs;
 
     /* Threads in all and in a threadgroup, along x, y, z: at least 1. A threadgroup is cut to the grid, then has at most 1024
-     * threads; those at the edges are smaller where the grid is no multiple. */
+     * threads; those at the edges are smaller where the grid is no multiple. In CUDA C++ and precompiled all are whole, have at
+     * most 64 threads along z, and are at most 65535 along y and along z. */
     int64_t grid[3], threadgroup[3];
 
     int template_count;
