@@ -33,7 +33,7 @@ INLINE vec vec_min(vec a, vec b) { return (vec)MM(min_ps)(a, b); }
 #if VECTOR_BYTES == 64
 INLINE vec vec_load_f16(const void *from) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
 INLINE vec_half vec_to_f16(vec v) {
-    return (vec_half)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vec_half)_mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 INLINE vec vec_load_bf16(const void *from) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
