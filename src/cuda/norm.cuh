@@ -6,7 +6,8 @@
 // The fast kernel keeps a row in registers: one read and one write of each byte. A row belongs to a warp or to a block,
 // so that its sums need few steps and many rows are in flight. layer_norm takes deviations from a pivot, the row's
 // first element, so that a large mean is gone before it can cost digits, and sums them and their squares in one
-// reduction; a second one gives the variance where the pivot lies more than two deviations from the mean.
+// reduction. Where that element lies more than two deviations from the mean, taking it away costs digits in its turn:
+// then the mean found becomes the pivot, and the sums are taken again.
 //
 // Where squares would leave float32's range, the row is first multiplied by a power of two, which is exact and cancels.
 //
@@ -72,24 +73,34 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     };
 
     float length = (float)p.length, eps = (float)p.eps, mean = 0, variance, scale = 1;
-    bool far = false; // the pivot from the mean: then the variance has cancelled
     if constexpr (LAYER) {
         // The sum may lie where an input was: what is read there is read once.
         if constexpr (ADD) pivot = of_first_thread(sums[0][0]);
         else pivot = load_float(p.x.data + at.of[X], Element<T>::dtype);
-        float2 total = {}; // of deviations from the pivot, and of their squares
+#pragma unroll 1
+        for (bool again = false;; again = true) {
+            float2 total = {}; // of deviations from the pivot, and of their squares
 #pragma unroll
-        for (int i = 0; i < VECTORS; i++) {
-            if (!inside(i)) continue;
-            float x[N];
-            read(x, i);
+            for (int i = 0; i < VECTORS; i++) {
+                if (!inside(i)) continue;
+                float x[N];
+                read(x, i);
 #pragma unroll
-            for (int j = 0; j < N; j++) total.x += x[j], total.y += x[j] * x[j];
+                for (int j = 0; j < N; j++) total.x += x[j], total.y += x[j] * x[j];
+            }
+            total = over_row<float2, add<float2>, 0>(total, float2{});
+            mean = total.x / length;
+            variance = fmaxf(total.y / length - mean * mean, 0);
+            bool far = mean != 0 && mean * mean >= 4 * variance; // the same for the whole row
+            if (again || !far) break;
+            pivot += mean;
+            if (blockDim.x > WARP) __syncthreads(); // before what over_row shares is written again
+            if constexpr (!ADD) { // or the compiler widens before the loop, for which registers are too few
+#pragma unroll
+                for (int i = 0; i < VECTORS; i++)
+                    asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y), "+r"(raw[i].z), "+r"(raw[i].w));
+            }
         }
-        total = over_row<float2, add<float2>, 0>(total, float2{});
-        mean = total.x / length;
-        variance = fmaxf(total.y / length - mean * mean, 0);
-        far = mean * mean > 4 * variance;
     } else {
         float total = 0;
 #pragma unroll
@@ -102,7 +113,7 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
         variance = over_row<float, add<float>, 0>(total, 0) / length;
     }
 
-    if (far || !(variance + eps > 1e-25f && variance + eps < 1e30f)) { // the same for the whole row
+    if (!(variance + eps > 1e-25f && variance + eps < 1e30f)) { // the same for the whole row
         float largest = 0, squares = 0;
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
