@@ -51,13 +51,8 @@ __device__ inline double inv_freq(const mtl_cuda_rope_args &p, int64_t pair) {
 __device__ inline double scaled_position(const mtl_cuda_rope_args &p, int64_t batch, int64_t time) {
     if (!p.positions) return (double)(p.offset + time) * p.scale;
     const char *at = p.positions + batch * p.position_batch_stride;
-    int64_t position;
-    if (p.each_token) {
-        position = load_integer(at + time * p.position_time_stride, p.positions_dtype);
-    } else {
-        position = load_integer(at, p.positions_dtype);
-        if (position >= INT32_MIN && position <= INT32_MAX) position += time;
-    }
+    int64_t position = load_integer(p.each_token ? at + time * p.position_time_stride : at, p.positions_dtype);
+    if (!p.each_token && position <= INT32_MAX) position += time; // that cannot overflow; from below it may come inside
     return position >= INT32_MIN && position <= INT32_MAX ? (double)position * p.scale : (double)NAN;
 }
 
