@@ -10,6 +10,12 @@ enum { GATE, UP, OUT }; // operands of the loop
 
 constexpr int GATED_VECTORS = 1; // of a thread, as in gated.c
 
+// The product, or for an infinite `up` infinity: an act(gate) below float's range is then no 0, which would give NaN.
+__device__ inline float beside_infinity(float product, float gate, float up) {
+    bool infinite = (isinf(up) & (gate != 0)) & (fabsf(gate) < INFINITY);
+    return infinite ? __uint_as_float(__float_as_uint(up) ^ (__float_as_uint(gate) & 0x80000000u)) : product;
+}
+
 template <typename T, float (*act)(float)> __device__ inline void gated_rows(const mtl_cuda_gated_args &p) {
     constexpr int N = LANES<T>;
     Offsets at = offsets_at(p.rows, p.first_row + blockIdx.y);
@@ -28,11 +34,18 @@ template <typename T, float (*act)(float)> __device__ inline void gated_rows(con
     for (int i = 0; i < GATED_VECTORS; i++) {
         int64_t vector = first + i * blockDim.x;
         if (vector >= vectors) continue;
-        float g[N], u[N];
+        float g[N], u[N], largest = 0;
         widen(g, gate[i], T());
         widen(u, up[i], T());
 #pragma unroll
-        for (int j = 0; j < N; j++) g[j] = act(g[j]) * u[j];
+        for (int j = 0; j < N; j++) largest = fmaxf(largest, fabsf(u[j]));
+        if (largest < INFINITY) {
+#pragma unroll
+            for (int j = 0; j < N; j++) g[j] = act(g[j]) * u[j];
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; j++) g[j] = beside_infinity(act(g[j]) * u[j], g[j], u[j]);
+        }
         store_16_bytes(p.out.data + at.of[OUT] + vector * 16, narrow(g, T()));
     }
 }
@@ -46,7 +59,7 @@ template <float (*act)(float)> __device__ inline void gated_any(const mtl_cuda_g
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < p.length; i += stride) {
         float gate = load_float(p.gate.data + at.of[GATE] + i * p.gate.stride, p.gate.dtype);
         float up = load_float(p.up.data + at.of[UP] + i * p.up.stride, p.up.dtype);
-        store_float(p.out.data + at.of[OUT] + i * p.out.stride, p.out.dtype, act(gate) * up);
+        store_float(p.out.data + at.of[OUT] + i * p.out.stride, p.out.dtype, beside_infinity(act(gate) * up, gate, up));
     }
 }
 
