@@ -58,13 +58,20 @@ def test_norms_of_every_length(op, rows, length, dtype):
     close(out, reference_norm(x, weight, None if op == "rms_norm" else bias, 1e-5), ROUNDING[dtype])
 
 
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
+@pytest.mark.parametrize("length", [128, 2048, 4096, 16384, 4100])
 @pytest.mark.parametrize("outlier", [1e4, -300.0, 5.0])
-def test_layer_norm_whose_first_element_lies_far_out(outlier):
-    x = randn(64, 4096)
+@pytest.mark.parametrize("size", [1, 1e-24])
+def test_layer_norm_whose_first_element_lies_far_out(size, outlier, length, op):
+    x, weight = randn(64, length), torch.ones(length, device="cuda")
     x[:, 0] = outlier
-    one, zero, out = torch.ones(4096, device="cuda"), torch.zeros(4096, device="cuda"), torch.empty_like(x)
-    run("layer_norm", x, one, zero, 1e-5, out)
-    close(out, reference_norm(x, one, zero, 1e-5), ROUNDING[torch.float32])
+    x *= size
+    weight[0] = 1e-3  # or the bound, a share of the row's largest, is too wide to see what is wrong with the others
+    zero, out = torch.zeros_like(weight), poisoned(64, length, dtype=x.dtype)
+    added = [] if op == "layer_norm" else [torch.zeros_like(x)]
+    sums = [] if op == "layer_norm" else [torch.empty_like(x)]
+    run(op, x, *added, weight, zero, 1e-5, *sums, out)
+    close(out, reference_norm(x, weight, zero, 1e-5), ROUNDING[torch.float32])
 
 
 @pytest.mark.parametrize("where", ["x", "residual", "both"])
@@ -143,6 +150,34 @@ def test_rope_by_far_angles_and_by_none(traditional):
     ref = reference_rope(x, 32, freqs.double(), -2, traditional, 7, 1e10)
     out[..., unrotated], ref[..., unrotated] = 0, 0
     close(out, ref, ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize("dim", [64, 6])
+def test_an_offset_s_positions_are_each_inside_int32_or_nan(dim):
+    offsets = torch.tensor([-(2**31) - 1, 2**31 - 2, -(2**63), 2**63 - 1], device="cuda")
+    x, freqs = randn(4, 3, 2, dim), 0.5 ** torch.arange(dim // 2, device="cuda")
+    out, time = poisoned(*x.shape, dtype=x.dtype), torch.arange(3, device="cuda")
+    options = rope_options(traditional=False, base=None, offset=view(offsets), inv_freqs=view(freqs), time_axis=1)
+    run("rope", x, dim, options, out)
+    for row, inside in enumerate([time > 0, time < 2, time < 0, time < 0]):
+        assert out[row, ~inside].isnan().all()
+        if inside.any():
+            ref = reference_rope(x, dim, freqs.double(), 1, False, offsets[row].item())
+            close(out[row, inside], ref[row, inside], ROUNDING[x.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [16, 9])
+@pytest.mark.parametrize("op", ["swiglu", "geglu", "geglu_tanh"])
+def test_an_infinite_factor_of_a_gate_stays_infinite(op, length, dtype):
+    """Of a gate far below 0 too, whose share is below float's range."""
+    gate = torch.tensor([-1e4, -200.0, -22.75, -15.0, -1e-7, 1e-7, 3.0, 1e4, 0.0], device="cuda")
+    gate = torch.nn.functional.pad(gate, (0, length - 9)).to(dtype)
+    for up in (torch.inf, -torch.inf):
+        ups, out = torch.full_like(gate, up), torch.zeros_like(gate)
+        run(op.split("_")[0], gate, ups, *([] if op == "swiglu" else [int(op == "geglu_tanh")]), out)
+        assert torch.equal(out[:8].float(), gate[:8].sign().float() * up)
+        assert out[8:].isnan().all()
 
 
 def reference_attention(
