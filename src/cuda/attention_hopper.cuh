@@ -224,7 +224,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     auto next_item = [&]() {
         int stage = taken % STAGES;
         barrier_wait(item_full + 8 * stage, taken++ / STAGES % 2);
-        unsigned index = item_taken[stage];
+        unsigned index = __shfl_sync(ALL_LANES, item_taken[stage], 0); // and so it has arrived
         barrier_arrive(item_empty + 8 * stage);
         return index;
     };
@@ -253,7 +253,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                         make_bits(p, item, first, warp - MASK_WARP - 1, mask, rows_differ, mask_bits[bits_at.stage]);
                         barrier_arrive(bits_full + 8 * bits_at.stage);
                         bits_at.advance(BIT_STAGES);
-                        if (mask) mask_done();
+                        if (mask) after_reads(), mask_done();
                     }
                 }
             }
@@ -274,9 +274,12 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             bool queries = false; // are on their way
             for (int tile = 0; tile < item.tiles; tile++) {
                 if (bits) {
-                    int state = bits_state();
+                    bool shown = shows(bits_state());
+                    if (!shown) {
+                        bits_done();
+                        continue;
+                    }
                     bits_done();
-                    if (!shows(state)) continue;
                 }
                 int stage = fetched % STAGES, parity = fetched / STAGES % 2 ^ 1, key = item.begin + tile * KEYS;
                 fetched++;
@@ -421,7 +424,6 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     two[0] = fmaf(two[0], factor, bias.x), two[1] = fmaf(two[1], factor, bias.y);
                 }
             }
-            mask_done();
         };
         auto hide = [&](int tile) {
             int first = item.begin + tile * KEYS;
@@ -482,13 +484,12 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     }
                     if (KIND == CHANGED) hide_unseen(seen);
                 }
-                bits_done();
             }
             if (KIND == CHANGED && added) add_mask();
             float of_tile[2];
             bool outgrown = first;
-            if (MASKED ||
-                !first) { // the first tile's are made in vain: without a branch they mix with what comes before
+            // With masks the first tile's are made in vain: without a branch they mix with what comes before.
+            if (MASKED || !first) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if (KIND == HIDDEN && partly) of_tile[i] = weigh(i, weights, seen);
@@ -498,6 +499,10 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     of_tile[0] <= MOST && of_tile[1] <= MOST && largest[0] != -INFINITY && largest[1] != -INFINITY;
                 outgrown = __any_sync(ALL_LANES, !fits);
             }
+            // Only now is what was read known to have arrived in registers: loads wait for the matrix units, arrivals at
+            // barriers do not, and who writes there next is quick.
+            if (bits) bits_done();
+            if (KIND == CHANGED && added) after_reads(), mask_done();
             if (outgrown) {
                 if (KIND == HIDDEN && partly) hide_unseen(seen);
 #pragma unroll

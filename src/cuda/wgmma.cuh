@@ -62,6 +62,9 @@ __device__ inline void barrier_wait(unsigned barrier, int parity) {
                  : "memory");
 }
 
+// Between a thread's own reads of shared memory and its leave for the copy engine to write there.
+__device__ inline void after_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // ---- a box of a tensor {feature, time, head, batch}, by the copy engine
 
 __device__ inline void copy_box(unsigned to, const void *map, unsigned barrier, int feature, int time, int head,

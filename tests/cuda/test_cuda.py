@@ -405,7 +405,7 @@ def test_a_hidden_key_never_shows(by, dtype, dim, poison, queries):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("form", ["plain", "causal", "key_mask", "added"])
+@pytest.mark.parametrize("form", ["full", "causal", "key_mask", "added"])
 @pytest.mark.parametrize(
     ("queries", "dim", "dtype"),
     [
