@@ -1304,6 +1304,22 @@ case(
     header="template <typename T> int bytes(T) { return sizeof(T); }\n#define LARGER(a, b) (a) > (b) ? (a) : (b)\n",
     **FLAT,
 )
+_halves, _words = (3 * X).astype(f16), (3 * X).view(u32)
+_bfloats = ((_words + 0x7FFF + (_words >> 16 & 1)) >> 16).astype(np.uint16)
+case(
+    "bytes of what was rounded to 16 bits",
+    f"{ID} half h = half(3 * a[i]); bfloat b = bfloat(3 * a[i]); out0[i] = as_type<uchar2>(h).x; out1[i] = uchar(as_type<ushort>(b));"
+    "((device uchar2*)out2)[i] = as_type<uchar2>(h).yx; threadgroup uchar low[64]; uint l = thread_position_in_threadgroup.x;"
+    "low[l] = uchar(as_type<ushort>(h)); threadgroup_barrier(mem_flags::mem_threadgroup); out3[i] = low[l ^ 1];",
+    [X],
+    [
+        _halves.view(np.uint16).astype(np.uint8),
+        _bfloats.astype(np.uint8),
+        _halves.view(np.uint16).byteswap().view(np.uint8),
+        _halves.view(np.uint16).astype(np.uint8)[np.arange(256) ^ 1],
+    ],
+    **FLAT,
+)
 case(
     "initializers",
     f"{ID} uint l = thread_position_in_threadgroup.x; threadgroup float sums[4] = {{1, 2}};"

@@ -303,15 +303,17 @@ MSL_FN float half_bits_to_float_gpu(ushort h) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
     return f;
 }
+// By way of a register of its own, which costs no instruction: where the low byte of what cvt itself gave is stored,
+// ptxas (of CUDA 13.0 and 13.2) stores the number converted to an integer instead (F2I.U8.F16).
 MSL_FN ushort float_to_half_bits_gpu(float f) {
     ushort h;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    asm("{ .reg .b16 t; cvt.rn.f16.f32 t, %1; mov.b16 %0, t; }" : "=h"(h) : "f"(f));
     return h;
 }
 #if __CUDA_ARCH__ >= 800
 MSL_FN ushort float_to_bfloat_bits_gpu(float f) {
     ushort h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    asm("{ .reg .b16 t; cvt.rn.bf16.f32 t, %1; mov.b16 %0, t; }" : "=h"(h) : "f"(f));
     return h;
 }
 #else

@@ -350,7 +350,11 @@ template <class V> struct packed_vec : packed_components<V, typename V::scalar_t
     MSL_FN constexpr packed_vec(const A &...a) : packed_vec(V(a...)) {}
     template <class A, class = msl_::if_scalars<A>> MSL_FN constexpr packed_vec(A a) : packed_vec(V(a)) {}
     MSL_FN packed_vec &operator=(const packed_vec &b) {
+#if MSL_GPU // where a copy of memory is one of bytes
+        for (int i = 0; i < width; ++i) this->e[i] = b.e[i];
+#else
         msl_::copy(this, &b, sizeof *this);
+#endif
         return *this;
     }
     MSL_FN scalar_type &operator[](int i) { return this->e[i]; }
