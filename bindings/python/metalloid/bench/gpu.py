@@ -205,16 +205,17 @@ delta_case(1, 8192)
 
 
 def attention_case(
-    batch, heads, kv_heads, queries, keys, dim, *, causal=False, mask=False, decode=False, sets=1, dtype=BF16
+    batch, heads, kv_heads, queries, keys, dim, *, causal=False, mask=None, decode=False, sets=1, dtype=BF16
 ):
+    """mask: "bool" or "additive", of all keys for all queries alike in decoding."""
     if decode:
         work, unit = 2 * batch * kv_heads * keys * dim * dtype.itemsize, "GB/s"
         name = f"decode GQA {heads}/{kv_heads} D{dim} B{batch} T{keys}"
     else:
         work = 4 * batch * heads * queries * keys * dim / (2 if causal else 1)
         unit = "TFLOP/s"
-        name = f"attention B{batch} H{heads}/{kv_heads} S{queries} D{dim}{' causal' * causal}{' bool mask' * mask}"
-    name += " float32" * (dtype == torch.float32)
+        name = f"attention B{batch} H{heads}/{kv_heads} S{queries} D{dim}{' causal' * causal}"
+    name += (f" {mask} mask" if mask else "") + " float32" * (dtype == torch.float32)
 
     @case(name, work, unit, sets)
     def _(ops):
@@ -223,7 +224,9 @@ def attention_case(
         out = torch.empty_like(q)
         allowed = None
         if mask:
-            allowed = torch.rand(queries, keys, device="cuda") < 0.9
+            allowed = torch.rand((batch, 1, 1, keys) if decode else (queries, keys), device="cuda") < 0.9
+            if mask == "additive":
+                allowed = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -math.inf)
         options = {"causal": causal, "mask": allowed}
         scale = 1 / math.sqrt(dim)
 
@@ -245,11 +248,18 @@ for causal in (False, True):
     attention_case(4, 16, 16, 4096, 4096, 128, causal=causal)
     attention_case(1, 16, 16, 16384, 16384, 128, causal=causal)
     attention_case(1, 8, 8, 16384, 16384, 256, causal=causal)
-attention_case(4, 16, 16, 4096, 4096, 128, mask=True)
+attention_case(4, 16, 16, 4096, 4096, 128, mask="bool")
+attention_case(4, 16, 16, 4096, 4096, 128, mask="additive")
 attention_case(4, 32, 8, 4096, 4096, 128, causal=True)
+for queries in (256, 1024):
+    attention_case(1, 32, 8, queries, queries, 128, causal=True, sets=4)
+attention_case(32, 12, 12, 128, 128, 64, sets=4)
 attention_case(1, 32, 8, 1, 8192, 128, decode=True, sets=8)
 attention_case(1, 32, 8, 1, 65536, 128, decode=True, sets=2)
 attention_case(8, 32, 8, 1, 8192, 128, decode=True, sets=2)
+for mask in ("bool", "additive"):
+    attention_case(1, 32, 8, 1, 8192, 128, decode=True, sets=8, mask=mask)
+    attention_case(8, 32, 8, 1, 8192, 128, decode=True, sets=2, mask=mask)
 attention_case(64, 32, 8, 1, 8192, 128, decode=True, sets=1)
 for causal in (False, True):
     attention_case(1, 8, 8, 4096, 4096, 512, causal=causal)
