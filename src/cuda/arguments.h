@@ -96,8 +96,8 @@ typedef struct mtl_cuda_attention_hopper_args {
     mtl_cuda_attention_args attention;
     int stages;      /* of tiles on their way, in decoding */
     int mask_stages; /* of a mask's tiles, in prefill; 0: there is no mask */
-    unsigned items,
-        *next; /* of rows, in prefill; which of them comes after each block's first: NULL where they are dealt out */
+    unsigned items;  /* of rows, in prefill */
+    unsigned *next;  /* which of them comes after each block's first: NULL where they are dealt out */
 } mtl_cuda_attention_hopper_args;
 
 /* What kv_cache_sdpa_update writes into the cache first; a mask into rows that the copy engine can read. */

@@ -16,11 +16,6 @@ __device__ inline float capped(const mtl_cuda_attention_args &p, float score) {
 // To about 2^-22, which is enough for scores with a cap of up to 2^10.
 __device__ inline float quick_tanh(float x) { return 1 - __fdividef(2, 1 + power_of_2(2 * LOG2_E * x)); }
 
-__device__ inline float2 widen_pair(unsigned x, __half) { return __half22float2(*(const __half2 *)&x); }
-__device__ inline float2 widen_pair(unsigned x, __nv_bfloat16) {
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-}
-
 // Whether the key is visible as far as key mask and mask say, and the score with the mask added.
 __device__ inline bool passes_masks(const mtl_cuda_attention_args &p, float &score, const char *key_mask,
                                     const char *mask, int64_t key) {

@@ -190,7 +190,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         barrier_init(q_full, 1), barrier_init(q_empty, GROUPS * 4);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(item_full + 8 * i, 1);
-            barrier_init(item_empty + 8 * i, (GROUPS * 4 + (MASKED ? 3 : 0)) * WARP);
+            barrier_init(item_empty + 8 * i, (GROUPS * 4 + (MASKED ? 1 + MAKERS : 0)) * WARP);
             barrier_init(k_full + 8 * i, 1), barrier_init(v_full + 8 * i, 1);
             barrier_init(k_empty + 8 * i, GROUPS * 4), barrier_init(v_empty + 8 * i, GROUPS * 4);
         }
@@ -275,7 +275,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             for (int tile = 0; tile < item.tiles; tile++) {
                 if (bits) {
                     bool shown = shows(bits_state());
-                    if (!shown) {
+                    if (!shown) { // two arrivals, so that both stand behind what was read
                         bits_done();
                         continue;
                     }

@@ -125,6 +125,10 @@ __device__ inline uint4 narrow(const float *from, float) {
     return make_uint4(__float_as_uint(from[0]), __float_as_uint(from[1]), __float_as_uint(from[2]),
                       __float_as_uint(from[3]));
 }
+__device__ inline float2 widen_pair(unsigned pair, __half) { return __half22float2(*(const __half2 *)&pair); }
+__device__ inline float2 widen_pair(unsigned pair, __nv_bfloat16) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
 __device__ inline unsigned narrow_pair(float low, float high, __nv_bfloat16) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *(unsigned *)&pair;

@@ -455,10 +455,6 @@ __device__ inline bool any_of_group(bool x) {
     return any;
 }
 
-__device__ inline float2 widen_pair(unsigned pair, __half) { return __half22float2(*(const __half2 *)&pair); }
-__device__ inline float2 widen_pair(unsigned pair, __nv_bfloat16) {
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
 __device__ inline float2 load_pair(const char *at, float) { return *(const float2 *)at; }
 template <typename T> __device__ inline float2 load_pair(const char *at, T t) {
     return widen_pair(*(const unsigned *)at, t);
