@@ -384,14 +384,16 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
 
         // The next tile of which something shows, from `tile` on; its bits stay where they are until bits_done.
         auto next_tile = [&](int tile) {
-            if (!bits) return tile;
-            for (; tile < item.tiles; tile++) {
-                state = bits_state();
-                if (shows(state)) break;
-                bits_done();
-                if (!added) continue;
-                barrier_wait(mask_full + 8 * mask_at.stage, mask_at.parity);
-                mask_done();
+            if constexpr (MASKED) {
+                if (!bits) return tile;
+                for (; tile < item.tiles; tile++) {
+                    state = bits_state();
+                    if (shows(state)) break;
+                    bits_done();
+                    if (!added) continue;
+                    barrier_wait(mask_full + 8 * mask_at.stage, mask_at.parity);
+                    mask_done();
+                }
             }
             return tile;
         };
