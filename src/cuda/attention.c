@@ -274,64 +274,75 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
 /* Many queries on Hopper. *done is false where attention.cu has to serve. */
 static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       const mtl_cuda_attention_args *attention, bool *done) {
-    enum {
-        ROWS = 128,
-        LEAST_ROWS = 64,
-        THREADS = 384,
-        STAGES = 2,
-        BIT_STAGES = 4,
-        MASK_STAGES = 4,
-        OWN_MEMORY = 1 << 10
-    };
-    enum { MOST_LENGTH = (1 << 30) - 2 * ROWS, FEW_ITEMS = 5, SHORT_KEYS = 1024, DEALT_TILES = 128 /* of a place */ };
+    enum { GROUP = 128 /* threads */, GROUP_ROWS = 64, BIT_STAGES = 4, MASK_STAGES = 4 };
+    enum { OWN_MEMORY = 1 << 10, RESERVED = 1 << 10 /* for each block */, MOST_LENGTH = (1 << 30) - 4 * GROUP_ROWS };
+    enum { FEW_ITEMS = 5, SHORT_KEYS = 1024, DEALT_TILES = 128 /* of a place */ };
     enum { PLAIN, HIDDEN, CHANGED, KINDS };
+    enum { LONG, SHORT, HOPPER_FORMS };
     static const int images[KINDS] = {MTL_CUDA_IMAGE_attention_hopper, MTL_CUDA_IMAGE_attention_hopper_masked,
                                       MTL_CUDA_IMAGE_attention_hopper_changed};
 #define KINDS_OF(dims) \
     { FORMS("attention", dims), FORMS("attention_masked", dims), FORMS("attention_changed", dims) }
     static const struct {
+        int groups, blocks, stages; /* of a block, of 64 rows each; of a multiprocessor; of tiles on their way */
         int keys, keys_masked;      /* of a tile */
         const char *name[KINDS][2]; /* float16, bfloat16 */
-    } kernels[HOPPER_DIMS] = {{128, 128, KINDS_OF("64_64")},
-                              {128, 128, KINDS_OF("96_96")},
-                              {128, 128, KINDS_OF("128_128")},
-                              {128, 64, KINDS_OF("192_128")},
-                              {64, 64, KINDS_OF("256_256")}};
+    } kernels[HOPPER_DIMS][HOPPER_FORMS] = {
+        {{2, 1, 4, 128, 128, KINDS_OF("64_64")}, {1, 2, 2, 128, 128, KINDS_OF("64_64_short")}},
+        {{2, 1, 2, 128, 128, KINDS_OF("96_96")}, {1, 2, 2, 64, 64, KINDS_OF("96_96_short")}},
+        {{2, 1, 2, 128, 128, KINDS_OF("128_128")}, {1, 2, 2, 64, 64, KINDS_OF("128_128_short")}},
+        {{2, 1, 2, 128, 64, KINDS_OF("192_128")}},
+        {{2, 1, 2, 64, 64, KINDS_OF("256_256")}},
+    };
     bool bf16 = args->q.dtype == MTL_BF16, adds = args->mask.data && args->mask.dtype != MTL_BOOL;
     int kind = adds || attention->softcap > 0 || !(attention->scale > 0) ? CHANGED
                : args->mask.data || args->key_mask.data                  ? HIDDEN
                                                                          : PLAIN;
-    int at = hopper_dims_of(args), places = call->device->multiprocessors;
-    int keys = kind == PLAIN ? kernels[at].keys : kernels[at].keys_masked;
-    int64_t items = (args->q_len + ROWS - 1) / ROWS * args->batch * args->q_heads;
+    int at = hopper_dims_of(args), multiprocessors = call->device->multiprocessors;
+    int64_t heads = args->batch * args->q_heads, halves = (args->q_len + GROUP_ROWS - 1) / GROUP_ROWS;
+    int64_t small_items = halves * heads, large_items = (halves + 1) / 2 * heads;
     *done = false;
-    if (args->q_len < LEAST_ROWS || items > INT32_MAX || args->q_len > MOST_LENGTH || args->kv_len > MOST_LENGTH)
+    if (args->q_len < GROUP_ROWS || small_items > INT32_MAX || args->q_len > MOST_LENGTH || args->kv_len > MOST_LENGTH)
         return METALLOID_OK;
     /* Long keys of few items are better split, over multiprocessors that would be idle, though each is slower. */
-    if (items * FEW_ITEMS < places && args->kv_len > SHORT_KEYS) return METALLOID_OK;
+    if (large_items * FEW_ITEMS < multiprocessors && args->kv_len > SHORT_KEYS) return METALLOID_OK;
+    /* Small items where large ones leave multiprocessors idle: if each has one then, or if causal makes them unlike. */
+    bool unlike = args->last_visible < args->kv_len - 1;
+    int form =
+        kernels[at][SHORT].groups && (small_items <= multiprocessors || (unlike && large_items <= multiprocessors));
+    int64_t items = form == SHORT ? small_items : large_items;
+    int rows = kernels[at][form].groups * GROUP_ROWS, blocks = kernels[at][form].blocks;
+    int keys = kind == PLAIN ? kernels[at][form].keys : kernels[at][form].keys_masked;
     /* A counter has to be made and cleared, which short work does not make up for: its items are dealt out, by size. */
-    bool counted = items > places && items * (args->kv_len / keys + 1) > (int64_t)places * DEALT_TILES;
+    int64_t places = (int64_t)multiprocessors * blocks;
+    bool counted = items > places && items * (args->kv_len / keys + 1) > places * DEALT_TILES;
     mtl_cuda_attention_hopper_args hopper = {.attention = *attention, .items = (unsigned)items};
-    hopper.attention.heads_a_turn = counted ? 1 : (int)(args->batch * args->q_heads);
     if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
-                           (mtl_cuda_box){BLOCK, ROWS}) ||
+                           (mtl_cuda_box){BLOCK, rows}) ||
         !describe_keys(call, args, &hopper, keys))
         return METALLOID_OK;
-    mtl_cuda_grid grid = {.blocks = items < places ? items : places, .threads = THREADS};
     int key_dim = in_blocks(hopper_dims[at].key_dim), value_dim = in_blocks(hopper_dims[at].value_dim);
-    grid.shared_memory = (ROWS * key_dim + STAGES * keys * (key_dim + value_dim)) * ELEMENT + HOPPER_ALIGNMENT;
-    if (args->key_mask.data || (args->mask.data && !adds)) grid.shared_memory += BIT_STAGES * (ROWS + 1) * VECTOR;
+    int stages = kernels[at][form].stages; /* half as many of queries */
+    int memory = (stages / 2 * rows * key_dim + stages * keys * (key_dim + value_dim)) * ELEMENT + HOPPER_ALIGNMENT;
+    if (args->key_mask.data || (args->mask.data && !adds)) memory += BIT_STAGES * (rows + 1) * VECTOR;
     CUdeviceptr mask = 0, next = 0;
     metalloid_status status = METALLOID_OK;
     *done = true;
     if (args->mask.data) {
-        int tile = ROWS * keys * (adds ? ELEMENT : 1);
-        int room = (call->device->shared_memory - OWN_MEMORY - grid.shared_memory) / tile;
+        int tile = rows * keys * (adds ? ELEMENT : 1);
+        int room = ((call->device->shared_memory + RESERVED) / blocks - RESERVED - OWN_MEMORY - memory) / tile;
         hopper.mask_stages = room < MASK_STAGES ? room : MASK_STAGES;
-        grid.shared_memory += hopper.mask_stages * tile;
-        status = prepare_mask(call, args, &hopper, (mtl_cuda_box){adds ? BLOCK : keys, ROWS}, &mask, done);
+        memory += hopper.mask_stages * tile;
+        status = prepare_mask(call, args, &hopper, (mtl_cuda_box){adds ? BLOCK : keys, rows}, &mask, done);
     }
-    mtl_cuda_kernel kernel = {images[kind], 2 * at + bf16, kernels[at].name[kind][bf16]};
+    /* Blocks of a row of the grid are one of each multiprocessor. */
+    int64_t rounds = (items + multiprocessors - 1) / multiprocessors;
+    mtl_cuda_grid grid = {.blocks = items < multiprocessors ? items : multiprocessors,
+                          .y = (int)(rounds < blocks ? rounds : blocks),
+                          .threads = (kernels[at][form].groups + 1) * GROUP,
+                          .shared_memory = memory,
+                          .overlaps = true};
+    mtl_cuda_kernel kernel = {images[kind], (HOPPER_FORMS * at + form) * 2 + bf16, kernels[at][form].name[kind][bf16]};
     if (*done && status == METALLOID_OK && counted) {
         status = mtl_cuda_allocate(call, sizeof *hopper.next, &next);
         if (status == METALLOID_OK) status = mtl_cuda_fill(call, next, 1, sizeof *hopper.next, 0);

@@ -24,30 +24,38 @@
 #include "cuda/wgmma.cuh"
 
 constexpr float MOST = 4096; // sum of a lane's weights of a row and tile: float16 goes to 65504
-constexpr int GROUP = 4 * WARP, GROUP_ROWS = 64, GROUPS = 2, ROWS = GROUPS * GROUP_ROWS, STAGES = 2, BIT_STAGES = 4;
+constexpr int GROUP = 4 * WARP, GROUP_ROWS = 64, ITEM_STAGES = 4, BIT_STAGES = 4;
 constexpr int MASK_STAGES = 4;           // of a mask's tiles, at most
 constexpr int MASK_WARP = 1, MAKERS = 2; // of the fetching group: who asks for them; the rest make bits
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Some queries, and the tiles of keys that causal and window leave them. Lengths are below 2^30 here, so that what is
-// beyond it can be cut off, and int suffices.
-template <int KEYS> struct Item {
+// The queries of an item, as the fetching thread tells the others; first < 0: there are no more.
+struct Queries {
+    int first, head, batch;
+
+    // Under causal the last rows have most to do: they go first, of all heads, or of a head at a time where a counter
+    // gives them out, so that its keys stay in the cache.
+    template <int ROWS> __device__ static Queries of_item(const mtl_cuda_attention_hopper_args &args, unsigned index) {
+        const mtl_cuda_attention_args &p = args.attention;
+        unsigned heads = (unsigned)p.q_heads, blocks = (unsigned)(p.q_len + ROWS - 1) / ROWS;
+        unsigned inner = args.next ? blocks : (unsigned)p.batch * heads, outer = index / inner, rest = index % inner;
+        unsigned before = args.next ? rest : outer, of_all = args.next ? outer : rest;
+        return {(int)(blocks - 1 - before) * ROWS, (int)(of_all % heads), (int)(of_all / heads)};
+    }
+};
+
+// And the tiles of keys that causal and window leave them. Lengths are below 2^30 here, so that what is beyond it can be
+// cut off, and int suffices.
+template <int ROWS, int KEYS> struct Item {
     int batch, head, first_query, begin, tiles, first_visible, last_visible, kv_len;
 
     __device__ static int cut(int64_t x) { return (int)(x < -(1 << 30) ? -(1 << 30) : x > 1 << 30 ? 1 << 30 : x); }
-    __device__ Item(const mtl_cuda_attention_args &p, unsigned index)
-        : first_visible(cut(p.first_visible)), last_visible(cut(p.last_visible)), kv_len((int)p.kv_len) {
-        int q_len = (int)p.q_len;
-        // Under causal the last rows have most to do: they go first, of so many heads at a time.
-        unsigned heads = (unsigned)p.q_heads, blocks = (unsigned)(q_len + ROWS - 1) / ROWS,
-                 most = (unsigned)p.heads_a_turn;
-        unsigned first_head = index / (most * blocks) * most, at = index - first_head * blocks;
-        unsigned together = min(most, (unsigned)p.batch * heads - first_head), before = at / together;
-        unsigned of_all = first_head + at - before * together;
-        batch = (int)(of_all / heads), head = (int)(of_all % heads);
-        first_query = (int)(blocks - 1 - before) * ROWS;
-        int last_query = min(first_query + ROWS, q_len) - 1, end = min(max(last_query + last_visible + 1, 0), kv_len);
+    __device__ Item(const mtl_cuda_attention_args &p, Queries queries)
+        : batch(queries.batch), head(queries.head), first_query(queries.first), first_visible(cut(p.first_visible)),
+          last_visible(cut(p.last_visible)), kv_len((int)p.kv_len) {
+        int last_query = min(first_query + ROWS, (int)p.q_len) - 1;
+        int end = min(max(last_query + last_visible + 1, 0), kv_len);
         begin = max(first_query + first_visible, 0) / KEYS * KEYS;
         tiles = end > begin ? (end - begin + KEYS - 1) / KEYS : 0;
     }
@@ -75,7 +83,7 @@ enum Kind { PLAIN, HIDDEN, CHANGED };
 
 // What is known of a tile's bits: some key shows, some does not.
 enum { SOME_SHOW = 1, SOME_HIDDEN = 2 };
-struct MaskBits {
+template <int ROWS> struct MaskBits {
     __align__(16) unsigned rows[ROWS][4]; // the first stands for all where there is no boolean mask of different rows
     int state[4];                         // a maker's each
 };
@@ -98,6 +106,21 @@ struct SeenAll {
     __device__ bool operator()(int, int, int) const { return true; }
 };
 
+// Of a pair of columns of each of four eights, the eight of the lane's own number, from four lanes.
+__device__ inline void transpose_pairs(unsigned (&pairs)[4]) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+        bool odd = threadIdx.x & bit;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & bit) continue;
+            unsigned other = __shfl_xor_sync(ALL_LANES, odd ? pairs[i] : pairs[i + bit], bit);
+            if (odd) pairs[i] = other;
+            else pairs[i + bit] = other;
+        }
+    }
+}
+
 // A position among some stages, and how often it has come round.
 struct Ring {
     int stage = 0, parity = 0;
@@ -108,9 +131,9 @@ struct Ring {
 
 // What one of the MAKERS warps makes of a tile of an item's masks, 32 keys of a row a lane. `tile`: where the boolean
 // mask's bytes lie; NULL: there is none.
-template <int KEYS>
-__device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<KEYS> &item, int first, int maker,
-                                 const unsigned char *tile, bool rows_differ, MaskBits &bits) {
+template <int ROWS, int KEYS>
+__device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<ROWS, KEYS> &item, int first, int maker,
+                                 const unsigned char *tile, bool rows_differ, MaskBits<ROWS> &bits) {
     constexpr int LANES = KEYS / 32, ROWS_AT_ONCE = WARP / LANES;
     int lane = threadIdx.x % WARP, word = lane % LANES, state = 0;
     const char *key_mask = key_mask_of(p, item.batch);
@@ -155,30 +178,36 @@ __device__ inline void make_bits(const mtl_cuda_attention_args &p, const Item<KE
 }
 
 // A tile of 16-bit features lies as blocks of 64 features, each row of a block 128 bytes.
-template <typename T, int KEY_DIM, int VALUE_DIM, int KEYS, Kind KIND>
+template <typename T, int KEY_DIM, int VALUE_DIM, int GROUPS, int BLOCKS, int KEYS, Kind KIND>
 __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &args) {
     constexpr bool MASKED = KIND != PLAIN;
-    // Registers of a fetching thread; three groups have 504 a thread of each together.
-    constexpr int FETCHING = 40, BLOCK_REGISTERS = 504;
+    constexpr int ROWS = GROUPS * GROUP_ROWS;
+    // Where there is room short items' keys are on their way together.
+    constexpr int STAGES = GROUPS > 1 && KEY_DIM <= 64 ? 4 : 2, QUERY_STAGES = STAGES / 2;
+    // Registers of a thread: as the block starts, of those that fetch, of the others.
+    constexpr int AT_START = (1 << 16) / (BLOCKS * (GROUPS + 1) * GROUP) / 8 * 8, FETCHING = 40;
+    constexpr int WORKING = ((GROUPS + 1) * AT_START - FETCHING) / GROUPS / 8 * 8;
     const mtl_cuda_attention_args &p = args.attention;
     // Groups take turns where the softmax takes as long as the products; elsewhere they find their places themselves.
-    constexpr bool TURNS = KEY_DIM <= 64;
+    constexpr bool TURNS = GROUPS > 1 && KEY_DIM <= 64;
     constexpr int ROW = 128; // bytes of a row of a block
     constexpr int K_BLOCKS = (KEY_DIM + 63) / 64, V_BLOCKS = (VALUE_DIM + 63) / 64;
     constexpr int K_TILE = K_BLOCKS * KEYS * ROW, V_TILE = V_BLOCKS * KEYS * ROW, Q_TILE = K_BLOCKS * ROWS * ROW;
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned q_tile = ((unsigned)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
-    unsigned k_tiles = q_tile + Q_TILE, v_tiles = k_tiles + STAGES * K_TILE, masks_at = v_tiles + STAGES * V_TILE;
+    unsigned k_tiles = q_tile + QUERY_STAGES * Q_TILE, v_tiles = k_tiles + STAGES * K_TILE,
+             masks_at = v_tiles + STAGES * V_TILE;
     const bool boolean = MASKED && p.mask.data && p.mask.dtype == BOOL, bits = MASKED && (boolean || p.key_mask.data);
     const bool added = KIND == CHANGED && p.mask.data && !boolean, rows_differ = p.mask.stride[2] != 0;
     const int mask_tile = ROWS * KEYS * (added ? 2 : 1), mask_stages = args.mask_stages;
     unsigned char *mask_tiles = shared + (masks_at - (unsigned)__cvta_generic_to_shared(shared));
-    MaskBits *mask_bits = (MaskBits *)(mask_tiles + mask_stages * mask_tile);
-    __shared__ unsigned item_taken[STAGES];
-    __shared__ __align__(8) uint64_t barriers[2 + 6 * STAGES + 2 * BIT_STAGES + 2 * MASK_STAGES];
-    unsigned q_full = (unsigned)__cvta_generic_to_shared(barriers), q_empty = q_full + 8;
-    unsigned item_full = q_empty + 8, item_empty = item_full + 8 * STAGES;
-    unsigned k_full = item_empty + 8 * STAGES, k_empty = k_full + 8 * STAGES, v_full = k_empty + 8 * STAGES,
+    MaskBits<ROWS> *mask_bits = (MaskBits<ROWS> *)(mask_tiles + mask_stages * mask_tile);
+    __shared__ Queries queries_of_item[ITEM_STAGES];
+    __shared__ __align__(8)
+        uint64_t barriers[2 * QUERY_STAGES + 2 * ITEM_STAGES + 4 * STAGES + 2 * BIT_STAGES + 2 * MASK_STAGES];
+    unsigned q_full = (unsigned)__cvta_generic_to_shared(barriers), q_empty = q_full + 8 * QUERY_STAGES;
+    unsigned item_full = q_empty + 8 * QUERY_STAGES, item_empty = item_full + 8 * ITEM_STAGES;
+    unsigned k_full = item_empty + 8 * ITEM_STAGES, k_empty = k_full + 8 * STAGES, v_full = k_empty + 8 * STAGES,
              v_empty = v_full + 8 * STAGES, bits_full = v_empty + 8 * STAGES, bits_empty = bits_full + 8 * BIT_STAGES,
              mask_full = bits_empty + 8 * BIT_STAGES, mask_empty = mask_full + 8 * MASK_STAGES;
 
@@ -186,11 +215,22 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
     const unsigned items = args.items;
 
+    // While one thread finds the first item another makes the barriers.
+    unsigned index =
+        blockIdx.y % 2 ? (blockIdx.y + 1) * gridDim.x - 1 - blockIdx.x : blockIdx.y * gridDim.x + blockIdx.x;
+    Queries first_item = {-1, 0, 0};
     if (threadIdx.x == 0) {
-        barrier_init(q_full, 1), barrier_init(q_empty, GROUPS * 4);
-        for (int i = 0; i < STAGES; i++) {
+        prefetch_map(args.k_map), prefetch_map(args.q_map), prefetch_map(args.v_map);
+        if (index < items) first_item = Queries::of_item<ROWS>(args, index);
+    }
+    if (threadIdx.x == GROUP) {
+        for (int i = 0; i < QUERY_STAGES; i++)
+            barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, GROUPS * 4);
+        for (int i = 0; i < ITEM_STAGES; i++) {
             barrier_init(item_full + 8 * i, 1);
             barrier_init(item_empty + 8 * i, (GROUPS * 4 + (MASKED ? 1 + MAKERS : 0)) * WARP);
+        }
+        for (int i = 0; i < STAGES; i++) {
             barrier_init(k_full + 8 * i, 1), barrier_init(v_full + 8 * i, 1);
             barrier_init(k_empty + 8 * i, GROUPS * 4), barrier_init(v_empty + 8 * i, GROUPS * 4);
         }
@@ -222,19 +262,21 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     // What the fetching thread took: the same items for all roles, and at last one that is not there.
     unsigned taken = 0;
     auto next_item = [&]() {
-        int stage = taken % STAGES;
-        barrier_wait(item_full + 8 * stage, taken++ / STAGES % 2);
-        unsigned index = __shfl_sync(ALL_LANES, item_taken[stage], 0); // and so it has arrived
+        int stage = taken % ITEM_STAGES;
+        barrier_wait(item_full + 8 * stage, taken++ / ITEM_STAGES % 2);
+        const Queries &there = queries_of_item[stage];
+        Queries queries = {__shfl_sync(ALL_LANES, there.first, 0), __shfl_sync(ALL_LANES, there.head, 0),
+                           __shfl_sync(ALL_LANES, there.batch, 0)}; // and so they have arrived
         barrier_arrive(item_empty + 8 * stage);
-        return index;
+        return queries;
     };
 
     if (group < 0) {
-        // Of the registers that the block starts with, 168 a thread: what is asked for beyond them never comes.
+        // Of the registers that the block starts with: what is asked for beyond them never comes.
         give_registers<FETCHING>();
         if (MASKED && warp > 0) {
-            for (unsigned index; (index = next_item()) < items;) {
-                const Item<KEYS> item(p, index);
+            for (Queries queries; (queries = next_item()).first >= 0;) {
+                const Item<ROWS, KEYS> item(p, queries);
                 for (int tile = 0; tile < item.tiles; tile++) {
                     int first = item.begin + tile * KEYS;
                     if (warp == MASK_WARP) {
@@ -262,16 +304,23 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         if (threadIdx.x != 0) return;
         unsigned fetched = 0, worked = 0;
         for (;; taken++) {
-            // Dealt out there and back: who has most to do in one round has least in the next.
-            unsigned index = taken * gridDim.x + (taken % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-            if (args.next && taken > 0) index = gridDim.x + atomicAdd(args.next, 1u);
-            barrier_wait(item_empty + 8 * (taken % STAGES), taken / STAGES % 2 ^ 1);
-            item_taken[taken % STAGES] = index;
-            barrier_arrive(item_full + 8 * (taken % STAGES));
+            Queries queries = first_item;
+            if (taken > 0) {
+                // Dealt out there and back: who has most to do in one round has least in the next.
+                unsigned turn = taken * gridDim.y + blockIdx.y;
+                index = turn * gridDim.x + (turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+                if (args.next) index = gridDim.x * gridDim.y + atomicAdd(args.next, 1u);
+                queries = index < items ? Queries::of_item<ROWS>(args, index) : Queries{-1, 0, 0};
+            } else {
+                wait_for_earlier(); // and with it all that waits for an item
+            }
+            barrier_wait(item_empty + 8 * (taken % ITEM_STAGES), taken / ITEM_STAGES % 2 ^ 1);
+            queries_of_item[taken % ITEM_STAGES] = queries;
+            barrier_arrive(item_full + 8 * (taken % ITEM_STAGES));
             if (index >= items) return;
-            const Item<KEYS> item(p, index);
+            const Item<ROWS, KEYS> item(p, queries);
             int kv_head = item.head / (int)p.group;
-            bool queries = false; // are on their way
+            bool fetches_queries = true;
             for (int tile = 0; tile < item.tiles; tile++) {
                 if (bits) {
                     bool shown = shows(bits_state());
@@ -288,23 +337,25 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                 for (int block = 0; block < K_BLOCKS; block++)
                     copy_box(k_tiles + stage * K_TILE + block * KEYS * ROW, args.k_map, k_full + 8 * stage, block * 64,
                              key, kv_head, item.batch);
-                if (!queries) {
-                    queries = true;
-                    barrier_wait(q_empty, worked++ % 2 ^ 1);
-                    barrier_expect(q_full, Q_TILE);
+                if (fetches_queries) {
+                    fetches_queries = false;
+                    int place = worked % QUERY_STAGES, full = q_full + 8 * place;
+                    barrier_wait(q_empty + 8 * place, worked++ / QUERY_STAGES % 2 ^ 1);
+                    barrier_expect(full, Q_TILE);
                     for (int block = 0; block < K_BLOCKS; block++)
-                        copy_box(q_tile + block * ROWS * ROW, args.q_map, q_full, block * 64, item.first_query,
-                                 item.head, item.batch);
+                        copy_box(q_tile + place * Q_TILE + block * ROWS * ROW, args.q_map, full, block * 64,
+                                 item.first_query, item.head, item.batch);
                 }
                 barrier_wait(v_empty + 8 * stage, parity);
                 barrier_expect(v_full + 8 * stage, V_TILE);
                 for (int block = 0; block < V_BLOCKS; block++)
                     copy_box(v_tiles + stage * V_TILE + block * KEYS * ROW, args.v_map, v_full + 8 * stage, block * 64,
                              key, kv_head, item.batch);
+                if (fetched == 1) let_next_start(); // its loads come after these
             }
         }
     }
-    take_registers<(BLOCK_REGISTERS - FETCHING) / GROUPS>();
+    take_registers<WORKING>();
 
     // Values in parts of at most 128 columns, as wide as one product.
     constexpr int PART = VALUE_DIM < 128 ? VALUE_DIM : 128, PARTS = VALUE_DIM / PART;
@@ -317,8 +368,9 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     float scale = KIND == CHANGED ? 1 : p.scale * LOG2_E;
     unsigned multiplied = 0, weighted = 0; // tiles of keys, of values
 
-    uint64_t queries = descriptor(q_tile + group * GROUP_ROWS * ROW, 16);
+    unsigned worked = 0; // items
     auto multiply_keys = [&]() {
+        uint64_t queries = descriptor(q_tile + worked % QUERY_STAGES * Q_TILE + group * GROUP_ROWS * ROW, 16);
         int stage = multiplied % STAGES;
         barrier_wait(k_full + 8 * stage, multiplied / STAGES % 2);
         uint64_t keys = descriptor(k_tiles + stage * K_TILE, 16);
@@ -366,10 +418,11 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     auto end_turn = [&]() {
         if (TURNS) asm volatile("bar.arrive %0, 256;" ::"r"(1 + (group + 1) % GROUPS) : "memory");
     };
+    const bool vectors = p.out.dtype == Element<T>::dtype && p.out.stride[3] == 2 &&
+                         (((uintptr_t)p.out.data | p.out.stride[0] | p.out.stride[1] | p.out.stride[2]) & 15) == 0;
     if (group == GROUPS - 1) end_turn();
-    unsigned worked = 0; // items
-    for (unsigned index; (index = next_item()) < items;) {
-        const Item<KEYS> item(p, index);
+    for (Queries queries; (queries = next_item()).first >= 0;) {
+        const Item<ROWS, KEYS> item(p, queries);
         int query[2], group_first = item.first_query + group * GROUP_ROWS, state = 0;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -528,8 +581,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
 
         int tile = next_tile(0);
         if (tile < item.tiles) {
-            barrier_wait(q_full, worked % 2);
-            worked++;
+            barrier_wait(q_full + 8 * (worked % QUERY_STAGES), worked / QUERY_STAGES % 2);
             await_turn();
             multiply_keys();
             end_turn();
@@ -553,7 +605,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                 }
                 tile = next_tile(tile + 1);
                 if (tile >= item.tiles) {
-                    if (lane == 0) barrier_arrive(q_empty);
+                    if (lane == 0) barrier_arrive(q_empty + 8 * (worked % QUERY_STAGES));
                     await_turn();
                     multiply_values(weights);
                     end_turn();
@@ -572,6 +624,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             products_wait<0>();
             settle_values();
             values_done();
+            worked++;
             if (items == 0) keep(weights[0]), keep(weights[1]);
         }
 
@@ -580,7 +633,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
         for (int i = 0; i < 2; i++) {
             sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
             sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
-            bool inside = query[i] < p.q_len;
+            bool inside = query[i] < p.q_len, nan = false;
             float top = largest[i] / UNIT, by = 1; // in natural units
             if (p.sinks.data) {
                 float sink = load_float(p.sinks.data + item.head * p.sinks.stride, p.sinks.dtype) * UNIT;
@@ -592,22 +645,44 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                 }
             }
             float inverse = sum[i] == 0 ? 0 : by / sum[i];
-            bool nan = false;
             char *out = (char *)place(p.out, item.batch, item.head, query[i]);
-            bool pairs = p.out.dtype == Element<T>::dtype && p.out.stride[3] == 2 && ((uintptr_t)out & 3) == 0;
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
 #pragma unroll
-                for (int n = 0; n < PART / 8; n++) {
-                    int column = part * PART + n * 8 + lane % 4 * 2;
-                    float x = values[part][4 * n + 2 * i] * inverse, y = values[part][4 * n + 2 * i + 1] * inverse;
-                    if (!inside || column >= p.value_dim) continue;
-                    nan |= x != x || y != y;
-                    if (pairs) {
-                        *(unsigned *)(out + column * 2) = narrow_pair(x, y, T());
-                    } else {
-                        store_float(out + column * p.out.stride[3], p.out.dtype, x);
-                        store_float(out + (column + 1) * p.out.stride[3], p.out.dtype, y);
+                for (int j = 0; j < PART / 2; j += 4) {
+                    float *two = &values[part][j + 2 * i];
+                    two[0] *= inverse, two[1] *= inverse;
+                    nan |= two[0] != two[0] || two[1] != two[1];
+                }
+            }
+            // Of four lanes that have pairs of a row each has 8 columns then. One branch for all columns: what is not run
+            // must not stand between instructions that are.
+            if (vectors) {
+#pragma unroll
+                for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+                    for (int n = 0; n < PART / 8; n += 4) {
+                        unsigned pairs[4];
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            const float *two = &values[part][4 * (n + j) + 2 * i];
+                            pairs[j] = narrow_pair(two[0], two[1], T());
+                        }
+                        transpose_pairs(pairs);
+                        int column = part * PART + (n + lane % 4) * 8;
+                        if (inside && column < p.value_dim)
+                            store_16_bytes(out + column * 2, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+                    }
+                }
+            } else if (inside) {
+#pragma unroll
+                for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+                    for (int j = 0; j < PART / 4; j++) {
+                        int column = part * PART + j / 2 * 8 + lane % 4 * 2 + j % 2;
+                        if (column < p.value_dim)
+                            store_float(out + column * p.out.stride[3], p.out.dtype,
+                                        values[part][j / 2 * 4 + 2 * i + j % 2]);
                     }
                 }
             }
@@ -616,7 +691,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     sum[i] == 0 ? -INFINITY : top + logf(sum[i]);
             nan = nan && (added || sum[i] == sum[i]); // a NaN beside an additive mask's -infinity is hidden
             unsigned of_lanes = __ballot_sync(ALL_LANES, nan && inside);
-            for (int r = 0; r < 8; r++) wrong |= (of_lanes >> 4 * r & 15 ? 1u : 0u) << (r + 8 * i);
+            for (int r = 0; of_lanes >> 4 * r; r++) wrong |= (of_lanes >> 4 * r & 15 ? 1u : 0u) << (r + 8 * i);
         }
         __syncwarp();
         for (; wrong; wrong &= wrong - 1)
@@ -624,20 +699,24 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     }
     if (group == 0) await_turn();
 }
-#define BODY(type, key_dim, value_dim, keys, kind) attention_groups<type, key_dim, value_dim, keys, kind>(args)
+#define BODY(...) attention_groups<__VA_ARGS__>(args)
 #else
-#define BODY(type, key_dim, value_dim, keys, kind) // the host takes attention.cu's kernels
+#define BODY(...) // the host takes attention.cu's kernels
 #endif
 
-#define ATTENTION_KERNEL(name, type, key_dim, value_dim, keys, kind)        \
-    extern "C" __global__ void __launch_bounds__((GROUPS + 1) * GROUP, 1)   \
-        name(const __grid_constant__ mtl_cuda_attention_hopper_args args) { \
-        BODY(type, key_dim, value_dim, keys, kind);                         \
+#define ATTENTION_KERNEL(name, type, key_dim, value_dim, groups, blocks, keys, kind) \
+    extern "C" __global__ void __launch_bounds__((groups + 1) * GROUP, blocks)       \
+        name(const __grid_constant__ mtl_cuda_attention_hopper_args args) {          \
+        BODY(type, key_dim, value_dim, groups, blocks, keys, kind);                  \
     }
-// 192 features and the tiles of an additive mask leave room for 64 keys.
-#define ATTENTION_KERNELS(name, type, kind)                                            \
-    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 128, kind)                            \
-    ATTENTION_KERNEL(name##_96_96, type, 96, 96, 128, kind)                            \
-    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 128, kind)                        \
-    ATTENTION_KERNEL(name##_192_128, type, 192, 128, (kind == PLAIN ? 128 : 64), kind) \
-    ATTENTION_KERNEL(name##_256_256, type, 256, 256, 64, kind)
+// 192 features and the tiles of an additive mask leave room for 64 keys. Where rows are few, a block has one group, and
+// a multiprocessor several blocks.
+#define ATTENTION_KERNELS(name, type, kind)                                                  \
+    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 2, 1, 128, kind)                            \
+    ATTENTION_KERNEL(name##_96_96, type, 96, 96, 2, 1, 128, kind)                            \
+    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 2, 1, 128, kind)                        \
+    ATTENTION_KERNEL(name##_192_128, type, 192, 128, 2, 1, (kind == PLAIN ? 128 : 64), kind) \
+    ATTENTION_KERNEL(name##_256_256, type, 256, 256, 2, 1, 64, kind)                         \
+    ATTENTION_KERNEL(name##_64_64_short, type, 64, 64, 1, 2, 128, kind)                      \
+    ATTENTION_KERNEL(name##_96_96_short, type, 96, 96, 1, 2, 64, kind)                       \
+    ATTENTION_KERNEL(name##_128_128_short, type, 128, 128, 1, 2, 64, kind)
