@@ -691,7 +691,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     sum[i] == 0 ? -INFINITY : top + logf(sum[i]);
             nan = nan && (added || sum[i] == sum[i]); // a NaN beside an additive mask's -infinity is hidden
             unsigned of_lanes = __ballot_sync(ALL_LANES, nan && inside);
-            for (int r = 0; of_lanes >> 4 * r; r++) wrong |= (of_lanes >> 4 * r & 15 ? 1u : 0u) << (r + 8 * i);
+            for (int row = 8 * i; of_lanes; row++, of_lanes >>= 4) wrong |= (of_lanes & 15 ? 1u : 0u) << row;
         }
         __syncwarp();
         for (; wrong; wrong &= wrong - 1)
