@@ -339,11 +339,11 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                              key, kv_head, item.batch);
                 if (fetches_queries) {
                     fetches_queries = false;
-                    int place = worked % QUERY_STAGES, full = q_full + 8 * place;
-                    barrier_wait(q_empty + 8 * place, worked++ / QUERY_STAGES % 2 ^ 1);
+                    int q_stage = worked % QUERY_STAGES, full = q_full + 8 * q_stage;
+                    barrier_wait(q_empty + 8 * q_stage, worked++ / QUERY_STAGES % 2 ^ 1);
                     barrier_expect(full, Q_TILE);
                     for (int block = 0; block < K_BLOCKS; block++)
-                        copy_box(q_tile + place * Q_TILE + block * ROWS * ROW, args.q_map, full, block * 64,
+                        copy_box(q_tile + q_stage * Q_TILE + block * ROWS * ROW, args.q_map, full, block * 64,
                                  item.first_query, item.head, item.batch);
                 }
                 barrier_wait(v_empty + 8 * stage, parity);
@@ -368,9 +368,9 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     float scale = KIND == CHANGED ? 1 : p.scale * LOG2_E;
     unsigned multiplied = 0, weighted = 0; // tiles of keys, of values
 
-    unsigned worked = 0; // items
+    unsigned worked = 0;          // items
+    uint64_t tile_of_queries = 0; // of an item
     auto multiply_keys = [&]() {
-        uint64_t queries = descriptor(q_tile + worked % QUERY_STAGES * Q_TILE + group * GROUP_ROWS * ROW, 16);
         int stage = multiplied % STAGES;
         barrier_wait(k_full + 8 * stage, multiplied / STAGES % 2);
         uint64_t keys = descriptor(k_tiles + stage * K_TILE, 16);
@@ -378,7 +378,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
 #pragma unroll
         for (int step = 0; step < KEY_DIM / 16; step++) {
             int block = step / 4, inside = step % 4 * 32;
-            multiply_shared(scores, queries + ((block * ROWS * ROW + inside) >> 4),
+            multiply_shared(scores, tile_of_queries + ((block * ROWS * ROW + inside) >> 4),
                             keys + ((block * KEYS * ROW + inside) >> 4), step > 0, T());
         }
         products_end();
@@ -581,7 +581,10 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
 
         int tile = next_tile(0);
         if (tile < item.tiles) {
-            barrier_wait(q_full + 8 * (worked % QUERY_STAGES), worked / QUERY_STAGES % 2);
+            int q_stage =
+                __shfl_sync(ALL_LANES, worked % QUERY_STAGES, 0); // the same for all, as the assembler now sees
+            tile_of_queries = descriptor(q_tile + q_stage * Q_TILE + group * GROUP_ROWS * ROW, 16);
+            barrier_wait(q_full + 8 * q_stage, worked++ / QUERY_STAGES % 2);
             await_turn();
             multiply_keys();
             end_turn();
@@ -605,7 +608,7 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                 }
                 tile = next_tile(tile + 1);
                 if (tile >= item.tiles) {
-                    if (lane == 0) barrier_arrive(q_empty + 8 * (worked % QUERY_STAGES));
+                    if (lane == 0) barrier_arrive(q_empty + 8 * q_stage);
                     await_turn();
                     multiply_values(weights);
                     end_turn();
@@ -624,7 +627,6 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
             products_wait<0>();
             settle_values();
             values_done();
-            worked++;
             if (items == 0) keep(weights[0]), keep(weights[1]);
         }
 
