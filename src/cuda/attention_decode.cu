@@ -210,7 +210,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
             }
         }
         // Teams take tiles by turns.
-        int turn = warp / TEAM, parity = 0, part = warp % TEAM;
+        int turn = TEAMS > 1 ? warp / TEAM : 0, parity = 0, part = TEAMS > 1 ? warp % TEAM : warp;
         auto next_tile = [&](int tile, int steps) { // of those that show something
             for (;; tile++) {
                 while (tile < tiles && !shows(tile)) tile++;
