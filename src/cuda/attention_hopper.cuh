@@ -2,11 +2,12 @@
 //
 //   (Dao et al. 2022, arXiv:2205.14135; Shah et al. 2024, arXiv:2407.08608)
 //
-// A block has 64 rows of one head for each of its two groups of four warps. One more group fetches: one thread takes
-// items of 128 rows, dealt out or off a common counter as blocks get free, and asks the copy engine for their tiles of keys and
-// values, some stages ahead, the next item's under the end of this one. While the matrix units do the scores of the next
-// tile and the weighted values of this one, a group's ordinary instructions do the softmax in between: of the two
-// products in flight only the scores are waited for.
+// A block has 64 rows of one head for each of its groups of four warps: two as a rule; one, and two such blocks on a
+// multiprocessor, where items are few. One more group fetches: one thread takes items, dealt out or off a common counter
+// as blocks get free, and asks the copy engine for their tiles of keys and values, some stages ahead, the next item's
+// under the end of this one. While the matrix units do the scores of the next tile and the weighted values of this one,
+// a group's ordinary instructions do the softmax in between: of the two products in flight only the scores are waited
+// for.
 //
 // Numerics: a row's weights are relative to the maximum of its first tile, for as long as that leaves them small
 // (MOST); only then is a new maximum looked for. A sum of them and a comparison find that out, with no maximum and no
@@ -581,8 +582,8 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
 
         int tile = next_tile(0);
         if (tile < item.tiles) {
-            int q_stage =
-                __shfl_sync(ALL_LANES, worked % QUERY_STAGES, 0); // the same for all, as the assembler now sees
+            // The same for all lanes, as the assembler sees now: what the products' operands depend on.
+            int q_stage = QUERY_STAGES > 1 ? __shfl_sync(ALL_LANES, worked % QUERY_STAGES, 0) : 0;
             tile_of_queries = descriptor(q_tile + q_stage * Q_TILE + group * GROUP_ROWS * ROW, 16);
             barrier_wait(q_full + 8 * q_stage, worked++ / QUERY_STAGES % 2);
             await_turn();

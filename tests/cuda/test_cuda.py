@@ -267,6 +267,67 @@ def options_of(form, batch, heads, queries, keys, dtype):
 FORMS = ["full", "causal", "window", "mask", "added", "key_mask", "softcap", "sinks"]
 
 
+# As many items of 64 rows as an H100 has multiprocessors, some with ends, two blocks on each under causal; items of 128.
+@pytest.mark.parametrize("dtype", SIXTEEN)
+@pytest.mark.parametrize("dims", [(64, 64), (88, 96), (128, 120)])
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys"),
+    [((66, 66), 64, 64), ((33, 11), 65, 77), ((22, 11), 321, 321), ((2, 1), 127, 900), ((67, 1), 129, 130)],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_of_few_rows(form, heads, queries, keys, dims, dtype):
+    q = randn(2, heads[0], queries, dims[0], dtype=dtype)
+    k = randn(2, heads[1], keys, dims[0], dtype=dtype, seed=1)
+    v = randn(2, heads[1], keys, dims[1], dtype=dtype, seed=2)
+    options = options_of(form, 2, heads[0], queries, keys, dtype)
+    if form == "key_mask":
+        options["key_mask"] = randn(2, keys, seed=3) < 1
+    out, log = attend(q, k, v, **options)
+    ref, ref_log = reference_attention(q, k, v, **options)
+    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
+    assert error <= SIXTEEN[dtype], error
+    assert (log.double() - ref_log).abs().max().item() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN)
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("queries", [200, 1100])
+@pytest.mark.parametrize("layout", ["time first", "odd rows", "odd start", "every other"])
+def test_attention_into_any_layout(layout, queries, dim, dtype):
+    q, k, v = (randn(1, 16, queries, dim, dtype=dtype, seed=seed) for seed in range(3))
+    whole = torch.full((16 * queries * (2 * dim + 1) + 1,), 7, device="cuda", dtype=dtype)
+    shape, row = (1, 16, queries, dim), {"odd rows": dim + 1, "every other": 2 * dim}.get(layout, dim)
+    out = whole[layout == "odd start" :].as_strided(shape, (0, queries * row, row, 1 + (layout == "every other")))
+    if layout == "time first":
+        out = whole.as_strided(shape, (0, dim, 16 * dim, 1))
+    run("scaled_dot_product_attention", q, k, v, dim**-0.5, attention_options(), out)
+    ref, _ = reference_attention(q, k, v)
+    assert ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item() <= SIXTEEN[dtype]
+    out.fill_(7)
+    assert (whole == 7).all()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("queries", [64, 256, 1024])
+def test_attention_overlaps_only_with_what_it_may(queries, dim):
+    """Each call reads what the one before writes, and writes what it reads."""
+    k, v, weight = (randn(1, 32, queries, dim, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+    weight = weight[0, 0, 0]
+
+    def chain(between):
+        x = randn(1, 32, queries, dim, dtype=torch.bfloat16, seed=4)
+        y = torch.zeros_like(x)
+        for _ in range(20):
+            for from_, to in ((x, y), (y, x), (x, y)):
+                run("scaled_dot_product_attention", from_, k, v, dim**-0.5, attention_options(causal=True), to)
+                between()
+            run("rms_norm", y, weight, 1e-6, x)
+            between()
+        return x
+
+    assert torch.equal(chain(lambda: None), chain(torch.cuda.synchronize))
+
+
 @pytest.mark.parametrize("dims", [(264, 264), (320, 512), (512, 512), (576, 512)])
 @pytest.mark.parametrize(("heads", "queries", "keys"), LENGTHS)
 @pytest.mark.parametrize("form", FORMS)

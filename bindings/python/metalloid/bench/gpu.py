@@ -263,9 +263,12 @@ for causal in (False, True):
 attention_case(4, 16, 16, 4096, 4096, 128, mask="bool")
 attention_case(4, 16, 16, 4096, 4096, 128, mask="additive")
 attention_case(4, 32, 8, 4096, 4096, 128, causal=True)
-for queries in (256, 1024):
+for queries in (256, 512, 1024):
     attention_case(1, 32, 8, queries, queries, 128, causal=True, sets=4)
-attention_case(32, 12, 12, 128, 128, 64, sets=4)
+for queries in (128, 512):
+    attention_case(32, 12, 12, queries, queries, 64, sets=4)
+attention_case(1, 12, 12, 128, 128, 64, sets=16)
+attention_case(8, 16, 16, 577, 577, 64, sets=4)
 attention_case(1, 32, 8, 1, 8192, 128, decode=True, sets=8)
 attention_case(1, 32, 8, 1, 65536, 128, decode=True, sets=2)
 attention_case(8, 32, 8, 1, 8192, 128, decode=True, sets=2)
