@@ -267,7 +267,7 @@ def options_of(form, batch, heads, queries, keys, dtype):
 FORMS = ["full", "causal", "window", "mask", "added", "key_mask", "softcap", "sinks"]
 
 
-# As many items of 64 rows as an H100 has multiprocessors, some with ends, two blocks on each under causal; items of 128.
+# As many items of 64 rows as an H100 has multiprocessors, with ends too; two on each under causal; items of 128 rows.
 @pytest.mark.parametrize("dtype", SIXTEEN)
 @pytest.mark.parametrize("dims", [(64, 64), (88, 96), (128, 120)])
 @pytest.mark.parametrize(
