@@ -3,20 +3,20 @@
 //   (Dao et al. 2022, arXiv:2205.14135; Shah et al. 2024, arXiv:2407.08608)
 //
 // A block has 64 rows of one head for each of its groups of four warps: two as a rule; one, and two such blocks on a
-// multiprocessor, where items are few. One more group fetches: one thread takes items, dealt out or off a common counter
-// as blocks get free, and asks the copy engine for their tiles of keys and values, some stages ahead, the next item's
-// under the end of this one. While the matrix units do the scores of the next tile and the weighted values of this one,
-// a group's ordinary instructions do the softmax in between: of the two products in flight only the scores are waited
-// for.
+// multiprocessor, where items are few. One more group fetches: one thread takes items, dealt out or off a common
+// counter as blocks get free, and asks the copy engine for their tiles of keys and values, some stages ahead, the next
+// item's under the end of this one. While the matrix units do the scores of the next tile and the weighted values of
+// this one, a group's ordinary instructions do the softmax in between: of the two products in flight only the scores
+// are waited for.
 //
 // Numerics: a row's weights are relative to the maximum of its first tile, for as long as that leaves them small
 // (MOST); only then is a new maximum looked for. A sum of them and a comparison find that out, with no maximum and no
 // exchange between lanes in the usual tile. Weights round to the inputs' dtype, sums are float.
 //
-// The masks of a tile of scores come by the copy engine too, one warp asking for them, to a few places of their own. Of
-// what key mask and boolean mask show two more warps make bits, ahead of the tiles; a tile of which nothing shows is not
-// loaded. Additive masks are read like a matrix of the product's result and added in natural units, so that a row whose
-// every key has finfo.min still has a mean.
+// The masks of a tile of scores come by the copy engine too, one warp asking for them, to a few places of their own.
+// Of what key mask and boolean mask show two more warps make bits, ahead of the tiles; a tile of which nothing shows
+// is not loaded. Additive masks are read like a matrix of the product's result and added in natural units, so that a
+// row whose every key has finfo.min still has a mean.
 //
 // As in attention.cu a row that comes out NaN is done again by attention_row.
 #pragma once
@@ -46,8 +46,8 @@ struct Queries {
     }
 };
 
-// And the tiles of keys that causal and window leave them. Lengths are below 2^30 here, so that what is beyond it can be
-// cut off, and int suffices.
+// And the tiles of keys that causal and window leave them. Lengths are below 2^30 here, so that what is beyond it can
+// be cut off, and int suffices.
 template <int ROWS, int KEYS> struct Item {
     int batch, head, first_query, begin, tiles, first_visible, last_visible, kv_len;
 
@@ -78,8 +78,8 @@ __device__ inline unsigned bits_of_bytes(uint4 x, unsigned bits) {
     return __dp4a(x.x, 0x08040201u, __dp4a(x.y, 0x80402010u, bits << 8));
 }
 
-// Beyond causal and window: nothing; keys hidden by a key mask or a boolean mask; and scores changed by an additive mask,
-// a cap or a scale that is not positive.
+// Beyond causal and window: nothing; keys hidden by a key mask or a boolean mask; and scores changed by an additive
+// mask, a cap or a scale that is not positive.
 enum Kind { PLAIN, HIDDEN, CHANGED };
 
 // What is known of a tile's bits: some key shows, some does not.
@@ -362,8 +362,8 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
     constexpr int PART = VALUE_DIM < 128 ? VALUE_DIM : 128, PARTS = VALUE_DIM / PART;
     float scores[KEYS / 2], values[PARTS][PART / 2], largest[2], sum[2], factor[2];
     unsigned weights[2][KEYS / 4] = {}; // of a tile that is being multiplied, and of the next
-    // Scores are multiplied by the scale, and by LOG2_E for powers of 2, within the exponential, as a rule; changed ones
-    // are in natural units. largest is in `UNIT`s of them.
+    // Scores are multiplied by the scale, and by LOG2_E for powers of 2, within the exponential, as a rule; changed
+    // ones are in natural units. largest is in `UNIT`s of them.
     constexpr float UNIT = KIND == CHANGED ? 1 : LOG2_E;
     auto power = [](float x) { return power_of_2(KIND == CHANGED ? x * LOG2_E : x); };
     float scale = KIND == CHANGED ? 1 : p.scale * LOG2_E;
@@ -555,8 +555,8 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     of_tile[0] <= MOST && of_tile[1] <= MOST && largest[0] != -INFINITY && largest[1] != -INFINITY;
                 outgrown = __any_sync(ALL_LANES, !fits);
             }
-            // Only now is what was read known to have arrived in registers: loads wait for the matrix units, arrivals at
-            // barriers do not, and who writes there next is quick.
+            // Only now is what was read known to have arrived in registers: loads wait for the matrix units, arrivals
+            // at barriers do not, and who writes there next is quick.
             if (bits) bits_done();
             if (KIND == CHANGED && added) after_reads(), mask_done();
             if (outgrown) {
@@ -658,8 +658,8 @@ __device__ inline void attention_groups(const mtl_cuda_attention_hopper_args &ar
                     nan |= two[0] != two[0] || two[1] != two[1];
                 }
             }
-            // Of four lanes that have pairs of a row each has 8 columns then. One branch for all columns: what is not run
-            // must not stand between instructions that are.
+            // Of four lanes that have pairs of a row each has 8 columns then. One branch for all columns: what is not
+            // run must not stand between instructions that are.
             if (vectors) {
 #pragma unroll
                 for (int part = 0; part < PARTS; part++) {
