@@ -19,7 +19,7 @@ enum {
     MOST_OPTIONS = 16,
     MOST_BLOCKS_YZ = 65535, /* along y and z of a grid */
     MOST_THREADS_Z = 64,    /* of a block */
-    BLOCKS_FOR_WIDTH = 32,  /* of a multiprocessor */
+    BLOCKS_FOR_WIDTH = 8,   /* of a multiprocessor */
     COPY_AXES = 16,
     COPY_THREADS = 256,
 };
@@ -351,18 +351,20 @@ static metalloid_status launch_metal(const mtl_cuda_call *call, const metalloid_
     /* A block cannot have so many threads along z: they come in a line, as those of a group at the grid's edge do. */
     uint32_t threads[3];
     memcpy(threads, launch->threadgroup, sizeof threads);
-    bool folded = threads[2] > MOST_THREADS_Z;
-    if (folded) {
+    if (threads[2] > MOST_THREADS_Z) {
         threads[0] *= threads[1] * threads[2];
         threads[1] = threads[2] = 1;
         flags &= ~(uint32_t)MTL_CUDA_WHOLE;
     }
     /* With the blocks for it, a thread does several positions. */
-    int64_t enough = (int64_t)call->device->multiprocessors * BLOCKS_FOR_WIDTH;
-    if (!(flags & MTL_CUDA_LINEAR) && !folded && (int64_t)blocks[0] >= enough &&
-        mtl_cuda_is_wide(&kernel->definition, &kernel->mentions)) {
-        blocks[0] = (blocks[0] - 1) / MTL_CUDA_WIDTH + 1;
-        flags |= MTL_CUDA_WIDE;
+    int width = mtl_cuda_width(&kernel->definition, &kernel->mentions, &launch->types);
+    int64_t positions = (int64_t)width * MTL_CUDA_WIDE_THREADS;
+    if (width && launch->grid[0] >= call->device->multiprocessors * BLOCKS_FOR_WIDTH * positions &&
+        launch->grid[0] <= INT32_MAX && launch->grid[1] <= MOST_BLOCKS_YZ && launch->grid[2] <= MOST_BLOCKS_YZ) {
+        const uint32_t wide[3] = {(uint32_t)((launch->grid[0] - 1) / positions + 1), launch->grid[1], launch->grid[2]};
+        memcpy(blocks, wide, sizeof blocks);
+        memcpy(threads, (uint32_t[3]){MTL_CUDA_WIDE_THREADS, 1, 1}, sizeof threads);
+        flags = MTL_CUDA_WIDE;
     }
     MTL_TRY(lay_out(kernel, launch, &layout, groups, flags, bytes));
     void *pointers[2 * MTL_MOST_BUFFERS], *parameters[2 * MTL_MOST_BUFFERS + 1];

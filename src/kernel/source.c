@@ -653,24 +653,27 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                              "    const mtl_dispatch &dispatch = launch.dispatch;\n"
                              "    mtl_group group;\n"
                              "    unsigned index, local[3];\n");
-    if (mtl_cuda_is_wide(definition, mentions)) {
-        mtl_text_format(
-            out,
-            "    if (dispatch.flags & mtl_flag_wide) {\n"
-            "        unsigned first = blockIdx.x * blockDim.x * %d + threadIdx.x;\n"
-            "        unsigned y = blockIdx.y * blockDim.y + threadIdx.y, z = blockIdx.z * blockDim.z + threadIdx.z;\n"
-            "        if (y >= dispatch.grid[1] || z >= dispatch.grid[2]) return;\n"
-            "        if ((blockIdx.x + 1) * blockDim.x * %d <= dispatch.grid[0]) {\n"
-            "#pragma unroll\n"
-            "            for (unsigned step = 0; step < %d; ++step) {\n"
-            "                unsigned x = first + step * blockDim.x;\n"
-            "                ",
-            MTL_CUDA_WIDTH, MTL_CUDA_WIDTH, MTL_CUDA_WIDTH);
+    int width = mtl_cuda_width(definition, mentions, types);
+    if (width) {
+        /* The first position is below 2^31, as the launch sees to: the offsets of the others are then constants in the addresses. */
+        mtl_text_format(out,
+                        "    if (dispatch.flags & mtl_flag_wide) {\n"
+                        "        unsigned first = (blockIdx.x * %du + threadIdx.x) & 0x7fffffffu;\n"
+                        "        unsigned y = blockIdx.y, z = blockIdx.z;\n"
+                        "        (void)y, (void)z;\n"
+                        "        if ((blockIdx.x + 1) * %du <= dispatch.grid[0]) {\n"
+                        "#pragma unroll\n"
+                        "            for (unsigned step = 0; step < %d; ++step) {\n"
+                        "                unsigned x = first + step * %d;\n"
+                        "                ",
+                        width * MTL_CUDA_WIDE_THREADS, width * MTL_CUDA_WIDE_THREADS, width, MTL_CUDA_WIDE_THREADS);
         add_cuda_call(out, definition, mentions, types);
-        mtl_text_add_string(out, "            }\n"
-                                 "        } else {\n"
-                                 "            for (unsigned x = first; x < dispatch.grid[0]; x += blockDim.x) {\n"
-                                 "                ");
+        mtl_text_format(out,
+                        "            }\n"
+                        "        } else {\n"
+                        "            for (unsigned x = first; x < dispatch.grid[0]; x += %d) {\n"
+                        "                ",
+                        MTL_CUDA_WIDE_THREADS);
         add_cuda_call(out, definition, mentions, types);
         mtl_text_add_string(out, "            }\n        }\n        return;\n    }\n");
     }
@@ -693,12 +696,18 @@ int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const ui
     return in_line && whole && (mentions->lanes_meet || mentions->relative) ? (int)threads : 0;
 }
 
-/* One element a thread is too few loads under way for a GPU's memory. Where nothing depends on the threadgroup, and the body is
- * short, a thread can do several positions of the grid. */
-bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions) {
-    enum { SHORT = 600 };
-    return !mentions->lanes_meet && !mentions->relative && !definition->atomic_outputs &&
-           strlen(definition->source) < SHORT;
+/* One element a thread is too few bytes under way for a GPU's memory: 16 bytes of each input are enough. */
+int mtl_cuda_width(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types) {
+    enum { SHORT = 600, BYTES = 16, LEAST = 4, MOST = 8 };
+    if (mentions->lanes_meet || mentions->relative || definition->atomic_outputs ||
+        strlen(definition->source) >= SHORT)
+        return 0;
+    int size = 1;
+    for (int i = 0; i < definition->input_count; i++) {
+        int own = types->inputs[i].is_scalar ? 1 : (int)mtl_dtype_size(types->inputs[i].dtype);
+        size = own > size ? own : size;
+    }
+    return BYTES / size < LEAST ? LEAST : BYTES / size > MOST ? MOST : BYTES / size;
 }
 
 mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions) {

@@ -100,7 +100,7 @@ typedef struct mtl_unit_options {
 /* CUDA: the struct that a launch passes beside the buffers, as offsets in bytes; 0: not there. Its first 40 bytes are grid, threadgroup
  * and threadgroups (3 x uint32 each) and flags; then of each input a scalar's 8 bytes, the ranks, and where in `shapes` and
  * `strides` those of an input begin. */
-enum { MTL_CUDA_EXTENTS = 128, MTL_CUDA_WHOLE = 1, MTL_CUDA_LINEAR = 2, MTL_CUDA_WIDE = 4, MTL_CUDA_WIDTH = 4 };
+enum { MTL_CUDA_EXTENTS = 128, MTL_CUDA_WHOLE = 1, MTL_CUDA_LINEAR = 2, MTL_CUDA_WIDE = 4, MTL_CUDA_WIDE_THREADS = 256 };
 typedef struct mtl_cuda_layout {
     int scalars_at, ints_at, strides_at, shapes_at, size;
 } mtl_cuda_layout;
@@ -110,8 +110,9 @@ mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_m
  * for that number: its loops over a threadgroup's share then have a known length and are unrolled. 0: any number. */
 int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const uint32_t threadgroup[3]);
 
-/* Whether the kernel has a form in which a thread does MTL_CUDA_WIDTH positions along x. */
-bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions);
+/* How many positions along x a thread does in the kernel's wide form; 0: it has none. Nothing in such a kernel depends on the cut into
+ * threadgroups: the form has its own, MTL_CUDA_WIDE_THREADS along x. */
+int mtl_cuda_width(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types);
 
 /* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them.
  * Whether lanes are in lockstep in it. */
