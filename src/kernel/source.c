@@ -628,8 +628,10 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
     int inputs = definition->input_count;
     mtl_text_add_string(out, "struct mtl_launch {\n    mtl_dispatch dispatch;\n");
     if (inputs) {
-        mtl_text_format(out, "    unsigned long scalar[%d];\n    int rank[%d], shape_at[%d], strides_at[%d];\n", inputs,
-                        inputs, inputs, inputs);
+        mtl_text_format(out,
+                        "    unsigned long scalar[%d], prefetched[%d];\n    int rank[%d], shape_at[%d], "
+                        "strides_at[%d];\n    unsigned slice[%d];\n",
+                        inputs, inputs, inputs, inputs, inputs, inputs);
     }
     if (layout.strides_at) mtl_text_format(out, "    long strides[%d];\n", (int)MTL_CUDA_EXTENTS);
     /* Both begin at a multiple of 8, as in mtl_cuda_layout_of. */
@@ -677,8 +679,18 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
         add_cuda_call(out, definition, mentions, types);
         mtl_text_add_string(out, "            }\n        }\n        return;\n    }\n");
     }
-    if (options->line) mtl_text_format(out, "    __mtl_place_in_line<%d>(group, index, local);\n", options->line);
-    else mtl_text_add_string(out, "    if (!__mtl_place(dispatch, group, index, local)) return;\n");
+    if (options->line) {
+        mtl_text_format(out, "    __mtl_place_in_line<%d>(group, index, local);\n", options->line);
+        mtl_text_add_string(out, "    unsigned at = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;\n"
+                                 "    (void)at;\n");
+        for (int i = 0; i < inputs; i++) {
+            if (types->inputs[i].is_small) continue;
+            mtl_text_format(out,
+                            "    __mtl_prefetch<%d>(launch.prefetched[%d], at, at < dispatch.prefetching ? "
+                            "launch.slice[%d] : 0);\n",
+                            options->line, i, i);
+        }
+    } else mtl_text_add_string(out, "    if (!__mtl_place(dispatch, group, index, local)) return;\n");
     mtl_text_add_string(out, "    unsigned lx = local[0], ly = local[1], lz = local[2];\n"
                              "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
                              "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
@@ -699,8 +711,7 @@ int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const ui
 /* One element a thread is too few bytes under way for a GPU's memory: 16 bytes of each input are enough. */
 int mtl_cuda_width(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types) {
     enum { SHORT = 600, BYTES = 16, LEAST = 4, MOST = 8 };
-    if (mentions->lanes_meet || mentions->relative || definition->atomic_outputs ||
-        strlen(definition->source) >= SHORT)
+    if (mentions->lanes_meet || mentions->relative || definition->atomic_outputs || strlen(definition->source) >= SHORT)
         return 0;
     int size = 1;
     for (int i = 0; i < definition->input_count; i++) {
@@ -711,11 +722,11 @@ int mtl_cuda_width(const mtl_definition *definition, const mtl_mentions *mention
 }
 
 mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions) {
-    mtl_cuda_layout layout = {.scalars_at = 40}; /* behind mtl_dispatch */
+    mtl_cuda_layout layout = {.scalars_at = 48}; /* behind mtl_dispatch */
     unsigned char mentioned = 0;
     for (int i = 0; i < definition->input_count; i++) mentioned |= mentions->input[i];
-    layout.ints_at = layout.scalars_at + 8 * definition->input_count;
-    layout.size = (layout.ints_at + 12 * definition->input_count + 7) / 8 * 8;
+    layout.ints_at = layout.scalars_at + 16 * definition->input_count;
+    layout.size = (layout.ints_at + 16 * definition->input_count + 7) / 8 * 8;
     if (mentioned & MTL_MENTIONS_STRIDES) {
         layout.strides_at = layout.size;
         layout.size += 8 * MTL_CUDA_EXTENTS;

@@ -243,6 +243,19 @@ static void loops_over_a_share_are_unrolled(void **state) {
         {"ONCE for (uint i = lid; i < N; i += 256) a();", "ONCE for (uint i = lid; i < N; i += 256) a();"},
         {"if (x) for (uint i = lid; i < N; i += 256) a();",
          "if (x) " UNROLLED "for (uint i = lid; i < N; i += 256) a();"},
+        {"uint n = 2 * N; for (uint i = lid; i < N / 2; i += n) { y[i] = x[N - i]; z[i * 2] = 0; }",
+         "uint n = 2 * N; " UNROLLED
+         "for (uint i = lid; i < N / 2; i += n, i = (N / 2) <= (n) ? ~0u : i) { y[i] = x[N - i]; "
+         "z[i * 2] = 0; }"},
+        {"for (uint i = lid; i < N; i += N) f(i);", UNROLLED "for (uint i = lid; i < N; i += N) f(i);"},
+        {"for (uint i = lid; i < N; i += N) x[--i] = 1;", UNROLLED "for (uint i = lid; i < N; i += N) x[--i] = 1;"},
+        {"for (uint i = lid; i < N; i += N) if (a) b[i] = 1; else i = 0;",
+         UNROLLED "for (uint i = lid; i < N; i += N) if (a) b[i] = 1; else i = 0;"},
+        {"for (uint i = lid; i < N; i += N) { device auto& j = i; --j; }",
+         UNROLLED "for (uint i = lid; i < N; i += N) {        auto& j = i; --j; }"},
+        {"for (int i = lid; i < N; i += N) x[i] = 1;", UNROLLED "for (int i = lid; i < N; i += N) x[i] = 1;"},
+        {"for (uint i = lid, j = i; j < N; j += N) x[j] = 1;",
+         UNROLLED "for (uint i = lid, j = i; j < N; j += N) x[j] = 1;"},
         {"for (uint i = lid; i < N; i += (256", "for (uint i = lid; i < N; i += (256"},
         {"for (", "for ("},
     };
