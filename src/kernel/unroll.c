@@ -163,7 +163,7 @@ static bool begins_statement(const translation *t, size_t before) {
 /* Whether [begin, end) only reads the loop's variable: as an operand of arithmetic or an index. */
 static bool only_reads(const translation *t, size_t begin, size_t end, const mtl_token *name) {
     static const char *const before_value[] = {"[", "+", "-", "*", "/", "%", NULL};
-    static const char *const behind_value[] = {"+", "-", "*", "/", "%", "<", NULL};
+    static const char *const behind_value[] = {"+", "-", "*", "/", "%", "<", ">", "=", "!", NULL}; /* ==, != */
     for (size_t i = 0; i < t->count; i++) {
         if (t->token[i].kind != MTL_TOKEN_IDENTIFIER || !mtl_is_named(&t->token[i], name->text, name->length)) continue;
         if (t->token[i].in_directive) return false; /* a macro may do anything with it */
