@@ -222,6 +222,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
             if (is_joined(token, name, "_ndim")) mentions->input[i] |= MTL_MENTIONS_RANK;
         }
         if (mtl_token_is(token, "threadgroup")) mentions->relative = true;
+        mentions->returns |= mtl_token_is(token, "return");
         if (is_meeting_point(token)) mentions->lanes_meet = true;
         find_types(mentions, token);
     }
@@ -236,6 +237,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
         mentions->no_contraction |= forbids_contraction(&tokens.token[t]);
         mentions->halves |= is_16_bit_literal(&tokens.token[t]);
         if (tokens.token[t].kind != MTL_TOKEN_IDENTIFIER) continue;
+        mentions->returns |= tokens.token[t].in_directive && mtl_token_is(&tokens.token[t], "return");
         if (mtl_token_is(&tokens.token[t], "threadgroup")) mentions->relative = true; /* perhaps in a macro */
         if (is_meeting_point(&tokens.token[t])) mentions->lanes_meet = true;
         find_types(mentions, &tokens.token[t]);
@@ -681,8 +683,11 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
     }
     if (options->line) {
         mtl_text_format(out, "    __mtl_place_in_line<%d>(group, index, local);\n", options->line);
-        mtl_text_add_string(out, "    unsigned at = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;\n"
-                                 "    (void)at;\n");
+        if (mtl_cuda_repeats(definition, mentions, options->line))
+            mtl_text_add_string(out, "#pragma unroll 1\n    for (;;) {\n");
+        mtl_text_add_string(out,
+                            "    unsigned at = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + group.position[0];\n"
+                            "    (void)at;\n");
         for (int i = 0; i < inputs; i++) {
             if (types->inputs[i].is_small) continue;
             mtl_text_format(out,
@@ -697,6 +702,12 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                              "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
                              "    (void)x, (void)y, (void)z;\n    ");
     add_cuda_call(out, definition, mentions, types);
+    if (mtl_cuda_repeats(definition, mentions, options->line)) {
+        mtl_text_add_string(out, "    group.position[0] += gridDim.x;\n"
+                                 "    if (group.position[0] >= dispatch.threadgroups[0]) break;\n"
+                                 "    __syncthreads();\n"
+                                 "    }\n");
+    }
     mtl_text_add_string(out, "}\n");
 }
 
@@ -706,6 +717,10 @@ int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const ui
     bool in_line = threadgroup[1] == 1 && threadgroup[2] == 1 && threads >= 32 && (threads & (threads - 1)) == 0;
     bool whole = grid[0] % threads == 0 && grid[1] <= MOST_BLOCKS_YZ && grid[2] <= MOST_BLOCKS_YZ;
     return in_line && whole && (mentions->lanes_meet || mentions->relative) ? (int)threads : 0;
+}
+
+bool mtl_cuda_repeats(const mtl_definition *definition, const mtl_mentions *mentions, int line) {
+    return (line == 32 || line == 64 || line == 1024) && !mentions->returns && !definition->atomic_outputs;
 }
 
 /* One element a thread is too few bytes under way for a GPU's memory: 16 bytes of each input are enough. */

@@ -34,6 +34,7 @@ typedef struct mtl_mentions {
     bool halves, swizzles, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
     bool simd_types;                                                      /* simd::float4, simd_float4, vector_float4 */
     bool uniforms;       /* make_uniform; users have functions called uniform */
+    bool returns;        /* from the body: threads may leave before the others meet */
     bool relative;       /* anything that depends on the cut into threadgroups */
     int vector_bytes;    /* the alignment of vectors that may be read from and written to buffers; 0: none */
     bool no_contraction; /* #pragma clang fp contract(off): a product and a sum are rounded each */
@@ -100,7 +101,13 @@ typedef struct mtl_unit_options {
 /* CUDA: the struct that a launch passes beside the buffers, as offsets in bytes; 0: not there. Its first 44 bytes are grid, threadgroup
  * and threadgroups (3 x uint32 each), flags, and how many threadgroups prefetch for others; then of each input a scalar's 8 bytes, the
  * addresses that are prefetched from, the ranks, where in `shapes` and `strides` those of an input begin, and how much is prefetched. */
-enum { MTL_CUDA_EXTENTS = 128, MTL_CUDA_WHOLE = 1, MTL_CUDA_LINEAR = 2, MTL_CUDA_WIDE = 4, MTL_CUDA_WIDE_THREADS = 256 };
+enum {
+    MTL_CUDA_EXTENTS = 128,
+    MTL_CUDA_WHOLE = 1,
+    MTL_CUDA_LINEAR = 2,
+    MTL_CUDA_WIDE = 4,
+    MTL_CUDA_WIDE_THREADS = 256
+};
 typedef struct mtl_cuda_layout {
     int scalars_at, ints_at, strides_at, shapes_at, size;
 } mtl_cuda_layout;
@@ -109,6 +116,11 @@ mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_m
 /* The threads of a threadgroup where they are a power of two along x and all threadgroups are whole, so that the kernel is compiled
  * for that number: its loops over a threadgroup's share then have a known length and are unrolled. 0: any number. */
 int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const uint32_t threadgroup[3]);
+
+/* Whether a block of the kernel that is compiled for this line does several threadgroups along x, one after the other, where the launch
+ * has fewer blocks. Blocks of few threads take longer to be launched than to read a row; of 1024 a multiprocessor has two, and the next
+ * waits for the last thread of one. Threads that left would stand at the wrong barrier. */
+bool mtl_cuda_repeats(const mtl_definition *definition, const mtl_mentions *mentions, int line);
 
 /* How many positions along x a thread does in the kernel's wide form; 0: it has none. Nothing in such a kernel depends on the cut into
  * threadgroups: the form has its own, MTL_CUDA_WIDE_THREADS along x. */

@@ -703,29 +703,32 @@ def test_several_positions_in_a_thread(dtype, grid, threadgroup):
     library.metalloid_kernel_destroy(made)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("threads", [32, 128, 1024])
-@pytest.mark.parametrize("grid", [[5000, 1, 1], [1, 700, 9], [3, 200, 10]])
-def test_threadgroups_in_turn(dtype, threads, grid):
-    """Many threadgroups each with its slice of the inputs, as which they are prefetched; one reads them backwards."""
+@pytest.mark.parametrize("leave", [False, True])
+@pytest.mark.parametrize("share", [4, 8])
+@pytest.mark.parametrize("threads", [32, 64, 128, 1024])
+@pytest.mark.parametrize("grid", [[9000, 1, 1], [1, 1000, 9], [3, 300, 10]])
+def test_threadgroups_in_turn(threads, grid, share, leave):
+    """Many threadgroups, each with `share` bytes a thread of two inputs, one of which is read backwards: they are
+    prefetched, and a block does several threadgroups unless threads leave before others meet."""
     made = kernel(
-        "uint3 g = threadgroup_position_in_grid, n = threadgroups_per_grid; threadgroup float shared[32];"
-        "uint row = (g.z * n.y + g.y) * n.x + g.x, last = n.x * n.y * n.z - 1, lid = thread_position_in_threadgroup.x;"
-        "uint length = x_shape[1] + 0 * x_strides[0]; float sum = 0;"
-        "for (uint i = lid; i < length; i += threads_per_threadgroup.x) sum += x[row * length + i];"
+        "uint3 g = threadgroup_position_in_grid, m = threadgroups_per_grid; threadgroup float shared[32];"
+        "uint row = (g.z * m.y + g.y) * m.x + g.x, last = m.x * m.y * m.z - 1, lid = thread_position_in_threadgroup.x;"
+        "uint n = threads_per_threadgroup.x, length = x_shape[1] + 0 * x_strides[0]; float sum = 0;"
+        + leave
+        * "n = 32; if (lid >= n) return;"
+        + "for (uint i = lid; i < length; i += n) sum += x[row * length + i];"
         "sum = simd_sum(sum); if (thread_index_in_simdgroup == 0) shared[simdgroup_index_in_threadgroup] = sum;"
         "threadgroup_barrier(mem_flags::mem_threadgroup); sum = 0;"
-        "for (uint i = 0; i < simdgroups_per_threadgroup; i++) sum += shared[i];"
-        "for (uint i = lid; i < length; i += threads_per_threadgroup.x)"
-        "    out[row * length + i] = sum + y[(last - row) * length + i] + s;",
+        "for (uint i = 0; i < n / 32; i++) sum += shared[i];"
+        "for (uint i = lid; i < length; i += n) out[row * length + i] = sum + y[(last - row) * length + i] + s;",
         ["s", "x", "y"],
         ["out"],
     )
-    rows, length = grid[0] * grid[1] * grid[2], threads * 8 // dtype.itemsize
-    x, y = (torch.randint(-2, 3, (rows, length), device="cuda").to(dtype) for _ in range(2))
+    rows, length = grid[0] * grid[1] * grid[2], threads * share // 2
+    x, y = (torch.randint(-2, 3, (rows, length), device="cuda").half() for _ in range(2))
     out, s = torch.empty_like(x), torch.full((), 5.0, device="cuda")
     launch(made, [s, x, y], [out], [grid[0] * threads, *grid[1:]], [threads, 1, 1])
-    assert torch.equal(out, (x.float().sum(1, keepdim=True) + y.flip(0).float() + 5).to(dtype))
+    assert torch.equal(out, (x.float().sum(1, keepdim=True) + y.flip(0).float() + 5).half())
     library.metalloid_kernel_destroy(made)
 
 
