@@ -675,7 +675,7 @@ def test_threadgroups_of_every_shape(grid, threadgroup, barrier):
     library.metalloid_kernel_destroy(made)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.int64], ids=str)
 @pytest.mark.parametrize(
     ("grid", "threadgroup"),
     [

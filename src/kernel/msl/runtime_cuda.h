@@ -2,7 +2,7 @@
 #define __mtl_inline static __forceinline__
 
 // As the library fills it (src/cuda/custom_kernel.c).
-struct mtl_dispatch {
+struct alignas(8) mtl_dispatch {
     unsigned grid[3], threadgroup[3], threadgroups[3];
     unsigned flags;
     unsigned prefetching; // threadgroups that call __mtl_prefetch
