@@ -213,19 +213,21 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 /* Few queries on Hopper: a cluster to a key/value head. *done is false where attention.cu has to serve. */
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
-    enum { ROWS = 16, KEYS = 64, THREADS = 160, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8 };
-    enum { MANY_BLOCKS = 8, MANY_TILES = 16, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
-#define MASKED_FORMS(dims) \
-    { FORMS("attention_decode", dims), FORMS("attention_decode_masked", dims) }
+    enum { ROWS = 16, KEYS = 64, TEAM = 4, WARP = 32, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8 };
+    enum { FEW_TILES = 32, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
+#define MASKED_FORMS(op, dims) \
+    { FORMS(op, dims), FORMS(op "_masked", dims) }
+#define DECODE_FORMS(dims) \
+    { MASKED_FORMS("attention_decode", dims), MASKED_FORMS("attention_decode_small", dims) }
     static const struct {
-        int blocks; /* that a multiprocessor holds */
-        int stages;
-        const char *name[2][2]; /* masked, bfloat16 */
-    } kernels[HOPPER_DIMS] = {{2, 6, MASKED_FORMS("64_64")},
-                              {2, 3, MASKED_FORMS("128_128")}, /* 96 lies in two blocks of 64 too */
-                              {2, 3, MASKED_FORMS("128_128")},
-                              {1, 4, MASKED_FORMS("192_128")},
-                              {1, 3, MASKED_FORMS("256_256")}};
+        int teams;                 /* of warps, in a block that has a multiprocessor for itself */
+        int small_stages;          /* of one of two small blocks, of a team each; 0: there are none */
+        const char *name[2][2][2]; /* small, masked, bfloat16 */
+    } kernels[HOPPER_DIMS] = {{2, 6, DECODE_FORMS("64_64")},
+                              {2, 3, DECODE_FORMS("128_128")}, /* 96 lies in two blocks of 64 too */
+                              {2, 3, DECODE_FORMS("128_128")},
+                              {1, 0, DECODE_FORMS("192_128")},
+                              {1, 0, DECODE_FORMS("256_256")}};
     int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
     mtl_cuda_attention_hopper_args hopper;
     *done = false;
@@ -233,29 +235,29 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
         !describe_keys(call, args, &hopper, KEYS))
         return METALLOID_OK;
     int at = hopper_dims_of(args), bf16 = args->q.dtype == MTL_BF16;
-    int masked = args->mask.data || args->key_mask.data || args->softcap > 0 || !(args->scale > 0);
-    mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_decode, 4 * at + 2 * masked + bf16,
-                              kernels[at].name[masked][bf16]};
-    mtl_cuda_grid grid = {
-        .y = (int)heads, .z = (int)((rows + ROWS - 1) / ROWS), .threads = THREADS, .cluster = 1, .overlaps = true};
-    int64_t multiprocessors = call->device->multiprocessors, places = multiprocessors * kernels[at].blocks;
-    int64_t items = heads * grid.z, tiles = (args->kv_len + KEYS - 1) / KEYS;
-    int stage = KEYS * (in_blocks(hopper_dims[at].key_dim) + in_blocks(hopper_dims[at].value_dim)) * ELEMENT;
-    hopper.stages = kernels[at].stages;
+    bool masked = args->mask.data || args->key_mask.data || args->softcap > 0 || !(args->scale > 0);
+    mtl_cuda_grid grid = {.y = (int)heads, .z = (int)((rows + ROWS - 1) / ROWS), .cluster = 1, .overlaps = true};
+    int64_t multiprocessors = call->device->multiprocessors, items = heads * grid.z;
+    int64_t tiles = (args->kv_len + KEYS - 1) / KEYS;
     /* Half the multiprocessors keep the memory busy, and all blocks have to end together. Pairs find their places on
      * any number of multiprocessors; larger clusters do not fill them, as a cluster's blocks share a group of 16 or so,
-     * and the groups differ: of those no more than leave room. Masks take longer than memory: all for them. */
-    int64_t roomy = masked ? multiprocessors : multiprocessors * 3 / 4;
+     * and the groups differ: of those no more than leave room. */
+    int64_t roomy = multiprocessors * 3 / 4, places = multiprocessors * (kernels[at].small_stages ? 2 : 1);
     while (grid.cluster < MOST_BLOCKS && grid.cluster * 2 <= tiles &&
-           (items * grid.cluster * 2 <= roomy || (grid.cluster == 1 && items * 2 <= places)))
+           (items * grid.cluster * 2 <= roomy || (grid.cluster == 1 && items * 2 <= places) ||
+            (args->key_mask.data && tiles > MOST_TILES * grid.cluster)))
         grid.cluster *= 2;
-    /* Where places are taken again and again, long heads go several blocks each: fewer places of memory are read at
-     * a time. */
-    if (items > places && tiles >= MANY_BLOCKS * MANY_TILES) {
-        int deep = (call->device->shared_memory - HOPPER_ALIGNMENT - OWN_MEMORY) / stage;
-        grid.cluster = MANY_BLOCKS, hopper.stages = deep < MOST_STAGES ? deep : MOST_STAGES;
-    }
+    /* One block a multiprocessor, of two teams of warps. Small ones where there are more of them, and for few tiles, as
+     * to join two teams' parts takes longer than they save; with masks they save more. */
+    bool few_tiles = !masked && tiles <= FEW_TILES * grid.cluster;
+    bool small = kernels[at].small_stages && (items * grid.cluster > multiprocessors || few_tiles);
+    int stage = KEYS * (in_blocks(hopper_dims[at].key_dim) + in_blocks(hopper_dims[at].value_dim)) * ELEMENT;
+    int deep = (call->device->shared_memory - HOPPER_ALIGNMENT - OWN_MEMORY) / stage;
+    hopper.stages = small ? kernels[at].small_stages : deep < MOST_STAGES ? deep : MOST_STAGES;
+    grid.threads = ((small ? 1 : kernels[at].teams) * TEAM + 1) * WARP;
     grid.shared_memory = hopper.stages * stage + HOPPER_ALIGNMENT;
+    mtl_cuda_kernel kernel = {MTL_CUDA_IMAGE_attention_decode, ((at * 2 + small) * 2 + masked) * 2 + bf16,
+                              kernels[at].name[small][masked][bf16]};
     MTL_TRY(mtl_cuda_fit_cluster(call, kernel, &grid));
     int64_t splits = roomy / (items * grid.cluster), most = tiles / (grid.cluster * LEAST_TILES);
     splits = splits < most ? splits : most;
@@ -412,8 +414,22 @@ static metalloid_status attend(const mtl_cuda_call *call, const mtl_attention_ar
     return attend_in_tiles(call, args, attention, kernel_of(bf16 * 2 * DIMS + class * 2 + few), mma_tiles[class][few]);
 }
 
+/* A mask of booleans, alike for all heads and queries: a key mask, whose tiles without a key are not read. */
+static bool hides_keys(const mtl_attention_args *args) {
+    const mtl_attention_operand *mask = &args->mask;
+    return mask->data && mask->dtype == MTL_BOOL && !args->key_mask.data &&
+           (args->q_heads == 1 || mask->stride[1] == 0) && (args->q_len == 1 || mask->stride[2] == 0);
+}
+
 metalloid_status mtl_cuda_attention(const metalloid_context *context, const char *op, const mtl_attention_args *args) {
     mtl_cuda_call call;
+    mtl_attention_args own = *args;
+    if (hides_keys(args)) {
+        own.key_mask.data = args->mask.data, own.key_mask.dtype = args->mask.dtype;
+        own.key_mask.stride[0] = args->mask.stride[0], own.key_mask.stride[1] = args->mask.stride[3];
+        own.mask.data = NULL;
+        args = &own;
+    }
     MTL_TRY(mtl_cuda_begin(&call, context, op, args->device, args->in_double));
     bool attends = args->batch && args->q_heads && args->q_len && (args->value_dim || args->logsumexp.data);
     if (!attends) return mtl_cuda_end(&call, append_to_cache(&call, args));

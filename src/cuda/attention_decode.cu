@@ -4,19 +4,21 @@
 //
 // All queries that share a key/value head, at most 16 rows, go together, so that the cache is read once. Its tiles are
 // dealt round to the blocks of a cluster: hidden keys at either end cost all of them alike. In a block one thread asks
-// the copy engine for tiles, several ahead; each of four warps takes 16 keys of a tile and has its own maximum, sum and
-// weighted values. They are joined in the order of warps, then of blocks, which read each other's shared memory: the
-// same call gives the same bits, nothing goes through global memory, and there is no second kernel. Where a head's
-// cluster is too small a part of the GPU, it has several, and attention_merge joins those.
+// the copy engine for tiles, several ahead; each of a team of four warps takes 16 keys of a tile and has its own maximum,
+// sum and weighted values. Two teams take tiles by turns: one multiplies while the other waits. The parts are joined in
+// the order of warps, then of blocks, which read each other's shared memory: the same call gives the same bits, nothing
+// goes through global memory, and there is no second kernel. Where a head's cluster is too small a part of the GPU, it
+// has several, and attention_merge joins those.
 #include "cuda/attention.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/wgmma.cuh"
 
-constexpr int WARPS = 4, THREADS = (WARPS + 1) * WARP;
+constexpr int TEAM = 4; // warps
+template <int TEAMS> constexpr int THREADS = (TEAMS * TEAM + 1) * WARP;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr int ROWS = 16, KEYS = 16 * WARPS, MOST_TILES = 512, MOST_STAGES = 12;
+constexpr int ROWS = 16, KEYS = 16 * TEAM, MOST_TILES = 512, MOST_STAGES = 12;
 
 // Of a block's joined rows, by row.
 template <int VALUE_DIM> struct Joined { float values[ROWS][VALUE_DIM], largest[ROWS], sum[ROWS]; };
@@ -49,21 +51,21 @@ template <int BLOCKS> __device__ inline Part join(unsigned of_largest, unsigned 
 template <typename I, typename FirstKey>
 __device__ inline void find_live(uint2 *live, int tiles, const mtl_cuda_attention_args &p, const char *key_mask,
                                  FirstKey first_key) {
-    constexpr int STEP = THREADS / WARP, AT_ONCE = 4;
-    int lane = threadIdx.x % WARP;
-    for (int tile = threadIdx.x / WARP; tile < tiles; tile += STEP * AT_ONCE) {
+    constexpr int AT_ONCE = 4;
+    int lane = threadIdx.x % WARP, step = blockDim.x / WARP;
+    for (int tile = threadIdx.x / WARP; tile < tiles; tile += step * AT_ONCE) {
         I low[AT_ONCE] = {}, high[AT_ONCE] = {};
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            if (tile + i * STEP >= tiles) break;
-            int64_t key = first_key(tile + i * STEP) + lane;
+            if (tile + i * step >= tiles) break;
+            int64_t key = first_key(tile + i * step) + lane;
             if (key < p.kv_len) low[i] = *(const I *)(key_mask + key * p.key_mask.stride[1]);
             if (key + WARP < p.kv_len) high[i] = *(const I *)(key_mask + (key + WARP) * p.key_mask.stride[1]);
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             uint2 bits = make_uint2(__ballot_sync(ALL_LANES, low[i] != 0), __ballot_sync(ALL_LANES, high[i] != 0));
-            if (lane == 0 && tile + i * STEP < tiles) live[tile + i * STEP] = bits;
+            if (lane == 0 && tile + i * step < tiles) live[tile + i * step] = bits;
         }
     }
 }
@@ -110,10 +112,11 @@ __device__ inline unsigned swizzled(unsigned tile, int row, int chunk) {
 }
 
 // MASKED: by key mask, mask, softcap or a scale that is not positive; else by causal and window alone.
-template <typename T, int KEY_DIM, int VALUE_DIM, bool MASKED>
+template <typename T, int KEY_DIM, int VALUE_DIM, int TEAMS, bool MASKED>
 __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &args) {
     const mtl_cuda_attention_args &p = args.attention;
-    constexpr int K_TILE = KEYS * KEY_DIM * 2, V_TILE = KEYS * VALUE_DIM * 2, STAGE = K_TILE + V_TILE;
+    constexpr int WARPS = TEAMS * TEAM, K_TILE = KEYS * KEY_DIM * 2, V_TILE = KEYS * VALUE_DIM * 2,
+                  STAGE = K_TILE + V_TILE;
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned stages = ((unsigned)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     unsigned char *own = shared + (stages - (unsigned)__cvta_generic_to_shared(shared));
@@ -146,7 +149,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     // The copying warp makes the barriers and asks for tiles before the others have come that far.
     if (threadIdx.x == WARPS * WARP) {
         prefetch_map(args.k_map), prefetch_map(args.v_map);
-        for (int i = 0; i < count; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
+        for (int i = 0; i < count; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, TEAM);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     wait_for_earlier();
@@ -206,30 +209,33 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
                 }
             }
         }
-        int turn = 0, parity = 0;
-        auto next_tile = [&](int tile) {
-            while (tile < tiles && !shows(tile)) tile++;
-            return tile;
+        // Teams take tiles by turns.
+        int turn = TEAMS > 1 ? warp / TEAM : 0, parity = 0, part = TEAMS > 1 ? warp % TEAM : warp;
+        auto next_tile = [&](int tile, int steps) { // of those that show something
+            for (;; tile++) {
+                while (tile < tiles && !shows(tile)) tile++;
+                if (tile >= tiles || steps-- == 0) return tile;
+            }
         };
         LaneMask<T> mask = {};
         auto load_mask = [&](int tile) {
             if (MASKED && p.mask.data && tile < tiles)
-                mask.load(p, mask_rows, first_key(tile) + warp * 16 + lane % 4 * 2);
+                mask.load(p, mask_rows, first_key(tile) + part * 16 + lane % 4 * 2);
         };
         bool both = kept > 8; // of the lane's rows are there
-        int tile = next_tile(0);
+        int tile = next_tile(0, turn);
         load_mask(tile);
         for (int next; tile < tiles; tile = next) {
-            next = next_tile(tile + 1);
+            next = next_tile(tile + 1, TEAMS - 1);
             unsigned k_tile = stages + turn * STAGE, v_tile = k_tile + K_TILE;
-            int first = first_key(tile) + warp * 16;
+            int first = first_key(tile) + part * 16;
             barrier_wait(full + 8 * turn, parity);
 
             float scores[2][4] = {}, odd[2][4] = {}; // in two chains, for the wait between products
 #pragma unroll
             for (int step = 0; step < KEY_DIM / 16; step++) {
                 unsigned b[4];
-                load_matrices(b, swizzled(k_tile, warp * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+                load_matrices(b, swizzled(k_tile, part * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
                 multiply(step % 2 ? odd[0] : scores[0], q[step], b[0], b[1], T());
                 multiply(step % 2 ? odd[1] : scores[1], q[step], b[2], b[3], T());
             }
@@ -261,7 +267,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
                     load_mask(next);
                 }
                 unsigned seen = ~0u; // of the warp's keys
-                if (MASKED && key_mask) seen = (warp < 2 ? live[tile].x : live[tile].y) >> warp % 2 * 16;
+                if (MASKED && key_mask) seen = (part < 2 ? live[tile].x : live[tile].y) >> part % 2 * 16;
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
 #pragma unroll
@@ -312,13 +318,14 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
 #pragma unroll
             for (int pair = 0; pair < VALUE_DIM / 16; pair++) {
                 unsigned b[4];
-                load_transposed(b, swizzled(v_tile, warp * 16 + lane % 16, pair * 2 + lane / 16));
+                load_transposed(b, swizzled(v_tile, part * 16 + lane % 16, pair * 2 + lane / 16));
                 multiply(values[2 * pair], weights, b[0], b[1], T());
                 multiply(values[2 * pair + 1], weights, b[2], b[3], T());
             }
             __syncwarp();
             if (lane == 0) barrier_arrive(empty + 8 * turn);
-            if (++turn == count) turn = 0, parity ^= 1;
+            turn += TEAMS;
+            if (turn >= count) turn -= count, parity ^= 1;
         }
     }
 
@@ -341,7 +348,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     }
     if (threadIdx.x == 0) wrong = 0;
     __syncthreads();
-    for (int at = threadIdx.x; at < kept * VALUE_DIM; at += THREADS) {
+    for (int at = threadIdx.x; at < kept * VALUE_DIM; at += THREADS<TEAMS>) {
         int row = at / VALUE_DIM, column = at % VALUE_DIM;
         float top = -INFINITY, x = 0, total = 0;
 #pragma unroll
@@ -361,7 +368,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
 
     // The blocks' parts: each block finishes its share of the rows.
     unsigned here = (unsigned)__cvta_generic_to_shared(joined);
-    for (int at = threadIdx.x; at < (kept - place_in_cluster + blocks - 1) / blocks * VALUE_DIM; at += THREADS) {
+    for (int at = threadIdx.x; at < (kept - place_in_cluster + blocks - 1) / blocks * VALUE_DIM; at += THREADS<TEAMS>) {
         int row = place_in_cluster + at / VALUE_DIM * blocks, column = at % VALUE_DIM;
         if (column >= p.value_dim) continue;
         unsigned of_value = here + (unsigned)((char *)&joined->values[row][column] - (char *)joined);
@@ -401,22 +408,25 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     }
     cluster_wait(); // nobody goes while another reads its memory
 }
-#define BODY(type, key_dim, value_dim, masked) attention_decode<type, key_dim, value_dim, masked>(args)
+#define BODY(type, key_dim, value_dim, teams, masked) attention_decode<type, key_dim, value_dim, teams, masked>(args)
 #else
-#define BODY(type, key_dim, value_dim, masked) // the host takes attention.cu's kernels
+#define BODY(type, key_dim, value_dim, teams, masked) // the host takes attention.cu's kernels
 #endif
 
-#define ATTENTION_KERNEL(name, type, key_dim, value_dim, blocks, masked)    \
-    extern "C" __global__ void __launch_bounds__(THREADS, blocks)           \
-        name(const __grid_constant__ mtl_cuda_attention_hopper_args args) { \
-        BODY(type, key_dim, value_dim, masked);                             \
+#define ATTENTION_KERNEL(name, type, key_dim, value_dim, teams, blocks, masked) \
+    extern "C" __global__ void __launch_bounds__(THREADS<teams>, blocks)        \
+        name(const __grid_constant__ mtl_cuda_attention_hopper_args args) {     \
+        BODY(type, key_dim, value_dim, teams, masked);                          \
     }
-#define ATTENTION_KERNELS(name, type, masked)                   \
-    ATTENTION_KERNEL(name##_64_64, type, 64, 64, 2, masked)     \
-    ATTENTION_KERNEL(name##_128_128, type, 128, 128, 2, masked) \
-    ATTENTION_KERNEL(name##_192_128, type, 192, 128, 1, masked) \
-    ATTENTION_KERNEL(name##_256_256, type, 256, 256, 1, masked)
-ATTENTION_KERNELS(attention_decode_f16, __half, false)
-ATTENTION_KERNELS(attention_decode_bf16, __nv_bfloat16, false)
-ATTENTION_KERNELS(attention_decode_masked_f16, __half, true)
-ATTENTION_KERNELS(attention_decode_masked_bf16, __nv_bfloat16, true)
+// A multiprocessor has one block, of two teams where registers suffice; or two small ones, of one team each.
+#define ATTENTION_KERNELS(name, form, type, masked)                          \
+    ATTENTION_KERNEL(name##form##_64_64, type, 64, 64, 2, 1, masked)         \
+    ATTENTION_KERNEL(name##form##_128_128, type, 128, 128, 2, 1, masked)     \
+    ATTENTION_KERNEL(name##form##_192_128, type, 192, 128, 1, 1, masked)     \
+    ATTENTION_KERNEL(name##form##_256_256, type, 256, 256, 1, 1, masked)     \
+    ATTENTION_KERNEL(name##_small##form##_64_64, type, 64, 64, 1, 2, masked) \
+    ATTENTION_KERNEL(name##_small##form##_128_128, type, 128, 128, 1, 2, masked)
+ATTENTION_KERNELS(attention_decode, _f16, __half, false)
+ATTENTION_KERNELS(attention_decode, _bf16, __nv_bfloat16, false)
+ATTENTION_KERNELS(attention_decode, _masked_f16, __half, true)
+ATTENTION_KERNELS(attention_decode, _masked_bf16, __nv_bfloat16, true)

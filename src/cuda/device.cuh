@@ -220,17 +220,16 @@ template <typename T, T (*combine)(T, T)> __device__ inline T over_warp(T x, int
     return x;
 }
 
-// Over the threads of a row: the block, or the warp alone where the block is {32, rows}. Each of a kernel's sums has a
-// SLOT of its own and is formed once, or with a barrier between.
-template <typename T, T (*combine)(T, T), int SLOT> __device__ inline T over_row(T x, T identity) {
+// Over the threads of a row: the block, of a power of two of warps, or the warp alone where the block is {32, rows}.
+// Each of a kernel's sums has a SLOT of its own and is formed once, or with a barrier between.
+template <typename T, T (*combine)(T, T), int SLOT> __device__ inline T over_row(T x) {
     x = over_warp<T, combine>(x);
     if (blockDim.x == WARP) return x;
     __shared__ T of_warp[WARP];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     if (lane == 0) of_warp[warp] = x;
     __syncthreads();
-    x = lane < warps ? of_warp[lane] : identity;
-    return over_warp<T, combine>(x);
+    return over_warp<T, combine>(of_warp[lane & (warps - 1)], warps);
 }
 
 // What the first thread of a row has.

@@ -5,7 +5,6 @@ enum {
     VECTOR = 16,
     THREADS = 128,
     GROUPS = THREADS / 8, /* of the lanes that hold a row */
-    ROWS = 2,             /* of a group in a single step */
     WARP = 32,
     ROWS_OF_BLOCK = 64, /* of the chunks' kernel */
     FORMS = 3,          /* a step, steps, steps with a channel's own gamma */
@@ -148,9 +147,12 @@ metalloid_status mtl_cuda_gated_delta(const metalloid_context *context, const ch
     chunked c = in_chunks(&call, args);
     if (c.stages && args->batch && args->v_heads && args->value_dim && args->value_dim <= 65535)
         return mtl_cuda_end(&call, update_in_chunks(&call, c, &delta));
-    bool fast = is_fast(args), step = args->time == 1, per_channel = args->gamma.stride[3] != 0;
-    int64_t a_block = fast ? GROUPS * (step ? ROWS : 1) : THREADS / WARP;
-    int64_t blocks = (args->value_dim + a_block - 1) / a_block, most = 65535;
+    int64_t most = 65535; /* along y and z */
+    bool fast = is_fast(args), per_channel = args->gamma.stride[3] != 0;
+    bool step = args->time == 1 && args->v_heads <= most && args->batch <= most;
+    int rows_a_group = step && args->key_dim < 128 ? 2 : 1; /* as in gated_delta.cu */
+    int64_t a_block = fast ? GROUPS * rows_a_group : THREADS / WARP;
+    int64_t blocks = (args->value_dim + a_block - 1) / a_block;
     if (blocks > most) fast = false;
     mtl_cuda_grid grid = {.blocks = blocks ? args->batch * args->v_heads : 0,
                           .y = (int)(blocks < most ? blocks : most)};
@@ -160,7 +162,10 @@ metalloid_status mtl_cuda_gated_delta(const metalloid_context *context, const ch
         index = ((int)args->q.dtype * 3 + dim) * FORMS + form;
         grid.threads = THREADS;
         grid.shared_memory = step ? 0 : shared_memory(args->key_dim, per_channel);
-        if (step) grid.blocks *= blocks, grid.y = 1;
+        if (step && grid.blocks) {
+            grid.blocks = blocks, grid.y = (int)args->v_heads, grid.z = (int)args->batch;
+            grid.overlaps = true;
+        }
     } else {
         grid.threads = WARP;
         grid.rows = THREADS / WARP;

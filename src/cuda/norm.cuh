@@ -26,16 +26,17 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     if (row >= p.rows.count) return; // only where a row is a warp
     Offsets at = offsets_at(p.rows, row);
     wait_for_earlier();
-    let_next_start();
     int vectors = (int)(p.length / N);
     auto inside = [&](int i) { return (int)(i * blockDim.x + threadIdx.x) < vectors; };
     auto place = [&](int i) { return (int)(i * blockDim.x + threadIdx.x) * 16; };
 
     uint4 raw[VECTORS];
-    constexpr bool EARLY_BIAS = LAYER && !(ADD && VECTORS > 4); // where registers are left for it
-    uint4 weights[VECTORS], biases[EARLY_BIAS ? VECTORS : 1];   // on their way while the row is summed
-    bool typed = p.weight.data && p.weight.dtype == Element<T>::dtype;
-    bool typed_bias = EARLY_BIAS && p.bias.data && p.bias.dtype == Element<T>::dtype;
+    // On their way while the row is summed, where registers are left for them and for as many rows as the memory wants.
+    constexpr bool EARLY = !LAYER || VECTORS < 4;
+    constexpr int KEPT = EARLY ? VECTORS : 1;
+    uint4 weights[KEPT], biases[LAYER ? KEPT : 1];
+    bool typed = EARLY && p.weight.data && p.weight.dtype == Element<T>::dtype;
+    bool typed_bias = EARLY && LAYER && p.bias.data && p.bias.dtype == Element<T>::dtype;
     float sums[ADD ? VECTORS : 1][N], pivot = 0;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
@@ -45,6 +46,7 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
             added[i] = inside(i) ? load_16_bytes(p.residual.data + at.of[RESIDUAL] + place(i)) : make_uint4(0, 0, 0, 0);
+        let_next_start();
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             float y[N];
@@ -55,10 +57,13 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
             if (inside(i)) store_16_bytes(p.sum.data + at.of[SUM] + place(i), narrow(sums[i], T()));
         }
     }
+    if constexpr (!ADD) let_next_start();
+    if constexpr (EARLY) {
 #pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-        weights[i] = typed && inside(i) ? *(const uint4 *)(p.weight.data + place(i)) : make_uint4(0, 0, 0, 0);
-    if constexpr (EARLY_BIAS) {
+        for (int i = 0; i < VECTORS; i++)
+            weights[i] = typed && inside(i) ? *(const uint4 *)(p.weight.data + place(i)) : make_uint4(0, 0, 0, 0);
+    }
+    if constexpr (EARLY && LAYER) {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
             biases[i] = typed_bias && inside(i) ? *(const uint4 *)(p.bias.data + place(i)) : make_uint4(0, 0, 0, 0);
@@ -72,7 +77,7 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
         }
     };
 
-    float length = (float)p.length, eps = (float)p.eps, mean = 0, variance, scale = 1;
+    float per_length = 1 / (float)p.length, eps = (float)p.eps, mean = 0, variance, scale = 1;
     if constexpr (LAYER) {
         // The sum may lie where an input was: what is read there is read once.
         if constexpr (ADD) pivot = of_first_thread(sums[0][0]);
@@ -88,9 +93,9 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
 #pragma unroll
                 for (int j = 0; j < N; j++) total.x += x[j], total.y += x[j] * x[j];
             }
-            total = over_row<float2, add<float2>, 0>(total, float2{});
-            mean = total.x / length;
-            variance = fmaxf(total.y / length - mean * mean, 0);
+            total = over_row<float2, add<float2>, 0>(total);
+            mean = total.x * per_length;
+            variance = fmaxf(total.y * per_length - mean * mean, 0);
             bool far = mean != 0 && mean * mean >= 4 * variance; // the same for the whole row
             if (again || !far) break;
             pivot += mean;
@@ -110,7 +115,7 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
 #pragma unroll
             for (int j = 0; j < N; j++) total += x[j] * x[j];
         }
-        variance = over_row<float, add<float>, 0>(total, 0) / length;
+        variance = over_row<float, add<float>, 0>(total) * per_length;
     }
 
     if (!(variance + eps > 1e-25f && variance + eps < 1e30f)) { // the same for the whole row
@@ -122,7 +127,7 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
 #pragma unroll
             for (int j = 0; j < N; j++) largest = larger(inside(i) ? fabsf(x[j]) : 0, largest);
         }
-        scale = comfortable_scale(over_row<float, larger, 1>(largest, 0), p.eps);
+        scale = comfortable_scale(over_row<float, larger, 1>(largest), p.eps);
         eps = (float)(p.eps * scale * scale);
         mean *= scale;
 #pragma unroll
@@ -135,19 +140,19 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
                 squares += inside(i) ? deviation * deviation : 0;
             }
         }
-        variance = over_row<float, add<float>, 2>(squares, 0) / length;
+        variance = over_row<float, add<float>, 2>(squares) * per_length;
     }
-    float inverse = 1 / sqrtf(variance + eps);
+    float inverse = rsqrtf(variance + eps);
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         if (!inside(i)) continue;
         int64_t first = (int64_t)(i * blockDim.x + threadIdx.x) * N;
         float x[N], weight[N], bias[N];
         read(x, i);
-        if (typed) widen(weight, weights[i], T());
+        if (typed) widen(weight, weights[EARLY ? i : 0], T());
         else if (p.weight.data) load_vector<T>(weight, p.weight, first);
         if constexpr (LAYER) {
-            if (typed_bias) widen(bias, biases[EARLY_BIAS ? i : 0], T());
+            if (typed_bias) widen(bias, biases[EARLY ? i : 0], T());
             else if (p.bias.data) load_vector<T>(bias, p.bias, first);
         }
 #pragma unroll
@@ -174,13 +179,13 @@ template <bool LAYER> __device__ inline void norm_any(const mtl_cuda_norm_args &
         double mean = 0, squares = 0;
         if (LAYER) {
             for (int64_t i = threadIdx.x; i < p.length; i += blockDim.x) mean += element(i);
-            mean = over_row<double, add<double>, 0>(mean, 0) / (double)p.length;
+            mean = over_row<double, add<double>, 0>(mean) / (double)p.length;
         }
         for (int64_t i = threadIdx.x; i < p.length; i += blockDim.x) {
             double deviation = element(i) - mean;
             squares += deviation * deviation;
         }
-        squares = over_row<double, add<double>, 1>(squares, 0);
+        squares = over_row<double, add<double>, 1>(squares);
         double inverse = 1 / sqrt(squares / (double)p.length + p.eps);
         for (int64_t i = threadIdx.x; i < p.length; i += blockDim.x) {
             float x = element(i), y = (float)((x - mean) * inverse);

@@ -108,7 +108,6 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
     const char *x = side.x.data + batch * side.x_batch_stride + time * side.x_time_stride + at.of[X];
     char *out = side.out.data + batch * side.out_batch_stride + time * side.out_time_stride + at.of[OUT];
     wait_for_earlier();
-    let_next_start();
     uint4 raw[HEADS][2];
     auto fetch = [&] {
 #pragma unroll
@@ -120,6 +119,7 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
         }
     };
     fetch();
+    let_next_start();
 
     // The places of a time step share in its pairs.
     __shared__ __align__(16) float2 table[TABLE]; // by time step, two pairs of a thread, thread, pair

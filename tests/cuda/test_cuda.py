@@ -478,11 +478,18 @@ def test_a_visible_nan_shows(queries, dim, dtype, form):
 
 @pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)])
 @pytest.mark.parametrize(
-    "form", ["plain", "key_mask", "causal", "window", "sinks", "mask", "added", "integer", "softcap"]
+    "form", ["plain", "key_mask", "causal", "window", "sinks", "mask", "alike", "added", "integer", "softcap"]
 )
 @pytest.mark.parametrize(
     ("batch", "heads", "queries", "keys"),
-    [(1, (32, 8), 1, 8192), (3, (8, 1), 2, 20000), (80, (8, 4), 1, 777), (2, (12, 4), 7, 1000), (1, (1, 1), 1, 65536)],
+    [
+        (1, (32, 8), 1, 8192),
+        (2, (8, 4), 1, 30000),
+        (3, (8, 1), 2, 20000),
+        (80, (8, 4), 1, 777),
+        (2, (12, 4), 7, 1000),
+        (1, (1, 1), 1, 65536),
+    ],
 )
 def test_decoding(batch, heads, queries, keys, form, dims):
     q = randn(batch, heads[0], queries, dims[0], dtype=torch.bfloat16)
@@ -491,6 +498,8 @@ def test_decoding(batch, heads, queries, keys, form, dims):
     options = {"causal": {"causal": True}, "window": {"window": 100}, "softcap": {"softcap": 2.0}}.get(form, {})
     if form == "mask":
         options["mask"] = randn(batch, heads[0], queries, keys, seed=3) < 1
+    if form == "alike":  # for all heads and queries
+        options["mask"] = (randn(batch, 2 * keys, seed=3) < 1)[:, None, None, ::2]
     if form == "added":
         options["mask"] = randn(1, heads[0], queries, keys, seed=3).to(q.dtype)
     if form == "integer":
@@ -511,6 +520,16 @@ def test_decoding(batch, heads, queries, keys, form, dims):
     assert (log.double() - ref_log).abs().max().item() <= 1e-4
     again, _ = attend(q, k, v, **options)
     assert torch.equal(out, again)
+
+
+def test_decoding_many_long_heads_by_a_key_mask():
+    q, k = randn(140, 2, 1, 64, dtype=torch.bfloat16), randn(140, 1, 33000, 64, dtype=torch.bfloat16, seed=1)
+    visible = randn(140, 33000, seed=2) < 1
+    visible[3, 64:] = False
+    out, _ = attend(q, k, k, key_mask=visible)
+    for i in (0, 3, 139):
+        ref, _ = reference_attention(q[i : i + 1], k[i : i + 1], k[i : i + 1], mask=visible[i, None, None, None])
+        assert ((out[i].double() - ref[0]).abs() / (ref[0].abs() + 5)).max().item() <= SIXTEEN[torch.bfloat16] / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
