@@ -302,10 +302,10 @@ static metalloid_status fill(const mtl_cuda_call *call, const mtl_view *output, 
     return mtl_cuda_fill(call, (CUdeviceptr)output->data, output->elements, (int)mtl_dtype_size(output->dtype), bits);
 }
 
-/* What threadgroups prefetch for later ones: of each input so many bytes each, from this address on. It is believed that threadgroups go
- * in turn over inputs that are as large as an output. 16 bytes a thread or less are too few under way for a GPU's memory, and there
- * cannot be more threads: those that run are followed by the next as many, or the next but one where they read half of that. Rows of
- * 4096 by fours, 1024 threads, on an H200: in bfloat16 91 us for 114, in float 132 for 156; with more bytes a thread, or further
+/* What threadgroups prefetch for later ones: of each input so many bytes each, from this address on. It is believed that
+ * threadgroups go in turn over inputs that are as large as an output. 16 bytes a thread or less are too few under way for
+ * a GPU's memory, and there cannot be more threads: those that run ask for what the next as many will read. Rows of 4096
+ * by fours, 1024 threads, on an H200: in bfloat16 91 us for 113, in float 132 for 156; with more bytes a thread, or further
  * ahead, it costs time. */
 typedef struct prefetch {
     uint32_t threadgroups;  /* that prefetch for another */
@@ -321,7 +321,7 @@ static prefetch plan_prefetch(const mtl_cuda_call *call, const metalloid_kernel 
     int64_t most = BYTES * (int64_t)launch->threadgroup[0];
     if (running == 0 || (int64_t)groups[0] * groups[1] > INT32_MAX) return plan;
     int64_t count = (int64_t)groups[0] * groups[1] * groups[2];
-    if (count > INT32_MAX) return plan;
+    if (count <= plan.running || count > INT32_MAX) return plan;
     for (int i = 0; i < kernel->definition.input_count; i++) {
         const mtl_view *input = &launch->inputs[i];
         int64_t bytes = input->elements * mtl_dtype_size(input->dtype);
@@ -333,19 +333,15 @@ static prefetch plan_prefetch(const mtl_cuda_call *call, const metalloid_kernel 
         plan.bytes += slice;
         if (plan.bytes > most) return plan;
         plan.slice[i] = (uint32_t)slice;
+        plan.address[i] = (uint64_t)(uintptr_t)input->data + (uint64_t)(plan.running * slice);
     }
-    int64_t ahead = plan.bytes > most / 2 ? plan.running : 2 * plan.running;
-    if (plan.bytes == 0 || count <= ahead) return plan;
-    plan.threadgroups = (uint32_t)(count - ahead);
-    for (int i = 0; i < kernel->definition.input_count; i++) {
-        plan.address[i] = (uint64_t)(uintptr_t)launch->inputs[i].data + (uint64_t)(ahead * plan.slice[i]);
-    }
+    if (plan.bytes > 0) plan.threadgroups = (uint32_t)(count - plan.running);
     return plan;
 }
 
-/* Whether the blocks that the device has at a time go on to the other threadgroups, where each reads little: on an H200, rows of 4096 by
- * 1024 threads in bfloat16 79 us for 91, rows of 256 by 32 threads 72 us for 161; in float, which is twice the bytes, 1024 threads
- * have no gain. */
+/* Whether the blocks that the device has at a time go on to the other threadgroups, where each reads little: on an H200,
+ * rows of 4096 by 1024 threads in bfloat16 79 us for 91, rows of 256 by 32 threads 72 us for 161; in float, which is twice
+ * the bytes, 1024 threads have no gain. */
 static bool repeats(const metalloid_kernel *kernel, const mtl_launch *launch, const uint32_t groups[3],
                     const prefetch *plan) {
     enum { MOST_BYTES = 8 }; /* of one of 1024 threads */

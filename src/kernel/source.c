@@ -659,7 +659,7 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                              "    unsigned index, local[3];\n");
     int width = mtl_cuda_width(definition, mentions, types);
     if (width) {
-        /* The first position is below 2^31, as the launch sees to: the offsets of the others are then constants in the addresses. */
+        /* The first position is below 2^31, as the launch sees to: the others' offsets are then constants in addresses. */
         mtl_text_format(out,
                         "    if (dispatch.flags & mtl_flag_wide) {\n"
                         "        unsigned first = (blockIdx.x * %du + threadIdx.x) & 0x7fffffffu;\n"

@@ -117,13 +117,14 @@ mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_m
  * for that number: its loops over a threadgroup's share then have a known length and are unrolled. 0: any number. */
 int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const uint32_t threadgroup[3]);
 
-/* Whether a block of the kernel that is compiled for this line does several threadgroups along x, one after the other, where the launch
- * has fewer blocks. Blocks of few threads take longer to be launched than to read a row; of 1024 a multiprocessor has two, and the next
- * waits for the last thread of one. Threads that left would stand at the wrong barrier. */
+/* Whether a block of the kernel that is compiled for this line does several threadgroups along x, one after the other,
+ * where the launch has fewer blocks. Blocks of few threads take longer to be launched than to read a row; of 1024 a
+ * multiprocessor has two, and the next waits for the last thread of one. Threads that left would stand at the wrong
+ * barrier. */
 bool mtl_cuda_repeats(const mtl_definition *definition, const mtl_mentions *mentions, int line);
 
-/* How many positions along x a thread does in the kernel's wide form; 0: it has none. Nothing in such a kernel depends on the cut into
- * threadgroups: the form has its own, MTL_CUDA_WIDE_THREADS along x. */
+/* How many positions along x a thread does in the kernel's wide form; 0: it has none. Nothing in such a kernel depends on
+ * the cut into threadgroups: the form has its own, MTL_CUDA_WIDE_THREADS along x. */
 int mtl_cuda_width(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types);
 
 /* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them.

@@ -11,8 +11,8 @@
  *
  *     for (uint i = lid; i < N; i += threads, i = (N) <= (threads) ? ~0u : i)
  *
- * which changes nothing, as i is at least `threads` there. Rows of 4096 by fours, 1024 threads, on an H200: in bfloat16 113 us for 122,
- * in float 156 for 165.
+ * which changes nothing, as i is at least `threads` there. Rows of 4096 by fours, 1024 threads, on an H200: in bfloat16
+ * 113 us for 122, in float 156 for 165.
  *
  * What is not understood is left alone. */
 #include "kernel/translation.h"

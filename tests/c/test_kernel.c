@@ -247,8 +247,8 @@ static void loops_over_a_share_are_unrolled(void **state) {
          "uint n = 2 * N; " UNROLLED
          "for (uint i = lid; i < N / 2; i += n, i = (N / 2) <= (n) ? ~0u : i) { y[i] = x[N - i]; "
          "z[i * 2] = 0; }"},
-        {"for (uint i = lid; i < N; i += N) if (i == 7) continue; else x[i] = i < 9;",
-         UNROLLED "for (uint i = lid; i < N; i += N, i = (N) <= (N) ? ~0u : i) if (i == 7) continue; else x[i] = i < 9;"},
+        {"for (uint i = lid; i < N; i += N) if (i == 7) continue; else x[i] = i < 9;", UNROLLED
+         "for (uint i = lid; i < N; i += N, i = (N) <= (N) ? ~0u : i) if (i == 7) continue; else x[i] = i < 9;"},
         {"for (uint i = lid; i < N; i += N) f(i);", UNROLLED "for (uint i = lid; i < N; i += N) f(i);"},
         {"for (uint i = lid; i < N; i += N) x[--i] = 1;", UNROLLED "for (uint i = lid; i < N; i += N) x[--i] = 1;"},
         {"for (uint i = lid; i < N; i += N) if (a) b[i] = 1; else i = 0;",

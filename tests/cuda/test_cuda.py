@@ -713,7 +713,8 @@ def test_several_positions_in_a_thread(dtype, grid, threadgroup):
         ["out", "cut"],
     )
     x = torch.randint(0, 9, (grid[0] * grid[1] * grid[2],), device="cuda").to(dtype)
-    out, cut = torch.full_like(x, 20), torch.empty(6, device="cuda", dtype=torch.int32)
+    x[0] = 0  # the first position describes the cut
+    out, cut = torch.full_like(x, 20), torch.zeros(6, device="cuda", dtype=torch.int32)
     launch(made, [x, torch.ones(1, device="cuda", dtype=dtype)], [out, cut], grid, threadgroup)
     expected = torch.where(x == 3, 20, 21 + x)
     assert torch.equal(out, expected)

@@ -37,9 +37,10 @@ __mtl_inline void __mtl_place_in_line(mtl_group &group, unsigned &index, unsigne
     local[1] = local[2] = 0;
 }
 
-// Brings into the L2 cache what a later threadgroup is going to read of an input, its slice, if threadgroups read theirs in turn. Where
-// they do not, memory is read in vain, and nothing else happens. `first` is the address for the first threadgroup: a number, since the
-// compiler keeps a pointer that it sees in assembly from what it may do with others. A slice has at most 128 bytes a thread.
+// Brings into the L2 cache what a later threadgroup is going to read of an input, its slice, if threadgroups read theirs in
+// turn. Where they do not, memory is read in vain, and nothing else happens. `first` is the address for the first
+// threadgroup: a number, since the compiler keeps a pointer that it sees in assembly from what it may do with others. A
+// slice has at most 128 bytes a thread.
 template <unsigned threads>
 __mtl_inline void __mtl_prefetch(unsigned long first, unsigned group, unsigned slice) {
     unsigned offset = (threadIdx.x & (threads - 1)) * 128;
