@@ -310,8 +310,8 @@ static metalloid_status fill(const mtl_cuda_call *call, const mtl_view *output, 
 typedef struct prefetch {
     uint32_t threadgroups;  /* that prefetch for another */
     int64_t running, bytes; /* threadgroups that the device has at a time, and what each reads */
-    uint32_t slice[MTL_MOST_BUFFERS];
-    uint64_t address[MTL_MOST_BUFFERS];
+    uint32_t slice[MTL_CUDA_PREFETCHED];
+    uint64_t address[MTL_CUDA_PREFETCHED];
 } prefetch;
 
 static prefetch plan_prefetch(const mtl_cuda_call *call, const metalloid_kernel *kernel, const mtl_launch *launch,
@@ -322,7 +322,7 @@ static prefetch plan_prefetch(const mtl_cuda_call *call, const metalloid_kernel 
     if (running == 0 || (int64_t)groups[0] * groups[1] > INT32_MAX) return plan;
     int64_t count = (int64_t)groups[0] * groups[1] * groups[2];
     if (count <= plan.running || count > INT32_MAX) return plan;
-    for (int i = 0; i < kernel->definition.input_count; i++) {
+    for (int i = 0; i < kernel->definition.input_count && i < MTL_CUDA_PREFETCHED; i++) {
         const mtl_view *input = &launch->inputs[i];
         int64_t bytes = input->elements * mtl_dtype_size(input->dtype);
         bool in_turn = false;
@@ -365,9 +365,12 @@ static metalloid_status lay_out(const metalloid_kernel *kernel, const mtl_launch
         const mtl_view *view = &launch->inputs[i];
         if (view->rank == 0 && view->device.device_type == kDLCPU)
             memcpy(bytes + layout->scalars_at + 8 * i, view->data, (size_t)mtl_dtype_size(view->dtype));
-        memcpy(bytes + layout->scalars_at + 8 * (inputs + i), &plan->address[i], 8);
-        const int ints[] = {launch->ranks[i], shapes, strides, (int)plan->slice[i]};
-        for (int k = 0; k < 4; k++) memcpy(bytes + layout->ints_at + 4 * (inputs * k + i), &ints[k], 4);
+        if (i < MTL_CUDA_PREFETCHED) {
+            memcpy(bytes + layout->prefetched_at + 8 * i, &plan->address[i], 8);
+            memcpy(bytes + layout->slices_at + 4 * i, &plan->slice[i], 4);
+        }
+        const int ints[] = {launch->ranks[i], shapes, strides};
+        for (int k = 0; k < 3; k++) memcpy(bytes + layout->ints_at + 4 * (inputs * k + i), &ints[k], 4);
         size_t rank = (size_t)launch->ranks[i];
         MTL_REQUIRE(shapes + (int)rank <= MTL_CUDA_EXTENTS && strides + (int)rank <= MTL_CUDA_EXTENTS, op,
                     "kernel %s reads shapes of more than %d axes in all", kernel->definition.name,

@@ -622,6 +622,10 @@ static void add_cuda_call(mtl_text *out, const mtl_definition *definition, const
     mtl_text_add_string(out, ");\n");
 }
 
+static int prefetched_of(const mtl_definition *definition) {
+    return definition->input_count < MTL_CUDA_PREFETCHED ? definition->input_count : MTL_CUDA_PREFETCHED;
+}
+
 /* Data is a parameter for each buffer, which alone the compiler believes to overlap no other; the rest is one struct, laid out as
  * mtl_cuda_layout says. */
 static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
@@ -633,7 +637,7 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
         mtl_text_format(out,
                         "    unsigned long scalar[%d], prefetched[%d];\n    int rank[%d], shape_at[%d], "
                         "strides_at[%d];\n    unsigned slice[%d];\n",
-                        inputs, inputs, inputs, inputs, inputs, inputs);
+                        inputs, prefetched_of(definition), inputs, inputs, inputs, prefetched_of(definition));
     }
     if (layout.strides_at) mtl_text_format(out, "    long strides[%d];\n", (int)MTL_CUDA_EXTENTS);
     /* Both begin at a multiple of 8, as in mtl_cuda_layout_of. */
@@ -688,7 +692,7 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
         mtl_text_add_string(out,
                             "    unsigned at = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + group.position[0];\n"
                             "    (void)at;\n");
-        for (int i = 0; i < inputs; i++) {
+        for (int i = 0; i < prefetched_of(definition); i++) {
             if (types->inputs[i].is_small) continue;
             mtl_text_format(out,
                             "    __mtl_prefetch<%d>(launch.prefetched[%d], at, at < dispatch.prefetching ? "
@@ -740,8 +744,10 @@ mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_m
     mtl_cuda_layout layout = {.scalars_at = 48}; /* behind mtl_dispatch */
     unsigned char mentioned = 0;
     for (int i = 0; i < definition->input_count; i++) mentioned |= mentions->input[i];
-    layout.ints_at = layout.scalars_at + 16 * definition->input_count;
-    layout.size = (layout.ints_at + 16 * definition->input_count + 7) / 8 * 8;
+    layout.prefetched_at = layout.scalars_at + 8 * definition->input_count;
+    layout.ints_at = layout.prefetched_at + 8 * prefetched_of(definition);
+    layout.slices_at = layout.ints_at + 12 * definition->input_count;
+    layout.size = (layout.slices_at + 4 * prefetched_of(definition) + 7) / 8 * 8;
     if (mentioned & MTL_MENTIONS_STRIDES) {
         layout.strides_at = layout.size;
         layout.size += 8 * MTL_CUDA_EXTENTS;

@@ -98,18 +98,20 @@ typedef struct mtl_unit_options {
     const mtl_names *meeting; /* where threads have stacks: the functions at which lanes meet; else NULL */
 } mtl_unit_options;
 
-/* CUDA: the struct that a launch passes beside the buffers, as offsets in bytes; 0: not there. Its first 44 bytes are grid, threadgroup
- * and threadgroups (3 x uint32 each), flags, and how many threadgroups prefetch for others; then of each input a scalar's 8 bytes, the
- * addresses that are prefetched from, the ranks, where in `shapes` and `strides` those of an input begin, and how much is prefetched. */
+/* CUDA: the struct that a launch passes beside the buffers, as offsets in bytes; 0: not there. Its first 44 bytes are grid,
+ * threadgroup and threadgroups (3 x uint32 each), flags, and how many threadgroups prefetch for others; then a scalar's 8
+ * bytes of each input, the addresses to prefetch of the first MTL_CUDA_PREFETCHED ones, of each the rank and where in
+ * `shapes` and `strides` its own begin, and how much to prefetch of the first ones. All parameters together may have 4 KiB. */
 enum {
     MTL_CUDA_EXTENTS = 128,
-    MTL_CUDA_WHOLE = 1,
+    MTL_CUDA_PREFETCHED = 8,
+    MTL_CUDA_WHOLE = 1, /* flags */
     MTL_CUDA_LINEAR = 2,
     MTL_CUDA_WIDE = 4,
-    MTL_CUDA_WIDE_THREADS = 256
+    MTL_CUDA_WIDE_THREADS = 256,
 };
 typedef struct mtl_cuda_layout {
-    int scalars_at, ints_at, strides_at, shapes_at, size;
+    int scalars_at, prefetched_at, ints_at, slices_at, strides_at, shapes_at, size;
 } mtl_cuda_layout;
 mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions);
 
