@@ -213,7 +213,7 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 /* Few queries on Hopper: a cluster to a key/value head. *done is false where attention.cu has to serve. */
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
-    enum { ROWS = 16, KEYS = 64, TEAM = 4, WARP = 32, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8 };
+    enum { ROWS = 16, KEYS = 64, TEAM = 4, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8 };
     enum { FEW_TILES = 32, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
 #define MASKED_FORMS(op, dims) \
     { FORMS(op, dims), FORMS(op "_masked", dims) }
@@ -331,10 +331,10 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     metalloid_status status = METALLOID_OK;
     *done = true;
     if (args->mask.data) {
-        int tile = rows * keys * (adds ? ELEMENT : 1);
-        int room = ((call->device->shared_memory + RESERVED) / blocks - RESERVED - OWN_MEMORY - memory) / tile;
+        int mask_tile = rows * keys * (adds ? ELEMENT : 1);
+        int room = ((call->device->shared_memory + RESERVED) / blocks - RESERVED - OWN_MEMORY - memory) / mask_tile;
         hopper.mask_stages = room < MASK_STAGES ? room : MASK_STAGES;
-        memory += hopper.mask_stages * tile;
+        memory += hopper.mask_stages * mask_tile;
         status = prepare_mask(call, args, &hopper, (mtl_cuda_box){adds ? BLOCK : keys, rows}, &mask, done);
     }
     /* Blocks of a row of the grid are one of each multiprocessor. */
