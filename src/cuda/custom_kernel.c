@@ -492,7 +492,7 @@ static metalloid_status launch_whole_blocks(const mtl_cuda_call *call, const met
 
 static metalloid_status run(const mtl_cuda_call *call, metalloid_kernel *kernel, const mtl_launch *launch,
                             const bool *strided, mtl_view *inputs, mtl_view *outputs) {
-    CUfunction function;
+    CUfunction function = NULL;
     CUdeviceptr copies[2 * MTL_MOST_BUFFERS] = {0}; /* of inputs, then of outputs */
     char *own[MTL_MOST_BUFFERS];
     int input_count = kernel->definition.input_count, output_count = kernel->definition.output_count;

@@ -40,7 +40,7 @@
 #define STRING_(x)             #x
 #define STRING(x)              STRING_(x) /* cuda.h renames functions to their current versions: the name after that */
 
-#define DRIVER_FIELD(function) __typeof__(&function) function;
+#define DRIVER_FIELD(function) __typeof__(&(function)) function; // NOLINT: a declaration
 static struct { DRIVER_FUNCTIONS(DRIVER_FIELD) } driver;
 static CUresult (*parameter_info)(CUfunction, size_t, size_t *, size_t *); /* cuFuncGetParamInfo, or NULL */
 
