@@ -343,13 +343,13 @@ void mtl_cuda_release(const mtl_cuda_call *call, CUdeviceptr memory) { driver.cu
 
 metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, const char *name, int shared_memory,
                                CUfunction *function) {
-    enum { ALWAYS_THERE = 48 << 10 }; /* of dynamic shared memory */
     CUmodule module = NULL;
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED; /* as in find_kernel */
     driver.cuThreadExchangeStreamCaptureMode(&mode);
     CUresult result = driver.cuModuleLoadData(&module, image);
     if (result == CUDA_SUCCESS) result = driver.cuModuleGetFunction(function, module, name);
-    if (result == CUDA_SUCCESS && shared_memory > ALWAYS_THERE)
+    /* 48 KiB are there unasked, but the kernel's own arrays count too. */
+    if (result == CUDA_SUCCESS && shared_memory > 0)
         result = driver.cuFuncSetAttribute(*function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_memory);
     if (result != CUDA_SUCCESS && module) driver.cuModuleUnload(module);
     driver.cuThreadExchangeStreamCaptureMode(&mode);
