@@ -330,10 +330,10 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     metalloid_status status = METALLOID_OK;
     *done = true;
     if (args->mask.data) {
-        int stage = ROWS * keys * (adds ? ELEMENT : 1);
-        int room = (call->device->shared_memory - OWN_MEMORY - grid.shared_memory) / stage;
+        int mask_tile = ROWS * keys * (adds ? ELEMENT : 1);
+        int room = (call->device->shared_memory - OWN_MEMORY - grid.shared_memory) / mask_tile;
         hopper.mask_stages = room < MASK_STAGES ? room : MASK_STAGES;
-        grid.shared_memory += hopper.mask_stages * stage;
+        grid.shared_memory += hopper.mask_stages * mask_tile;
         status = prepare_mask(call, args, &hopper, (mtl_cuda_box){adds ? BLOCK : keys, ROWS}, &mask, done);
     }
     mtl_cuda_kernel kernel = {images[kind], 2 * at + bf16, kernels[at].name[kind][bf16]};

@@ -8,33 +8,34 @@
 
 /* ---- the driver -------------------------------------------------------------------------------------------------- */
 
-#define DRIVER_FUNCTIONS(X)              \
-    X(cuInit)                            \
-    X(cuDeviceGetCount)                  \
-    X(cuDeviceGet)                       \
-    X(cuDeviceGetName)                   \
-    X(cuDeviceGetAttribute)              \
-    X(cuDevicePrimaryCtxRetain)          \
-    X(cuCtxGetCurrent)                   \
-    X(cuCtxPushCurrent)                  \
-    X(cuCtxPopCurrent)                   \
-    X(cuModuleLoadData)                  \
-    X(cuModuleUnload)                    \
-    X(cuModuleGetFunction)               \
-    X(cuFuncGetAttribute)                \
-    X(cuFuncSetAttribute)                \
-    X(cuLaunchKernel)                    \
-    X(cuLaunchKernelEx)                  \
-    X(cuOccupancyMaxActiveClusters)      \
-    X(cuMemAllocAsync)                   \
-    X(cuMemFreeAsync)                    \
-    X(cuMemcpyDtoDAsync)                 \
-    X(cuMemsetD8Async)                   \
-    X(cuMemsetD16Async)                  \
-    X(cuMemsetD32Async)                  \
-    X(cuMemsetD2D32Async)                \
-    X(cuThreadExchangeStreamCaptureMode) \
-    X(cuTensorMapEncodeTiled)            \
+#define DRIVER_FUNCTIONS(X)                        \
+    X(cuInit)                                      \
+    X(cuDeviceGetCount)                            \
+    X(cuDeviceGet)                                 \
+    X(cuDeviceGetName)                             \
+    X(cuDeviceGetAttribute)                        \
+    X(cuDevicePrimaryCtxRetain)                    \
+    X(cuCtxGetCurrent)                             \
+    X(cuCtxPushCurrent)                            \
+    X(cuCtxPopCurrent)                             \
+    X(cuModuleLoadData)                            \
+    X(cuModuleUnload)                              \
+    X(cuModuleGetFunction)                         \
+    X(cuFuncGetAttribute)                          \
+    X(cuFuncSetAttribute)                          \
+    X(cuLaunchKernel)                              \
+    X(cuLaunchKernelEx)                            \
+    X(cuOccupancyMaxActiveClusters)                \
+    X(cuOccupancyMaxActiveBlocksPerMultiprocessor) \
+    X(cuMemAllocAsync)                             \
+    X(cuMemFreeAsync)                              \
+    X(cuMemcpyDtoDAsync)                           \
+    X(cuMemsetD8Async)                             \
+    X(cuMemsetD16Async)                            \
+    X(cuMemsetD32Async)                            \
+    X(cuMemsetD2D32Async)                          \
+    X(cuThreadExchangeStreamCaptureMode)           \
+    X(cuTensorMapEncodeTiled)                      \
     X(cuGetErrorString)
 
 #define STRING_(x)             #x
@@ -355,6 +356,12 @@ metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, con
     driver.cuThreadExchangeStreamCaptureMode(&mode);
     DRIVER_TRY(call->op, name, result);
     return METALLOID_OK;
+}
+
+int mtl_cuda_running(CUfunction function, int threads) {
+    int blocks = 0;
+    return driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, 0) == CUDA_SUCCESS ? blocks
+                                                                                                             : 0;
 }
 
 metalloid_status mtl_cuda_launch_function(const mtl_cuda_call *call, CUfunction function, const uint32_t blocks[3],

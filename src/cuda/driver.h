@@ -102,6 +102,9 @@ metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, con
 metalloid_status mtl_cuda_launch_function(const mtl_cuda_call *call, CUfunction function, const uint32_t blocks[3],
                                           const uint32_t threads[3], int shared_memory, void **parameters);
 
+/* How many blocks of so many threads a multiprocessor has at a time; 0 where the driver does not tell. */
+int mtl_cuda_running(CUfunction function, int threads);
+
 /* Bytes of a kernel's parameter; 0 beyond the last one, -1 where the driver does not tell (before CUDA 12.4). */
 int mtl_cuda_parameter_size(CUfunction function, int index);
 

@@ -31,12 +31,16 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     auto place = [&](int i) { return (int)(i * blockDim.x + threadIdx.x) * 16; };
 
     uint4 raw[VECTORS];
-    // On their way while the row is summed, where registers are left for them and for as many rows as the memory wants.
+    // Weights and biases are on their way while the row is summed; those of layer_norm's many vectors, whose registers
+    // would leave too few rows on their way, while the vector before is finished.
     constexpr bool EARLY = !LAYER || VECTORS < 4;
-    constexpr int KEPT = EARLY ? VECTORS : 1;
-    uint4 weights[KEPT], biases[LAYER ? KEPT : 1];
-    bool typed = EARLY && p.weight.data && p.weight.dtype == Element<T>::dtype;
-    bool typed_bias = EARLY && LAYER && p.bias.data && p.bias.dtype == Element<T>::dtype;
+    uint4 weights[VECTORS], biases[VECTORS];
+    bool typed = p.weight.data && p.weight.dtype == Element<T>::dtype;
+    bool typed_bias = LAYER && p.bias.data && p.bias.dtype == Element<T>::dtype;
+    auto fetch = [&](int i) {
+        weights[i] = typed && inside(i) ? *(const uint4 *)(p.weight.data + place(i)) : make_uint4(0, 0, 0, 0);
+        biases[i] = typed_bias && inside(i) ? *(const uint4 *)(p.bias.data + place(i)) : make_uint4(0, 0, 0, 0);
+    };
     float sums[ADD ? VECTORS : 1][N], pivot = 0;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
@@ -60,13 +64,7 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     if constexpr (!ADD) let_next_start();
     if constexpr (EARLY) {
 #pragma unroll
-        for (int i = 0; i < VECTORS; i++)
-            weights[i] = typed && inside(i) ? *(const uint4 *)(p.weight.data + place(i)) : make_uint4(0, 0, 0, 0);
-    }
-    if constexpr (EARLY && LAYER) {
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++)
-            biases[i] = typed_bias && inside(i) ? *(const uint4 *)(p.bias.data + place(i)) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < VECTORS; i++) fetch(i);
     }
     auto read = [&](float *x, int i) { // less the pivot
         if constexpr (!ADD) widen(x, raw[i], T());
@@ -143,25 +141,39 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
         variance = over_row<float, add<float>, 2>(squares) * per_length;
     }
     float inverse = rsqrtf(variance + eps);
+    float weight[N], bias[N];
+    auto finish = [&](int i, bool weighted, bool biased) {
+        float x[N];
+        read(x, i);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            x[j] = (x[j] * scale - mean) * inverse;
+            if (weighted) x[j] *= weight[j];
+            if (biased) x[j] += bias[j];
+        }
+        store_16_bytes(p.out.data + at.of[OUT] + place(i), narrow(x, T()));
+    };
+    if (!EARLY && typed && typed_bias) {
+        fetch(0);
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            if (i + 1 < VECTORS) fetch(i + 1);
+            if (!inside(i)) continue;
+            widen(weight, weights[i], T());
+            widen(bias, biases[i], T());
+            finish(i, true, true);
+        }
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         if (!inside(i)) continue;
         int64_t first = (int64_t)(i * blockDim.x + threadIdx.x) * N;
-        float x[N], weight[N], bias[N];
-        read(x, i);
-        if (typed) widen(weight, weights[EARLY ? i : 0], T());
+        if (EARLY && typed) widen(weight, weights[i], T());
         else if (p.weight.data) load_vector<T>(weight, p.weight, first);
-        if constexpr (LAYER) {
-            if (typed_bias) widen(bias, biases[EARLY ? i : 0], T());
-            else if (p.bias.data) load_vector<T>(bias, p.bias, first);
-        }
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            x[j] = (x[j] * scale - mean) * inverse;
-            if (p.weight.data) x[j] *= weight[j];
-            if (LAYER && p.bias.data) x[j] += bias[j];
-        }
-        store_16_bytes(p.out.data + at.of[OUT] + place(i), narrow(x, T()));
+        if (EARLY && typed_bias) widen(bias, biases[i], T());
+        else if (LAYER && p.bias.data) load_vector<T>(bias, p.bias, first);
+        finish(i, p.weight.data, LAYER && p.bias.data);
     }
 }
 
@@ -199,10 +211,11 @@ template <bool LAYER> __device__ inline void norm_any(const mtl_cuda_norm_args &
 }
 
 // Symbols: <op>_<dtype>_<vectors>, add_<op>_..., and <op>_any; norm.c names them in this order. Blocks have at most 512
-// threads.
-#define NORM_KERNEL(name, layer, added, type, vectors)                                                        \
-    extern "C" __global__ void __launch_bounds__(512, 1) name(const __grid_constant__ mtl_cuda_norm_args p) { \
-        norm_row<type, vectors, layer, added>(p);                                                             \
+// threads, and with four vectors a thread 64 registers: eight times 128 threads keep an H200's memory busy.
+#define NORM_KERNEL(name, layer, added, type, vectors)                                \
+    extern "C" __global__ void __launch_bounds__(512, !added && vectors <= 4 ? 2 : 1) \
+        name(const __grid_constant__ mtl_cuda_norm_args p) {                          \
+        norm_row<type, vectors, layer, added>(p);                                     \
     }
 #define NORM_KERNELS(op, layer, dtype, type)                  \
     NORM_KERNEL(op##_##dtype##_1, layer, false, type, 1)      \

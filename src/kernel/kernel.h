@@ -15,6 +15,7 @@ typedef struct mtl_variant {
     int (*run)(void *group, char *stacks, unsigned long begin, unsigned long end); /* CPU */
     int stack_bits;
     void *function; /* CUDA: a CUfunction */
+    int running; /* CUDA: threadgroups that a multiprocessor has at a time, where mtl_cuda_line says how large they are */
 } mtl_variant;
 
 struct metalloid_kernel {

@@ -222,6 +222,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
             if (is_joined(token, name, "_ndim")) mentions->input[i] |= MTL_MENTIONS_RANK;
         }
         if (mtl_token_is(token, "threadgroup")) mentions->relative = true;
+        mentions->returns |= mtl_token_is(token, "return");
         if (is_meeting_point(token)) mentions->lanes_meet = true;
         find_types(mentions, token);
     }
@@ -236,6 +237,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
         mentions->no_contraction |= forbids_contraction(&tokens.token[t]);
         mentions->halves |= is_16_bit_literal(&tokens.token[t]);
         if (tokens.token[t].kind != MTL_TOKEN_IDENTIFIER) continue;
+        mentions->returns |= tokens.token[t].in_directive && mtl_token_is(&tokens.token[t], "return");
         if (mtl_token_is(&tokens.token[t], "threadgroup")) mentions->relative = true; /* perhaps in a macro */
         if (is_meeting_point(&tokens.token[t])) mentions->lanes_meet = true;
         find_types(mentions, &tokens.token[t]);
@@ -620,6 +622,10 @@ static void add_cuda_call(mtl_text *out, const mtl_definition *definition, const
     mtl_text_add_string(out, ");\n");
 }
 
+static int prefetched_of(const mtl_definition *definition) {
+    return definition->input_count < MTL_CUDA_PREFETCHED ? definition->input_count : MTL_CUDA_PREFETCHED;
+}
+
 /* Data is a parameter for each buffer, which alone the compiler believes to overlap no other; the rest is one struct, laid out as
  * mtl_cuda_layout says. */
 static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
@@ -628,8 +634,10 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
     int inputs = definition->input_count;
     mtl_text_add_string(out, "struct mtl_launch {\n    mtl_dispatch dispatch;\n");
     if (inputs) {
-        mtl_text_format(out, "    unsigned long scalar[%d];\n    int rank[%d], shape_at[%d], strides_at[%d];\n", inputs,
-                        inputs, inputs, inputs);
+        mtl_text_format(out,
+                        "    unsigned long scalar[%d], prefetched[%d];\n    int rank[%d], shape_at[%d], "
+                        "strides_at[%d];\n    unsigned slice[%d];\n",
+                        inputs, prefetched_of(definition), inputs, inputs, inputs, prefetched_of(definition));
     }
     if (layout.strides_at) mtl_text_format(out, "    long strides[%d];\n", (int)MTL_CUDA_EXTENTS);
     /* Both begin at a multiple of 8, as in mtl_cuda_layout_of. */
@@ -653,35 +661,57 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                              "    const mtl_dispatch &dispatch = launch.dispatch;\n"
                              "    mtl_group group;\n"
                              "    unsigned index, local[3];\n");
-    if (mtl_cuda_is_wide(definition, mentions)) {
-        mtl_text_format(
-            out,
-            "    if (dispatch.flags & mtl_flag_wide) {\n"
-            "        unsigned first = blockIdx.x * blockDim.x * %d + threadIdx.x;\n"
-            "        unsigned y = blockIdx.y * blockDim.y + threadIdx.y, z = blockIdx.z * blockDim.z + threadIdx.z;\n"
-            "        if (y >= dispatch.grid[1] || z >= dispatch.grid[2]) return;\n"
-            "        if ((blockIdx.x + 1) * blockDim.x * %d <= dispatch.grid[0]) {\n"
-            "#pragma unroll\n"
-            "            for (unsigned step = 0; step < %d; ++step) {\n"
-            "                unsigned x = first + step * blockDim.x;\n"
-            "                ",
-            MTL_CUDA_WIDTH, MTL_CUDA_WIDTH, MTL_CUDA_WIDTH);
+    int width = mtl_cuda_width(definition, mentions, types);
+    if (width) {
+        /* The first position is below 2^31, as the launch sees to: the others' offsets are then constants in addresses. */
+        mtl_text_format(out,
+                        "    if (dispatch.flags & mtl_flag_wide) {\n"
+                        "        unsigned first = (blockIdx.x * %du + threadIdx.x) & 0x7fffffffu;\n"
+                        "        unsigned y = blockIdx.y, z = blockIdx.z;\n"
+                        "        (void)y, (void)z;\n"
+                        "        if ((blockIdx.x + 1) * %du <= dispatch.grid[0]) {\n"
+                        "#pragma unroll\n"
+                        "            for (unsigned step = 0; step < %d; ++step) {\n"
+                        "                unsigned x = first + step * %d;\n"
+                        "                ",
+                        width * MTL_CUDA_WIDE_THREADS, width * MTL_CUDA_WIDE_THREADS, width, MTL_CUDA_WIDE_THREADS);
         add_cuda_call(out, definition, mentions, types);
-        mtl_text_add_string(out, "            }\n"
-                                 "        } else {\n"
-                                 "            for (unsigned x = first; x < dispatch.grid[0]; x += blockDim.x) {\n"
-                                 "                ");
+        mtl_text_format(out,
+                        "            }\n"
+                        "        } else {\n"
+                        "            for (unsigned x = first; x < dispatch.grid[0]; x += %d) {\n"
+                        "                ",
+                        MTL_CUDA_WIDE_THREADS);
         add_cuda_call(out, definition, mentions, types);
         mtl_text_add_string(out, "            }\n        }\n        return;\n    }\n");
     }
-    if (options->line) mtl_text_format(out, "    __mtl_place_in_line<%d>(group, index, local);\n", options->line);
-    else mtl_text_add_string(out, "    if (!__mtl_place(dispatch, group, index, local)) return;\n");
+    if (options->line) {
+        mtl_text_format(out, "    __mtl_place_in_line<%d>(group, index, local);\n", options->line);
+        if (mtl_cuda_repeats(definition, mentions, options->line))
+            mtl_text_add_string(out, "#pragma unroll 1\n    for (;;) {\n");
+        mtl_text_add_string(out,
+                            "    unsigned at = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + group.position[0];\n"
+                            "    (void)at;\n");
+        for (int i = 0; i < prefetched_of(definition); i++) {
+            if (types->inputs[i].is_small) continue;
+            mtl_text_format(out,
+                            "    __mtl_prefetch<%d>(launch.prefetched[%d], at, at < dispatch.prefetching ? "
+                            "launch.slice[%d] : 0);\n",
+                            options->line, i, i);
+        }
+    } else mtl_text_add_string(out, "    if (!__mtl_place(dispatch, group, index, local)) return;\n");
     mtl_text_add_string(out, "    unsigned lx = local[0], ly = local[1], lz = local[2];\n"
                              "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
                              "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
                              "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
                              "    (void)x, (void)y, (void)z;\n    ");
     add_cuda_call(out, definition, mentions, types);
+    if (mtl_cuda_repeats(definition, mentions, options->line)) {
+        mtl_text_add_string(out, "    group.position[0] += gridDim.x;\n"
+                                 "    if (group.position[0] >= dispatch.threadgroups[0]) break;\n"
+                                 "    __syncthreads();\n"
+                                 "    }\n");
+    }
     mtl_text_add_string(out, "}\n");
 }
 
@@ -693,20 +723,31 @@ int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const ui
     return in_line && whole && (mentions->lanes_meet || mentions->relative) ? (int)threads : 0;
 }
 
-/* One element a thread is too few loads under way for a GPU's memory. Where nothing depends on the threadgroup, and the body is
- * short, a thread can do several positions of the grid. */
-bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions) {
-    enum { SHORT = 600 };
-    return !mentions->lanes_meet && !mentions->relative && !definition->atomic_outputs &&
-           strlen(definition->source) < SHORT;
+bool mtl_cuda_repeats(const mtl_definition *definition, const mtl_mentions *mentions, int line) {
+    return (line == 32 || line == 64 || line == 1024) && !mentions->returns && !definition->atomic_outputs;
+}
+
+/* One element a thread is too few bytes under way for a GPU's memory: 16 bytes of each input are enough. */
+int mtl_cuda_width(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types) {
+    enum { SHORT = 600, BYTES = 16, LEAST = 4, MOST = 8 };
+    if (mentions->lanes_meet || mentions->relative || definition->atomic_outputs || strlen(definition->source) >= SHORT)
+        return 0;
+    int size = 1;
+    for (int i = 0; i < definition->input_count; i++) {
+        int own = types->inputs[i].is_scalar ? 1 : (int)mtl_dtype_size(types->inputs[i].dtype);
+        size = own > size ? own : size;
+    }
+    return BYTES / size < LEAST ? LEAST : BYTES / size > MOST ? MOST : BYTES / size;
 }
 
 mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions) {
-    mtl_cuda_layout layout = {.scalars_at = 40}; /* behind mtl_dispatch */
+    mtl_cuda_layout layout = {.scalars_at = 48}; /* behind mtl_dispatch */
     unsigned char mentioned = 0;
     for (int i = 0; i < definition->input_count; i++) mentioned |= mentions->input[i];
-    layout.ints_at = layout.scalars_at + 8 * definition->input_count;
-    layout.size = (layout.ints_at + 12 * definition->input_count + 7) / 8 * 8;
+    layout.prefetched_at = layout.scalars_at + 8 * definition->input_count;
+    layout.ints_at = layout.prefetched_at + 8 * prefetched_of(definition);
+    layout.slices_at = layout.ints_at + 12 * definition->input_count;
+    layout.size = (layout.slices_at + 4 * prefetched_of(definition) + 7) / 8 * 8;
     if (mentioned & MTL_MENTIONS_STRIDES) {
         layout.strides_at = layout.size;
         layout.size += 8 * MTL_CUDA_EXTENTS;

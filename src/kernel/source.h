@@ -34,6 +34,7 @@ typedef struct mtl_mentions {
     bool halves, swizzles, matrices, simdgroup_matrices, thread_elements; /* of these types; the function */
     bool simd_types;                                                      /* simd::float4, simd_float4, vector_float4 */
     bool uniforms;       /* make_uniform; users have functions called uniform */
+    bool returns;        /* from the body: threads may leave before the others meet */
     bool relative;       /* anything that depends on the cut into threadgroups */
     int vector_bytes;    /* the alignment of vectors that may be read from and written to buffers; 0: none */
     bool no_contraction; /* #pragma clang fp contract(off): a product and a sum are rounded each */
@@ -97,12 +98,20 @@ typedef struct mtl_unit_options {
     const mtl_names *meeting; /* where threads have stacks: the functions at which lanes meet; else NULL */
 } mtl_unit_options;
 
-/* CUDA: the struct that a launch passes beside the buffers, as offsets in bytes; 0: not there. Its first 40 bytes are grid, threadgroup
- * and threadgroups (3 x uint32 each) and flags; then of each input a scalar's 8 bytes, the ranks, and where in `shapes` and
- * `strides` those of an input begin. */
-enum { MTL_CUDA_EXTENTS = 128, MTL_CUDA_WHOLE = 1, MTL_CUDA_LINEAR = 2, MTL_CUDA_WIDE = 4, MTL_CUDA_WIDTH = 4 };
+/* CUDA: the struct that a launch passes beside the buffers, as offsets in bytes; 0: not there. Its first 44 bytes are grid,
+ * threadgroup and threadgroups (3 x uint32 each), flags, and how many threadgroups prefetch for others; then a scalar's 8
+ * bytes of each input, the addresses to prefetch of the first MTL_CUDA_PREFETCHED ones, of each the rank and where in
+ * `shapes` and `strides` its own begin, and how much to prefetch of the first ones. All parameters together may have 4 KiB. */
+enum {
+    MTL_CUDA_EXTENTS = 128,
+    MTL_CUDA_PREFETCHED = 8,
+    MTL_CUDA_WHOLE = 1, /* flags */
+    MTL_CUDA_LINEAR = 2,
+    MTL_CUDA_WIDE = 4,
+    MTL_CUDA_WIDE_THREADS = 256,
+};
 typedef struct mtl_cuda_layout {
-    int scalars_at, ints_at, strides_at, shapes_at, size;
+    int scalars_at, prefetched_at, ints_at, slices_at, strides_at, shapes_at, size;
 } mtl_cuda_layout;
 mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_mentions *mentions);
 
@@ -110,8 +119,15 @@ mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_m
  * for that number: its loops over a threadgroup's share then have a known length and are unrolled. 0: any number. */
 int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const uint32_t threadgroup[3]);
 
-/* Whether the kernel has a form in which a thread does MTL_CUDA_WIDTH positions along x. */
-bool mtl_cuda_is_wide(const mtl_definition *definition, const mtl_mentions *mentions);
+/* Whether a block of the kernel that is compiled for this line does several threadgroups along x, one after the other,
+ * where the launch has fewer blocks. Blocks of few threads take longer to be launched than to read a row; of 1024 a
+ * multiprocessor has two, and the next waits for the last thread of one. Threads that left would stand at the wrong
+ * barrier. */
+bool mtl_cuda_repeats(const mtl_definition *definition, const mtl_mentions *mentions, int line);
+
+/* How many positions along x a thread does in the kernel's wide form; 0: it has none. Nothing in such a kernel depends on
+ * the cut into threadgroups: the form has its own, MTL_CUDA_WIDE_THREADS along x. */
+int mtl_cuda_width(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types);
 
 /* The unit that a C++ compiler gets: the Metal header, the user's header and body in C++, and what runs them.
  * Whether lanes are in lockstep in it. */

@@ -7,6 +7,13 @@
  * its conditions hold, has all loads of a thread under way at once, and keeps what it read for a second such loop. Measured on an
  * H100: a row of 4096 in bfloat16 by 256 threads 94.9 us for 106.0, in float 186.7 for 234.5.
  *
+ * NVRTC does not see that a loop goes round once, and reads again what it had read. The step then says so:
+ *
+ *     for (uint i = lid; i < N; i += threads, i = (N) <= (threads) ? ~0u : i)
+ *
+ * which changes nothing, as i is at least `threads` there. Rows of 4096 by fours, 1024 threads, on an H200: in bfloat16
+ * 113 us for 122, in float 156 for 165.
+ *
  * What is not understood is left alone. */
 #include "kernel/translation.h"
 
@@ -153,6 +160,28 @@ static bool begins_statement(const translation *t, size_t before) {
     return head != SIZE_MAX && mtl_is_one_of(t, head, heads);
 }
 
+/* Whether [begin, end) only reads the loop's variable: as an operand of arithmetic or an index. */
+static bool only_reads(const translation *t, size_t begin, size_t end, const mtl_token *name) {
+    static const char *const before_value[] = {"[", "+", "-", "*", "/", "%", NULL};
+    static const char *const behind_value[] = {"+", "-", "*", "/", "%", "<", ">", "=", "!", NULL}; /* ==, != */
+    for (size_t i = 0; i < t->count; i++) {
+        if (t->token[i].kind != MTL_TOKEN_IDENTIFIER || !mtl_is_named(&t->token[i], name->text, name->length)) continue;
+        if (t->token[i].in_directive) return false; /* a macro may do anything with it */
+        if (i < begin || i >= end) continue;
+        if (mtl_is_changed(t, i, i + 1, name->text, name->length)) return false;
+        size_t before = mtl_before(t, i);
+        if (!mtl_is_one_of(t, before, before_value) && !mtl_is_one_of(t, mtl_after(t, i), behind_value)) return false;
+    }
+    return true;
+}
+
+static void add_tokens(const translation *t, mtl_text *out, size_t begin, size_t end) {
+    for (size_t i = begin; i < end; i++) {
+        if (t->token[i].kind == MTL_TOKEN_SPACE) mtl_text_add_string(out, " ");
+        else mtl_text_add(out, t->token[i].text, t->token[i].length);
+    }
+}
+
 void mtl_unroll(translation *t, size_t i) {
     size_t open = mtl_after(t, i), before = mtl_before(t, i);
     if (t->token[i].in_directive || !mtl_is(t, open, "(")) return;
@@ -168,4 +197,20 @@ void mtl_unroll(translation *t, size_t i) {
     int64_t stride = evaluate(t, mtl_after(t, plus + 1), close), length = evaluate(t, bound, second);
     if (stride < t->options->line || stride % t->options->line || length > MOST_ROUNDS * stride || length < 1) return;
     mtl_add_before(t, i, "_Pragma(\"unroll\") ");
+
+    const mtl_token *name = &t->token[condition];
+    size_t declared = mtl_after(t, begin), body = mtl_after(t, close);
+    bool is_unsigned = mtl_is(t, begin, "uint") || mtl_is(t, begin, "unsigned");
+    if (length > stride || !is_unsigned || !mtl_is_named(&t->token[declared], name->text, name->length) ||
+        !mtl_is_named(&t->token[step], name->text, name->length) ||
+        !only_reads(t, body, mtl_behind_statement(t, body), name))
+        return;
+    mtl_text once = {0};
+    mtl_text_format(&once, ", %.*s = (", (int)name->length, name->text);
+    add_tokens(t, &once, bound, second);
+    mtl_text_add_string(&once, ") <= (");
+    add_tokens(t, &once, mtl_after(t, plus + 1), close);
+    mtl_text_format(&once, ") ? ~0u : %.*s", (int)name->length, name->text);
+    mtl_add_before(t, close, mtl_keep(t, &once));
+    mtl_text_free(&once);
 }

@@ -243,6 +243,21 @@ static void loops_over_a_share_are_unrolled(void **state) {
         {"ONCE for (uint i = lid; i < N; i += 256) a();", "ONCE for (uint i = lid; i < N; i += 256) a();"},
         {"if (x) for (uint i = lid; i < N; i += 256) a();",
          "if (x) " UNROLLED "for (uint i = lid; i < N; i += 256) a();"},
+        {"uint n = 2 * N; for (uint i = lid; i < N / 2; i += n) { y[i] = x[N - i]; z[i * 2] = 0; }",
+         "uint n = 2 * N; " UNROLLED
+         "for (uint i = lid; i < N / 2; i += n, i = (N / 2) <= (n) ? ~0u : i) { y[i] = x[N - i]; "
+         "z[i * 2] = 0; }"},
+        {"for (uint i = lid; i < N; i += N) if (i == 7) continue; else x[i] = i < 9;", UNROLLED
+         "for (uint i = lid; i < N; i += N, i = (N) <= (N) ? ~0u : i) if (i == 7) continue; else x[i] = i < 9;"},
+        {"for (uint i = lid; i < N; i += N) f(i);", UNROLLED "for (uint i = lid; i < N; i += N) f(i);"},
+        {"for (uint i = lid; i < N; i += N) x[--i] = 1;", UNROLLED "for (uint i = lid; i < N; i += N) x[--i] = 1;"},
+        {"for (uint i = lid; i < N; i += N) if (a) b[i] = 1; else i = 0;",
+         UNROLLED "for (uint i = lid; i < N; i += N) if (a) b[i] = 1; else i = 0;"},
+        {"for (uint i = lid; i < N; i += N) { device auto& j = i; --j; }",
+         UNROLLED "for (uint i = lid; i < N; i += N) {        auto& j = i; --j; }"},
+        {"for (int i = lid; i < N; i += N) x[i] = 1;", UNROLLED "for (int i = lid; i < N; i += N) x[i] = 1;"},
+        {"for (uint i = lid, j = i; j < N; j += N) x[j] = 1;",
+         UNROLLED "for (uint i = lid, j = i; j < N; j += N) x[j] = 1;"},
         {"for (uint i = lid; i < N; i += (256", "for (uint i = lid; i < N; i += (256"},
         {"for (", "for ("},
     };
@@ -274,6 +289,81 @@ static void places_are_marked(void **state) {
          "float simd_sum_of(float x) { __mtl_frame __mtl_here;  return (__mtl_at(0, 16777229), simd_sum(x)); }"},
     };
     expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
+}
+
+/* 4 KiB, with a pointer for each buffer. */
+static void parameters_of_a_launch_fit(void **state) {
+    (void)state;
+    mtl_definition definition = {.input_count = MTL_MOST_BUFFERS, .output_count = MTL_MOST_BUFFERS};
+    mtl_mentions mentions = {.input = {MTL_MENTIONS_SHAPE | MTL_MENTIONS_STRIDES}};
+    int size = mtl_cuda_layout_of(&definition, &mentions).size;
+    assert_in_range(size + 2 * MTL_MOST_BUFFERS * (int)sizeof(void *), 1, 4096);
+}
+
+static mtl_mentions mentions_of(const mtl_definition *definition) {
+    mtl_mentions mentions;
+    assert_true(mtl_find_mentions(&mentions, definition));
+    return mentions;
+}
+
+static void threads_of_a_gpu_do_several_positions(void **state) {
+    (void)state;
+    static const char plain[] = "uint i = thread_position_in_grid.x; out[i] = x[i];";
+    static const struct {
+        const char *source;
+        bool atomic, is_scalar;
+        mtl_dtype dtype;
+        int width;
+    } cases[] = {
+        {plain, false, false, MTL_F64, 4},
+        {plain, false, false, MTL_F32, 4},
+        {plain, false, false, MTL_F16, 8},
+        {plain, false, false, MTL_BOOL, 8},
+        {plain, false, true, MTL_F32, 8},
+        {plain, true, false, MTL_F32, 0},
+        {"out[thread_position_in_grid.x] = simd_sum(x[0]);", false, false, MTL_F32, 0},
+        {"out[thread_position_in_grid.x] = x[thread_index_in_threadgroup];", false, false, MTL_F32, 0},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const mtl_definition definition = {
+            .input_count = 1,
+            .input_names = (const char *const[]){"x"},
+            .source = cases[i].source,
+            .header = "",
+            .atomic_outputs = cases[i].atomic,
+        };
+        const mtl_types types = {
+            .inputs = &(mtl_buffer_type){.dtype = cases[i].dtype, .is_scalar = cases[i].is_scalar},
+        };
+        const mtl_mentions mentions = mentions_of(&definition);
+        assert_int_equal(mtl_cuda_width(&definition, &mentions, &types), cases[i].width);
+    }
+}
+
+/* A thread that left would be counted at a later barrier. */
+static void blocks_with_threads_that_leave_do_one_threadgroup(void **state) {
+    (void)state;
+    static const struct {
+        const char *source, *header;
+        bool atomic;
+        int line;
+        bool repeats;
+    } cases[] = {
+        {"a();", "float f() { return 1; }\n", false, 32, true},
+        {"a();", "", false, 64, true},
+        {"a();", "", false, 1024, true},
+        {"a();", "", false, 256, false},
+        {"a();", "", false, 0, false},
+        {"a();", "", true, 32, false},
+        {"if (x) return; a();", "", false, 32, false},
+        {"LEAVE a();", "#define LEAVE if (x) return;\n", false, 32, false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const mtl_definition definition = {
+            .source = cases[i].source, .header = cases[i].header, .atomic_outputs = cases[i].atomic};
+        const mtl_mentions mentions = mentions_of(&definition);
+        assert_int_equal(mtl_cuda_repeats(&definition, &mentions, cases[i].line), cases[i].repeats);
+    }
 }
 
 /* FIPS 180-4's examples. */
@@ -309,6 +399,9 @@ int main(void) {
         cmocka_unit_test(arms_are_wrapped),
         cmocka_unit_test(loops_over_a_share_are_unrolled),
         cmocka_unit_test(places_are_marked),
+        cmocka_unit_test(parameters_of_a_launch_fit),
+        cmocka_unit_test(threads_of_a_gpu_do_several_positions),
+        cmocka_unit_test(blocks_with_threads_that_leave_do_one_threadgroup),
         cmocka_unit_test(digests_are_the_standards),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -694,6 +694,64 @@ def test_threadgroups_of_every_shape(grid, threadgroup, barrier):
     library.metalloid_kernel_destroy(made)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("grid", "threadgroup"),
+    [
+        *(([6000000, 1, 1], [256, 1, 1]), ([5000011, 1, 1], [32, 1, 1]), ([4325376 - 1, 1, 1], [1000, 1, 1])),
+        *(([2200001, 3, 2], [100, 3, 2]), ([2162689, 1, 3], [1, 1, 100])),
+    ],
+)
+def test_several_positions_in_a_thread(dtype, grid, threadgroup):
+    """Large grids whose kernels do not depend on the cut into threadgroups are cut otherwise: each position once."""
+    made = kernel(
+        "uint3 p = thread_position_in_grid, g = threads_per_grid; uint i = (p.z * g.y + p.y) * g.x + p.x;"
+        "if (x[i] == 3) return; out[i] += x[i] + s[0];"
+        "if (i == 0) { uint3 t = dispatch_threads_per_threadgroup, q = threadgroups_per_grid;"
+        "cut[0] = t.x, cut[1] = t.y, cut[2] = t.z, cut[3] = q.x, cut[4] = q.y, cut[5] = q.z; }",
+        ["x", "s"],
+        ["out", "cut"],
+    )
+    x = torch.randint(0, 9, (grid[0] * grid[1] * grid[2],), device="cuda").to(dtype)
+    x[0] = 0  # the first position describes the cut
+    out, cut = torch.full_like(x, 20), torch.zeros(6, device="cuda", dtype=torch.int32)
+    launch(made, [x, torch.ones(1, device="cuda", dtype=dtype)], [out, cut], grid, threadgroup)
+    expected = torch.where(x == 3, 20, 21 + x)
+    assert torch.equal(out, expected)
+    threads = [min(t, g) for t, g in zip(threadgroup, grid, strict=True)]
+    assert cut.tolist() == threads + [-(-g // t) for t, g in zip(threads, grid, strict=True)]
+    library.metalloid_kernel_destroy(made)
+
+
+@pytest.mark.parametrize("leave", [False, True])
+@pytest.mark.parametrize("share", [4, 8])
+@pytest.mark.parametrize("threads", [32, 64, 128, 1024])
+@pytest.mark.parametrize("grid", [[9000, 1, 1], [1, 1000, 9], [3, 300, 10]])
+def test_threadgroups_in_turn(threads, grid, share, leave):
+    """Many threadgroups, each with `share` bytes a thread of two inputs, one of which is read backwards: they are
+    prefetched, and a block does several threadgroups unless threads leave before others meet."""
+    made = kernel(
+        "uint3 g = threadgroup_position_in_grid, m = threadgroups_per_grid; threadgroup float shared[32];"
+        "uint row = (g.z * m.y + g.y) * m.x + g.x, last = m.x * m.y * m.z - 1, lid = thread_position_in_threadgroup.x;"
+        "uint n = threads_per_threadgroup.x, length = x_shape[1] + 0 * x_strides[0]; float sum = 0;"
+        + leave
+        * "n = 32; if (lid >= n) return;"
+        + "for (uint i = lid; i < length; i += n) sum += x[row * length + i];"
+        "sum = simd_sum(sum); if (thread_index_in_simdgroup == 0) shared[simdgroup_index_in_threadgroup] = sum;"
+        "threadgroup_barrier(mem_flags::mem_threadgroup); sum = 0;"
+        "for (uint i = 0; i < n / 32; i++) sum += shared[i];"
+        "for (uint i = lid; i < length; i += n) out[row * length + i] = sum + y[(last - row) * length + i] + s;",
+        ["s", "x", "y"],
+        ["out"],
+    )
+    rows, length = grid[0] * grid[1] * grid[2], threads * share // 2
+    x, y = (torch.randint(-2, 3, (rows, length), device="cuda").half() for _ in range(2))
+    out, s = torch.empty_like(x), torch.full((), 5.0, device="cuda")
+    launch(made, [s, x, y], [out], [grid[0] * threads, *grid[1:]], [threads, 1, 1])
+    assert torch.equal(out, (x.float().sum(1, keepdim=True) + y.flip(0).float() + 5).half())
+    library.metalloid_kernel_destroy(made)
+
+
 def test_what_no_launch_can_have_fails_by_name():
     out = torch.zeros(8, device="cuda")
     made = kernel("out[threadIdx.z % 8] = 1;", [], ["out"], language=1)

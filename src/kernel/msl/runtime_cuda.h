@@ -2,9 +2,10 @@
 #define __mtl_inline static __forceinline__
 
 // As the library fills it (src/cuda/custom_kernel.c).
-struct mtl_dispatch {
+struct alignas(8) mtl_dispatch {
     unsigned grid[3], threadgroup[3], threadgroups[3];
     unsigned flags;
+    unsigned prefetching; // threadgroups that call __mtl_prefetch
 };
 enum { mtl_flag_whole = 1, mtl_flag_linear = 2, mtl_flag_wide = 4 };
 
@@ -34,6 +35,18 @@ __mtl_inline void __mtl_place_in_line(mtl_group &group, unsigned &index, unsigne
     group.extent[1] = group.extent[2] = 1;
     index = local[0] = threadIdx.x & (threads - 1); // which the compiler then knows to be small
     local[1] = local[2] = 0;
+}
+
+// Brings into the L2 cache what a later threadgroup is going to read of an input, its slice, if threadgroups read theirs in
+// turn. Where they do not, memory is read in vain, and nothing else happens. `first` is the address for the first
+// threadgroup: a number, since the compiler keeps a pointer that it sees in assembly from what it may do with others. A
+// slice has at most 128 bytes a thread.
+template <unsigned threads>
+__mtl_inline void __mtl_prefetch(unsigned long first, unsigned group, unsigned slice) {
+    unsigned offset = (threadIdx.x & (threads - 1)) * 128;
+    asm volatile("{ .reg .pred reads; setp.lt.u32 reads, %1, %2; @reads prefetch.global.L2 [%0]; }"
+                 : // no branch, before which ptxas would wait for the body's own loads
+                 : "l"(first + (unsigned long)group * slice + offset), "r"(offset), "r"(slice));
 }
 
 // A thread's index in its threadgroup and its place there. A threadgroup at the grid's edge is smaller than the others, and its

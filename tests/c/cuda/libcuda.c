@@ -535,6 +535,16 @@ EXPORT CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned grid_x, uns
     return check_launch(&config, function, parameters);
 }
 
+EXPORT CUresult CUDAAPI cuOccupancyMaxActiveBlocksPerMultiprocessor(int *count, CUfunction function, int threads,
+                                                                    size_t shared_memory) {
+    MAY_FAIL(function->name, threads);
+    REQUIRE(function->device == current_device(), "%s where another context is current", function->name);
+    REQUIRE(threads >= 1 && threads <= 1024 && shared_memory <= (size_t)function->dynamic_memory,
+            "%s in blocks of %d with %zu bytes of memory", function->name, threads, shared_memory);
+    *count = threads <= function->most_threads ? (threads > 512 ? 1 : 1024 / threads < 16 ? 1024 / threads : 16) : 0;
+    return CUDA_SUCCESS;
+}
+
 EXPORT CUresult CUDAAPI cuOccupancyMaxActiveClusters(int *count, CUfunction function, const CUlaunchConfig *config) {
     int cluster = 1;
     MAY_FAIL(function->name, config->gridDimX);

@@ -458,8 +458,12 @@ static void threads_load_kernels_at_once(void **state) {
     pthread_t thread[THREADS];
     seed(11);
     for (int i = 0; i < THREADS; i++) {
-        do make(&calls[i], i % MAKERS, i % 2 ? LIBCUDA_H100 : LIBCUDA_A100, true);
-        while (run(&calls[i]) != METALLOID_OK);
+        metalloid_status status = METALLOID_INVALID_ARGUMENT;
+        for (int attempt = 0; attempt < 100 && status != METALLOID_OK; attempt++) {
+            make(&calls[i], i % MAKERS, i % 2 ? LIBCUDA_H100 : LIBCUDA_A100, true);
+            status = run(&calls[i]);
+        }
+        expect_ok(status);
         calls[i].device = i % 2 ? LIBCUDA_SLICE : LIBCUDA_ORIN; /* where nothing is loaded */
         for (int j = 0; j < calls[i].count; j++) calls[i].tensor[j].dl.device.device_id = calls[i].device;
     }
@@ -547,9 +551,8 @@ static void every_driver_call_may_fail(void **state) {
             /* What can do without: smaller clusters, kernels that need no description or copy of a mask. */
             bool allocation = strcmp(failed, "cuMemAllocAsync") == 0,
                  masked = c.op.call == call_attention && c.op.given[3];
-            if (status == METALLOID_OK &&
-                (strcmp(failed, "cuTensorMapEncodeTiled") == 0 || strcmp(failed, "cuOccupancyMaxActiveClusters") == 0 ||
-                 (allocation && masked))) {
+            if (status == METALLOID_OK && (strcmp(failed, "cuTensorMapEncodeTiled") == 0 ||
+                                           begins(failed, "cuOccupancy") || (allocation && masked))) {
                 tolerated++;
                 continue;
             }
@@ -618,6 +621,7 @@ static void expect_failures(metalloid_kernel *kernel, const metalloid_kernel_cal
             expect_ok(status);
             break;
         }
+        if (status == METALLOID_OK && begins(failed, "cuOccupancy")) continue; /* it does without */
         bool allocation = strcmp(failed, "cuMemAllocAsync") == 0;
         assert_int_equal(status, allocation ? METALLOID_OUT_OF_MEMORY : METALLOID_DEVICE_FAILURE);
         expect_drivers_words("metal_kernel", status);
