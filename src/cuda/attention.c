@@ -426,8 +426,9 @@ static bool hides_keys(const mtl_attention_args *args) {
 
 metalloid_status mtl_cuda_attention(const metalloid_context *context, const char *op, const mtl_attention_args *args) {
     mtl_cuda_call call;
-    mtl_attention_args own = *args;
+    mtl_attention_args own;
     if (hides_keys(args)) {
+        own = *args;
         own.key_mask.data = args->mask.data, own.key_mask.dtype = args->mask.dtype;
         own.key_mask.stride[0] = args->mask.stride[0], own.key_mask.stride[1] = args->mask.stride[3];
         own.mask.data = NULL;
