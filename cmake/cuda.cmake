@@ -5,6 +5,10 @@
 set(METALLOID_CUDA OFF CACHE STRING "Build the CUDA kernels: ON, OFF, or AUTO (where nvcc is found)")
 set(METALLOID_CUDA_ARCHITECTURES "80;90a" CACHE STRING "Compute capabilities that get machine code of their own")
 
+file(GLOB CUDA_SOURCES CONFIGURE_DEPENDS src/cuda/*.c)
+file(GLOB CUDA_KERNELS CONFIGURE_DEPENDS src/cuda/*.cu)
+file(GLOB CUDA_HEADERS CONFIGURE_DEPENDS src/cuda/*.cuh src/cuda/*.inc src/cuda/arguments.h)
+
 set(METALLOID_WITH_CUDA 0)
 if(METALLOID_CUDA)
     find_program(METALLOID_NVCC nvcc HINTS /usr/local/cuda/bin ENV CUDA_HOME PATH_SUFFIXES bin)
@@ -34,9 +38,6 @@ get_filename_component(cuda_bin ${METALLOID_NVCC} REALPATH)
 get_filename_component(cuda_bin ${cuda_bin} DIRECTORY)
 find_path(METALLOID_CUDA_INCLUDE_DIR cuda.h HINTS ${cuda_bin}/../include ${cuda_bin}/../targets/x86_64-linux/include REQUIRED)
 
-file(GLOB CUDA_SOURCES CONFIGURE_DEPENDS src/cuda/*.c)
-file(GLOB CUDA_KERNELS CONFIGURE_DEPENDS src/cuda/*.cu)
-file(GLOB CUDA_HEADERS CONFIGURE_DEPENDS src/cuda/*.cuh src/cuda/*.inc src/cuda/arguments.h)
 set(image_dir ${PROJECT_BINARY_DIR}/cuda)
 file(MAKE_DIRECTORY ${image_dir})
 set(cuda_images "")

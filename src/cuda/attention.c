@@ -37,24 +37,27 @@ typedef struct tile {
 
 /* attention.cu, by its dimension and whether its rows are few: queries and two stages of keys and values. */
 #define TILE(dim, rows, keys, blocks) \
-    { rows, keys, rows * 2, blocks, (rows + 4 * keys) * dim * 2, }
+    { (rows), (keys), 2 * (rows), (blocks), 2 * (dim) * ((rows) + 4 * (keys)), }
 static const tile mma_tiles[DIMS][2] = {{TILE(64, 128, 64, 2), TILE(64, 16, 64, 6)},
                                         {TILE(128, 128, 64, 1), TILE(128, 16, 32, 6)},
                                         {TILE(256, 128, 32, 1), TILE(256, 16, 32, 3)}};
 
 /* attention_f32.cu, likewise: queries, keys, values and weights. */
-#define F32_TILE(dim, rows, keys, threads, blocks) \
-    { rows, keys, threads, blocks, ((rows + 2 * keys) * dim + rows * keys + (threads > 32) * keys * 4) * 4, }
+#define F32_TILE(dim, rows, keys, threads, blocks)                                                 \
+    {                                                                                              \
+        (rows), (keys), (threads), (blocks),                                                       \
+            4 * ((dim) * ((rows) + 2 * (keys)) + (rows) * (keys) + 4 * (keys) * ((threads) > 32)), \
+    }
 static const tile f32_tiles[DIMS][2] = {{F32_TILE(64, 128, 64, 128, 2), F32_TILE(64, 16, 32, 32, 8)},
                                         {F32_TILE(128, 64, 64, 128, 2), F32_TILE(128, 8, 32, 32, 6)},
                                         {F32_TILE(256, 64, 64, 256, 1), F32_TILE(256, 8, 32, 32, 3)}};
 
 /* attention_wide.cu: for many rows, for many and short tiles of keys, for few. Queries, keys, values, weights of 64
  * keys, four numbers and a flag a row. */
-#define WIDE_TILE(rows, keys, threads, blocks)                                                     \
-    {                                                                                              \
-        rows, keys, threads, blocks,                                                               \
-            ((rows + keys) * MOST_KEY_DIM + keys * MOST_VALUE_DIM + rows * 64) * 2 + rows * 5 * 4, \
+#define WIDE_TILE(rows, keys, threads, blocks)                                                               \
+    {                                                                                                        \
+        (rows), (keys), (threads), (blocks),                                                                 \
+            2 * (MOST_KEY_DIM * ((rows) + (keys)) + MOST_VALUE_DIM * (keys) + 64 * (rows)) + 4 * 5 * (rows), \
     }
 enum { WIDE_FORMS = 3 };
 static const tile wide_tiles[WIDE_FORMS] = {WIDE_TILE(64, 64, 256, 1), WIDE_TILE(64, 32, 256, 1),
@@ -434,8 +437,9 @@ static bool hides_keys(const mtl_attention_args *args) {
 
 metalloid_status mtl_cuda_attention(const metalloid_context *context, const char *op, const mtl_attention_args *args) {
     mtl_cuda_call call;
-    mtl_attention_args own = *args;
+    mtl_attention_args own;
     if (hides_keys(args)) {
+        own = *args;
         own.key_mask.data = args->mask.data, own.key_mask.dtype = args->mask.dtype;
         own.key_mask.stride[0] = args->mask.stride[0], own.key_mask.stride[1] = args->mask.stride[3];
         own.mask.data = NULL;

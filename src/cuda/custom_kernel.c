@@ -191,7 +191,7 @@ static metalloid_status get_function(const mtl_cuda_call *call, metalloid_kernel
         *variant = at;
         goto done;
     }
-    CUfunction function;
+    CUfunction function = NULL;
     status = make_function(call, kernel, launch, most_threads, line, &function);
     if (status) goto done;
     mtl_variant *made = malloc(sizeof *made + length);
@@ -573,9 +573,10 @@ static metalloid_status run(const mtl_cuda_call *call, metalloid_kernel *kernel,
         if (!status) status = align(call, &outputs[i], alignment, &copies[input_count + i]);
     }
     if (!status) {
-        status = kernel->language == METALLOID_KERNEL_METAL
-                     ? launch_metal(call, kernel, launch, variant)
-                     : launch_whole_blocks(call, kernel, launch, variant->function);
+        status =
+            kernel->language == METALLOID_KERNEL_METAL
+                ? launch_metal(call, kernel, launch, variant)
+                : launch_whole_blocks(call, kernel, launch, variant->function); // NOLINT: status says that it is set
     }
     for (int i = 0; i < output_count && !status; i++) {
         const mtl_view *view = &outputs[i];

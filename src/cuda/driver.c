@@ -41,7 +41,7 @@
 #define STRING_(x)             #x
 #define STRING(x)              STRING_(x) /* cuda.h renames functions to their current versions: the name after that */
 
-#define DRIVER_FIELD(function) __typeof__(&function) function;
+#define DRIVER_FIELD(function) __typeof__(&(function)) function; // NOLINT: a declaration
 static struct { DRIVER_FUNCTIONS(DRIVER_FIELD) } driver;
 static CUresult (*parameter_info)(CUfunction, size_t, size_t *, size_t *); /* cuFuncGetParamInfo, or NULL */
 
@@ -344,13 +344,13 @@ void mtl_cuda_release(const mtl_cuda_call *call, CUdeviceptr memory) { driver.cu
 
 metalloid_status mtl_cuda_load(const mtl_cuda_call *call, const void *image, const char *name, int shared_memory,
                                CUfunction *function) {
-    enum { ALWAYS_THERE = 48 << 10 }; /* of dynamic shared memory */
     CUmodule module = NULL;
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED; /* as in find_kernel */
     driver.cuThreadExchangeStreamCaptureMode(&mode);
     CUresult result = driver.cuModuleLoadData(&module, image);
     if (result == CUDA_SUCCESS) result = driver.cuModuleGetFunction(function, module, name);
-    if (result == CUDA_SUCCESS && shared_memory > ALWAYS_THERE)
+    /* 48 KiB are there unasked, but the kernel's own arrays count too. */
+    if (result == CUDA_SUCCESS && shared_memory > 0)
         result = driver.cuFuncSetAttribute(*function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_memory);
     if (result != CUDA_SUCCESS && module) driver.cuModuleUnload(module);
     driver.cuThreadExchangeStreamCaptureMode(&mode);

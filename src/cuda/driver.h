@@ -55,7 +55,7 @@ typedef struct mtl_cuda_call {
     bool pushed;
 } mtl_cuda_call;
 
-metalloid_status mtl_cuda_begin(mtl_cuda_call *call, const metalloid_context *context, const char *op, DLDevice device,
+metalloid_status mtl_cuda_begin(mtl_cuda_call *call, const metalloid_context *context, const char *op, DLDevice place,
                                 bool in_double);
 metalloid_status mtl_cuda_end(mtl_cuda_call *call, metalloid_status status);
 

@@ -54,12 +54,12 @@ static metalloid_status run(const metalloid_context *context, const char *op, co
     return mtl_cuda_end(&call, status);
 }
 
-#define KERNELS(image, op, first)                                                                     \
-    {                                                                                                 \
-        {MTL_CUDA_IMAGE_##image, first, #op "_f32"}, {MTL_CUDA_IMAGE_##image, first + 1, #op "_f16"}, \
-            {MTL_CUDA_IMAGE_##image, first + 2, #op "_bf16"}, {                                       \
-            MTL_CUDA_IMAGE_##image, first + 3, #op "_any"                                             \
-        }                                                                                             \
+#define KERNELS(image, op, first)                                                                       \
+    {                                                                                                   \
+        {MTL_CUDA_IMAGE_##image, first, #op "_f32"}, {MTL_CUDA_IMAGE_##image, (first) + 1, #op "_f16"}, \
+            {MTL_CUDA_IMAGE_##image, (first) + 2, #op "_bf16"}, {                                       \
+            MTL_CUDA_IMAGE_##image, (first) + 3, #op "_any"                                             \
+        }                                                                                               \
     }
 
 metalloid_status mtl_cuda_swiglu(const metalloid_context *context, const char *op, const mtl_gated_args *args) {

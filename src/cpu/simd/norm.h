@@ -72,8 +72,8 @@ INLINE void put_two(const norm_output *out, norm_dtypes from, mtl_dtype to, int6
 
 INLINE void put_upto(const norm_output *out, norm_dtypes from, mtl_dtype to, int64_t i, int64_t count) {
     vec v = vec_load_upto(out->x + i * mtl_dtype_size(from.x), from.x, count);
-    vec w = vec_load_upto(out->weight + i * mtl_dtype_size(from.weight), from.weight, count), b = vec_zero();
-    if (NORM_HAS_BIAS) b = vec_load_upto(out->bias + i * mtl_dtype_size(from.bias), from.bias, count);
+    vec w = vec_load_upto(out->weight + i * mtl_dtype_size(from.weight), from.weight, count);
+    vec b = NORM_HAS_BIAS ? vec_load_upto(out->bias + i * mtl_dtype_size(from.bias), from.bias, count) : vec_zero();
     vec_store_upto(out->out + i * mtl_dtype_size(to), to, norm_apply(&out->terms, v, w, b), count);
 }
 
@@ -83,6 +83,7 @@ INLINE row_sums norm_pass(const norm_output *out, norm_dtypes from, const norm_i
                           mtl_dtype dtype, int64_t length) {
     row_sums total = {0, 0};
     vec minus = vec_set(shift);
+    (void)minus; /* rms_norm takes nothing away */
     for (int64_t first = 0; first < length; first += SUM_BLOCK) {
         int64_t end = length - first < SUM_BLOCK ? length : first + SUM_BLOCK, i = first;
         vec sum[4], squares[4];

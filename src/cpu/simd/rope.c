@@ -422,7 +422,7 @@ void SIMD(rope)(const void *arguments, int64_t begin, int64_t end, void *scratch
     real *tables = (real *)(inv_freq_scratch + pairs),
          *head = tables + mtl_rope_most_steps(args) * ENTRIES * angles->dims;
     real *weights[2] = {head + args->head_dim, head + 2 * args->head_dim};
-    for (int i = 0; args->normed && i < args->sides; i++) {
+    for (int i = 0; args->normed && i < args->sides && i < 2; i++) {
         mtl_row weight = args->side[i].weight;
         if (weight.data) read_row(weights[i], weight.data, weight, args->head_dim);
         else

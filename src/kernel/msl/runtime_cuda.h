@@ -41,8 +41,7 @@ __mtl_inline void __mtl_place_in_line(mtl_group &group, unsigned &index, unsigne
 // turn. Where they do not, memory is read in vain, and nothing else happens. `first` is the address for the first
 // threadgroup: a number, since the compiler keeps a pointer that it sees in assembly from what it may do with others. A
 // slice has at most 128 bytes a thread.
-template <unsigned threads>
-__mtl_inline void __mtl_prefetch(unsigned long first, unsigned group, unsigned slice) {
+template <unsigned threads> __mtl_inline void __mtl_prefetch(unsigned long first, unsigned group, unsigned slice) {
     unsigned offset = (threadIdx.x & (threads - 1)) * 128;
     asm volatile("{ .reg .pred reads; setp.lt.u32 reads, %1, %2; @reads prefetch.global.L2 [%0]; }"
                  : // no branch, before which ptxas would wait for the body's own loads
