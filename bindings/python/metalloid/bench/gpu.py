@@ -1,8 +1,9 @@
 """The benchmark of NVIDIA GPUs: ``metalloid bench --device cuda``.
 
-Times every operation beside PyTorch, eager and compiled, and its cuDNN attention, on CUDA tensors of PyTorch. A case's
-calls are captured in a CUDA graph over several sets of inputs, larger together than the second-level cache; the median
-of its replays counts. A peer that is not there or does not serve a case is named as such.
+Times every operation beside PyTorch, eager and compiled, its cuDNN attention, MLX's CUDA backend and
+flash-linear-attention, on CUDA tensors of PyTorch. A case's calls are captured in a CUDA graph over several sets of
+inputs, larger together than the second-level cache; the median of its replays counts. MLX makes graphs of its own: its
+calls are evaluated together. A peer that is not there or does not serve a case is named as such.
 
 The module imports nothing of the package: ``main`` is given the operations, so that tests/cuda can run it on a machine
 that has the C library alone.
@@ -48,6 +49,57 @@ def seconds(functions, replays=20):
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3 / len(functions))
     return statistics.median(times)
+
+
+def find_mlx():
+    if not importlib.util.find_spec("mlx"):
+        return None
+    import mlx.core
+
+    return mlx.core if mlx.core.cuda.is_available() else None
+
+
+MLX = find_mlx()
+MLX_OUTPUTS = 1 << 31  # bytes of results that are evaluated together
+
+
+def seconds_of_mlx(functions, rounds=10):
+    """Of one call: its results are kept until the last of them is there, so that nothing waits between the calls."""
+    outputs = [f() for f in functions]
+    MLX.eval(outputs)
+    repeats = max(1, min(64, MLX_OUTPUTS // sum(y.nbytes for y in outputs)))
+    times = []
+    for _ in range(2 + rounds):  # the first two record the graphs
+        del outputs
+        outputs = [f() for _ in range(repeats) for f in functions]
+        start = time.perf_counter()
+        MLX.eval(outputs)
+        times.append((time.perf_counter() - start) / len(outputs))
+    del outputs
+    MLX.clear_cache()
+    return statistics.median(times[2:])
+
+
+def mlx_peer(make, *tensors):
+    """{"MLX": a call}: make(mx, arrays of the tensors) gives it. They are copied when it is first called."""
+    if MLX is None:
+        return {}
+    return {"MLX": MlxCall(make, tensors)}
+
+
+class MlxCall:
+    def __init__(self, make, tensors):
+        self.make, self.tensors, self.call = make, tensors, None
+
+    def __call__(self):
+        self.call = self.call or self.make(MLX, *(self.array(t) for t in self.tensors))
+        return self.call()
+
+    @staticmethod
+    def array(t):
+        if t.dtype == BF16:
+            return MLX.array(t.view(torch.int16).cpu().numpy()).view(MLX.bfloat16)
+        return MLX.array(t.cpu().numpy())
 
 
 def randn(*shape, dtype=BF16):
@@ -100,9 +152,13 @@ def norm_case(rows, length, layer, added=False):
             return lambda: ops.add_rms_norm(x, r, w, 1e-5, out=(s, y)), {"torch": lambda: torch_add_rms_norm(x, r, w)}
         if layer:
             return lambda: ops.layer_norm(x, w, b, 1e-5, out=y), {
-                "torch": lambda: F.layer_norm(x, (length,), w, b, 1e-5)
+                "torch": lambda: F.layer_norm(x, (length,), w, b, 1e-5),
+                **mlx_peer(lambda mx, x, w, b: lambda: mx.fast.layer_norm(x, w, b, 1e-5), x, w, b),
             }
-        return lambda: ops.rms_norm(x, w, 1e-5, out=y), {"torch": lambda: F.rms_norm(x, (length,), w, 1e-5)}
+        return lambda: ops.rms_norm(x, w, 1e-5, out=y), {
+            "torch": lambda: F.rms_norm(x, (length,), w, 1e-5),
+            **mlx_peer(lambda mx, x, w: lambda: mx.fast.rms_norm(x, w, 1e-5), x, w),
+        }
 
     name = ("add_" if added else "") + ("layer_norm" if layer else "rms_norm")
     small = rows * length < 1 << 20
@@ -135,9 +191,9 @@ def rope_case(traditional):
         options = {"traditional": traditional, "base": 10000.0, "scale": 1.0, "offset": 0}
         angle = torch.arange(4096, device="cuda")[:, None] * 10000.0 ** (-torch.arange(0, 128, 2, device="cuda") / 128)
         cos, sin = (torch.cat((f(angle),) * 2, -1).to(BF16) for f in (torch.cos, torch.sin))
-        return lambda: ops.rope(x, 128, out=y, **options), {} if traditional else {
-            "torch": lambda: torch_rope(x, cos, sin)
-        }
+        peers = {} if traditional else {"torch": lambda: torch_rope(x, cos, sin)}
+        peers |= mlx_peer(lambda mx, x: lambda: mx.fast.rope(x, 128, **options), x)
+        return lambda: ops.rope(x, 128, out=y, **options), peers
 
     case(f"rope B4 N32 T4096 D128{' traditional' * traditional}", 2 * 4 * 32 * 4096 * 128 * 2, "GB/s", 2)(make)
 
@@ -154,25 +210,38 @@ def _(ops):
     return lambda: ops.qk_norm_rope(q, k, w, w, 1e-6, 128, out=(y, z), **options), {}
 
 
+def mlx_gate(name, gate, up):
+    def make(mx, g, u):
+        import mlx.nn
+
+        product = mx.compile(lambda g, u: getattr(mlx.nn, name)(g) * u)
+        return lambda: product(g, u)
+
+    return mlx_peer(make, gate, up)
+
+
 @case("swiglu 16384x14336", 3 * 16384 * 14336 * 2, "GB/s", 1)
 def _(ops):
     g, u = randn(16384, 14336), randn(16384, 14336)
     y = torch.empty_like(g)
-    return lambda: ops.swiglu(g, u, out=y), {"torch": lambda: F.silu(g) * u}
+    return lambda: ops.swiglu(g, u, out=y), {"torch": lambda: F.silu(g) * u, **mlx_gate("silu", g, u)}
 
 
 @case("geglu 16384x14336", 3 * 16384 * 14336 * 2, "GB/s", 1)
 def _(ops):
     g, u = randn(16384, 14336), randn(16384, 14336)
     y = torch.empty_like(g)
-    return lambda: ops.geglu(g, u, out=y), {"torch": lambda: F.gelu(g) * u}
+    return lambda: ops.geglu(g, u, out=y), {"torch": lambda: F.gelu(g) * u, **mlx_gate("gelu", g, u)}
 
 
 @case("geglu tanh 16384x14336", 3 * 16384 * 14336 * 2, "GB/s", 1)
 def _(ops):
     g, u = randn(16384, 14336), randn(16384, 14336)
     y = torch.empty_like(g)
-    return lambda: ops.geglu(g, u, approximate="tanh", out=y), {"torch": lambda: F.gelu(g, approximate="tanh") * u}
+    return lambda: ops.geglu(g, u, approximate="tanh", out=y), {
+        "torch": lambda: F.gelu(g, approximate="tanh") * u,
+        **mlx_gate("gelu_approx", g, u),
+    }
 
 
 def entropy_case(rows, classes):
@@ -181,8 +250,15 @@ def entropy_case(rows, classes):
         logits = randn(rows, classes)
         targets = torch.randint(classes, (rows,), device="cuda")
         loss = torch.empty(rows, device="cuda")
+
+        def mlx(mx, logits, targets):
+            from mlx.nn.losses import cross_entropy
+
+            return lambda: cross_entropy(logits.astype(mx.float32), targets)
+
         return lambda: ops.cross_entropy(logits, targets, out=loss), {
-            "torch": lambda: F.cross_entropy(logits.float(), targets, reduction="none")
+            "torch": lambda: F.cross_entropy(logits.float(), targets, reduction="none"),
+            **mlx_peer(mlx, logits, targets),
         }
 
 
@@ -252,7 +328,12 @@ def attention_case(
         def ours():
             ops.scaled_dot_product_attention(q, k, v, scale=scale, out=out, **options)
 
-        return ours, {"torch": theirs, "torch cuDNN": cudnn}
+        def mlx(mx, q, k, v, *mask):
+            given = {"scale": scale, "mask": "causal" if causal else mask[0] if mask else None}
+            return lambda: mx.fast.scaled_dot_product_attention(q, k, v, **given)
+
+        tensors = (q, k, v) if allowed is None else (q, k, v, allowed)
+        return ours, {"torch": theirs, "torch cuDNN": cudnn, **mlx_peer(mlx, *tensors)}
 
 
 for causal in (False, True):
@@ -293,6 +374,8 @@ def main(ops, chosen, peers=True):
     print(torch.cuda.get_device_name(), "PyTorch", torch.__version__)
     if peers and not importlib.util.find_spec("fla"):
         print("flash-linear-attention is not installed: gated_delta_update has no peer")
+    if peers and not MLX:
+        print("MLX is not installed, or not with CUDA (PyPI: mlx[cuda])")
     rows = []
     for name, work, unit, sets, make in CASES:
         if not chosen(name):
@@ -308,7 +391,7 @@ def main(ops, chosen, peers=True):
         values, words_of_row = {}, []
         for who, functions in timed.items():
             try:
-                t = seconds(functions)
+                t = (seconds_of_mlx if who == "MLX" else seconds)(functions)
             except Exception as error:  # a peer may not serve a case
                 if who == "Metalloid":
                     raise
