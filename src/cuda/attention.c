@@ -74,6 +74,10 @@ static float float_cap(double softcap) {
     return softcap == 0 ? 0 : (float)(softcap < least ? least : softcap > most ? most : softcap);
 }
 
+static double bytes_of_head(const mtl_attention_args *args) { /* its keys and values */
+    return (double)args->kv_len * (double)(args->head_dim + args->value_dim) * (double)mtl_dtype_size(args->k.dtype);
+}
+
 static bool aligned(mtl_attention_operand operand) {
     int64_t odd = (int64_t)((uintptr_t)operand.data % VECTOR);
     for (int axis = 0; axis < 3; axis++) odd |= operand.stride[axis] % VECTOR;
@@ -147,13 +151,15 @@ static int hopper_dims_of(const mtl_attention_args *args) {
     return at;
 }
 
+/* Tiles of so many keys; of whole rows, blocks of features side by side, for `at` of hopper_dims. */
 static bool describe_keys(const mtl_cuda_call *call, const mtl_attention_args *args,
-                          mtl_cuda_attention_hopper_args *hopper, int keys) {
-    mtl_cuda_box box = {BLOCK, keys};
+                          mtl_cuda_attention_hopper_args *hopper, int keys, bool whole_rows, int at) {
+    mtl_cuda_box k = {BLOCK, keys}, v = k;
+    if (whole_rows) k.blocks = hopper_dims[at].key_dim / BLOCK, v.blocks = hopper_dims[at].value_dim / BLOCK;
     return mtl_cuda_describe(call, hopper->k_map, &args->k, args->head_dim, args->kv_len, args->kv_heads, args->batch,
-                             box) &&
+                             k) &&
            mtl_cuda_describe(call, hopper->v_map, &args->v, args->value_dim, args->kv_len, args->kv_heads, args->batch,
-                             box);
+                             v);
 }
 
 /* One row stands for all where they do not differ. */
@@ -217,7 +223,8 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
     enum { ROWS = 16, KEYS = 64, TEAM = 4, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8 };
-    enum { FEW_TILES = 32, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
+    enum { FEW_TILES = 32, LONG_STREAM = 16 /* of a block */, MOST_HEADS = 65535 /* along y */ };
+    enum { MOST_STAGES = 12, OWN_MEMORY = 6 << 10 };
 #define MASKED_FORMS(op, dims) \
     { FORMS(op, dims), FORMS(op "_masked", dims) }
 #define DECODE_FORMS(dims) \
@@ -233,11 +240,12 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
                               {1, 0, DECODE_FORMS("256_256")}};
     int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
     mtl_cuda_attention_hopper_args hopper;
+    int at = hopper_dims_of(args);
     *done = false;
     if (rows > FEW_ROWS || heads > MOST_HEADS || args->kv_len > INT32_MAX - 2 * KEYS ||
-        !describe_keys(call, args, &hopper, KEYS))
+        !describe_keys(call, args, &hopper, KEYS, false, at))
         return METALLOID_OK;
-    int at = hopper_dims_of(args), bf16 = args->q.dtype == MTL_BF16;
+    int bf16 = args->q.dtype == MTL_BF16;
     bool masked = args->mask.data || args->key_mask.data || args->softcap > 0 || !(args->scale > 0);
     mtl_cuda_grid grid = {.y = (int)heads, .z = (int)((rows + ROWS - 1) / ROWS), .cluster = 1, .overlaps = true};
     int64_t multiprocessors = call->device->multiprocessors, items = heads * grid.z;
@@ -267,6 +275,11 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     attention->splits = splits > 1 ? (int)splits : 1;
     grid.blocks = grid.cluster * attention->splits;
     if (args->key_mask.data && (tiles + grid.blocks - 1) / grid.blocks > MOST_TILES) return METALLOID_OK;
+    /* A row at a time memory gives more than a block of all rows and then the other; to begin with it takes longer.
+     * Rows of 512 bytes would meet in the banks of shared memory. */
+    hopper.whole_rows = tiles >= LONG_STREAM * grid.blocks && args->head_dim % BLOCK == 0 &&
+                        args->value_dim % BLOCK == 0 && hopper_dims[at].key_dim < MOST_DIM;
+    if (hopper.whole_rows && !describe_keys(call, args, &hopper, KEYS, true, at)) return METALLOID_OK;
 
     *done = true;
     CUdeviceptr memory = 0;
@@ -321,10 +334,14 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     /* A counter has to be made and cleared, which short work does not make up for: its items are dealt out, by size. */
     int64_t places = (int64_t)multiprocessors * blocks;
     bool counted = items > places && items * (args->kv_len / keys + 1) > places * DEALT_TILES;
-    mtl_cuda_attention_hopper_args hopper = {.attention = *attention, .items = (unsigned)items};
+    /* Those of a head one after another, so that its keys stay in the cache; where causal makes them unlike, and the
+     * cache holds all heads' keys, those with most to do come first. */
+    bool cached = (double)(args->batch * args->kv_heads) * bytes_of_head(args) <= CACHE;
+    mtl_cuda_attention_hopper_args hopper = {
+        .attention = *attention, .items = (unsigned)items, .by_heads = counted || !unlike || !cached};
     if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
                            (mtl_cuda_box){BLOCK, rows}) ||
-        !describe_keys(call, args, &hopper, keys))
+        !describe_keys(call, args, &hopper, keys, false, at))
         return METALLOID_OK;
     int key_dim = in_blocks(hopper_dims[at].key_dim), value_dim = in_blocks(hopper_dims[at].value_dim);
     int stages = kernels[at][form].stages; /* half as many of queries */
@@ -362,9 +379,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
 /* How many heads' blocks are launched together: those whose keys and values the cache holds, or as many as fill the
  * device twice, in turns of about the same size. */
 static int heads_a_turn(const mtl_attention_args *args, int64_t heads, int64_t blocks, int64_t places) {
-    double bytes =
-        (double)args->kv_len * (double)(args->head_dim + args->value_dim) * (double)mtl_dtype_size(args->k.dtype);
-    double cached = CACHE / bytes, filling = 2 * (double)places / (double)blocks;
+    double cached = CACHE / bytes_of_head(args), filling = 2 * (double)places / (double)blocks;
     double most = cached > filling ? cached : filling;
     if (most >= (double)heads) return (int)heads;
     int64_t turns = (int64_t)((double)heads / (most < 1 ? 1 : most));

@@ -35,13 +35,12 @@ constexpr int MASK_WARP = 1, MAKERS = 2; // of the fetching group: who asks for 
 struct Queries {
     int first, head, batch;
 
-    // Under causal the last rows have most to do: they go first, of all heads, or of a head at a time where a counter
-    // gives them out, so that its keys stay in the cache.
+    // Under causal the last rows have most to do: they go first, of all heads or of a head at a time.
     template <int ROWS> __device__ static Queries of_item(const mtl_cuda_attention_hopper_args &args, unsigned index) {
         const mtl_cuda_attention_args &p = args.attention;
         unsigned heads = (unsigned)p.q_heads, blocks = (unsigned)(p.q_len + ROWS - 1) / ROWS;
-        unsigned inner = args.next ? blocks : (unsigned)p.batch * heads, outer = index / inner, rest = index % inner;
-        unsigned before = args.next ? rest : outer, of_all = args.next ? outer : rest;
+        unsigned inner = args.by_heads ? blocks : (unsigned)p.batch * heads, outer = index / inner, rest = index % inner;
+        unsigned before = args.by_heads ? rest : outer, of_all = args.by_heads ? outer : rest;
         return {(int)(blocks - 1 - before) * ROWS, (int)(of_all % heads), (int)(of_all / heads)};
     }
 };

@@ -219,7 +219,8 @@ def attend(q, k, v, **options):
 SIXTEEN = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-# Whole blocks, blocks with ends, one query, a few: with split keys and without, items of blocks dealt out in rounds.
+# Whole blocks, blocks with ends, one query, a few: with split keys and without, items of blocks dealt out in rounds, a
+# long stream of keys to each block.
 LENGTHS = [
     ((4, 4), 384, 384),
     ((8, 2), 333, 1001),
@@ -228,6 +229,7 @@ LENGTHS = [
     ((40, 8), 520, 1000),
     ((40, 8), 300, 1001),
     ((4, 2), 200, 2500),
+    ((140, 70), 2, 1100),
 ]
 
 

@@ -60,24 +60,22 @@ def find_mlx():
 
 
 MLX = find_mlx()
-MLX_OUTPUTS = 1 << 31  # bytes of results that are evaluated together
+TOGETHER = 0.02  # seconds of MLX's calls that are evaluated together, at least
 
 
 def seconds_of_mlx(functions, rounds=10):
     """Of one call: its results are kept until the last of them is there, so that nothing waits between the calls."""
-    outputs = [f() for f in functions]
-    MLX.eval(outputs)
-    repeats = max(1, min(64, MLX_OUTPUTS // sum(y.nbytes for y in outputs)))
-    times = []
-    for _ in range(2 + rounds):  # the first two record the graphs
-        del outputs
+
+    def evaluated(repeats):
         outputs = [f() for _ in range(repeats) for f in functions]
         start = time.perf_counter()
         MLX.eval(outputs)
-        times.append((time.perf_counter() - start) / len(outputs))
-    del outputs
-    MLX.clear_cache()
-    return statistics.median(times[2:])
+        return (time.perf_counter() - start) / len(outputs)
+
+    evaluated(1)  # compiles
+    repeats = 1 + min(63, int(TOGETHER / (evaluated(1) * len(functions))))
+    evaluated(repeats)  # records the graph
+    return statistics.median(evaluated(repeats) for _ in range(rounds))
 
 
 def mlx_peer(make, *tensors):
@@ -369,6 +367,32 @@ attention_case(1, 32, 8, 1, 8192, 128, decode=True, sets=4, dtype=torch.float32)
 attention_case(8, 32, 8, 1, 8192, 128, decode=True, sets=1, dtype=torch.float32)
 
 
+def time_row(ops, name, work, unit, sets, make, peers):
+    """{who: value} of a case, printed too."""
+    torch.manual_seed(0)
+    made = [make(ops) for _ in range(sets)]
+    timed = {"Metalloid": [ours for ours, _ in made]}
+    for peer in made[0][1] if peers else ():
+        timed[peer] = [theirs[peer] for _, theirs in made]
+        if peer == "torch" and "attention" not in name and "decode" not in name:
+            torch._dynamo.reset()
+            timed["torch.compile"] = [torch.compile(f) for f in timed[peer]]
+    values, words = {}, []
+    for who, functions in timed.items():
+        try:
+            torch.cuda.empty_cache()
+            t = (seconds_of_mlx if who == "MLX" else seconds)(functions)
+        except Exception as error:  # a peer may not serve a case
+            if who == "Metalloid":
+                raise
+            words.append(f"{who}: {type(error).__name__} {str(error).splitlines()[0][:60]}")
+            continue
+        values[who] = t * 1e6 if unit == "us" else work / t / (1e12 if unit == "TFLOP/s" else 1e9)
+        words.append(f"{who} {values[who]:.1f} {unit}" + ("" if unit == "us" else f" ({t * 1e6:.1f} us)"))
+    print(f"{name:48s}", "; ".join(words), flush=True)
+    return values
+
+
 def main(ops, chosen, peers=True):
     """chosen: whether a case of this name is wanted. Returns [(case, unit, {who: value})]."""
     print(torch.cuda.get_device_name(), "PyTorch", torch.__version__)
@@ -380,27 +404,8 @@ def main(ops, chosen, peers=True):
     for name, work, unit, sets, make in CASES:
         if not chosen(name):
             continue
-        torch.manual_seed(0)
-        made = [make(ops) for _ in range(sets)]
-        timed = {"Metalloid": [ours for ours, _ in made]}
-        for peer in made[0][1] if peers else ():
-            timed[peer] = [theirs[peer] for _, theirs in made]
-            if peer == "torch" and "attention" not in name and "decode" not in name:
-                torch._dynamo.reset()
-                timed["torch.compile"] = [torch.compile(f) for f in timed[peer]]
-        values, words_of_row = {}, []
-        for who, functions in timed.items():
-            try:
-                t = (seconds_of_mlx if who == "MLX" else seconds)(functions)
-            except Exception as error:  # a peer may not serve a case
-                if who == "Metalloid":
-                    raise
-                words_of_row.append(f"{who}: {type(error).__name__} {str(error).splitlines()[0][:60]}")
-                continue
-            values[who] = t * 1e6 if unit == "us" else work / t / (1e12 if unit == "TFLOP/s" else 1e9)
-            words_of_row.append(f"{who} {values[who]:.1f} {unit}" + ("" if unit == "us" else f" ({t * 1e6:.1f} us)"))
-        print(f"{name:48s}", "; ".join(words_of_row), flush=True)
-        rows.append((name, unit, values))
-        del made, timed
+        rows.append((name, unit, time_row(ops, name, work, unit, sets, make, peers)))
         torch.cuda.empty_cache()
+        if MLX:
+            MLX.clear_cache()
     return rows
