@@ -277,8 +277,9 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     if (args->key_mask.data && (tiles + grid.blocks - 1) / grid.blocks > MOST_TILES) return METALLOID_OK;
     /* A row at a time memory gives more than a block of all rows and then the other; to begin with it takes longer.
      * Rows of 512 bytes would meet in the banks of shared memory. */
-    hopper.whole_rows = tiles >= LONG_STREAM * grid.blocks && args->head_dim % BLOCK == 0 &&
-                        args->value_dim % BLOCK == 0 && hopper_dims[at].key_dim < MOST_DIM;
+    int key_dim = hopper_dims[at].key_dim;
+    hopper.whole_rows = tiles >= LONG_STREAM * grid.blocks && key_dim > BLOCK && key_dim < MOST_DIM &&
+                        args->head_dim % BLOCK == 0 && args->value_dim % BLOCK == 0;
     if (hopper.whole_rows && !describe_keys(call, args, &hopper, KEYS, true, at)) return METALLOID_OK;
 
     *done = true;

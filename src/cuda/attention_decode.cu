@@ -135,7 +135,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     __shared__ uint2 live[MASKED ? MOST_TILES : 1]; // what the key mask shows of a tile of this block
     unsigned full = (unsigned)__cvta_generic_to_shared(barriers), empty = full + 8 * MOST_STAGES;
     int count = args.stages;
-    const bool whole_rows = KEY_DIM > 64 && args.whole_rows;
+    const bool whole_rows = KEY_DIM > 64 && KEY_DIM < 256 && args.whole_rows; // attention.c knows where they serve
 
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rank = blockIdx.x, ranks = gridDim.x;
     int64_t kv_head, batch = divide(blockIdx.y, p.kv_heads, kv_head);
