@@ -9,7 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-sys.modules.update(dict.fromkeys(os.environ.get("METALLOID_TEST_WITHOUT", "").split()))
+if "METALLOID_TEST_WITHOUT" in os.environ:
+    sys.modules.update(dict.fromkeys(os.environ["METALLOID_TEST_WITHOUT"].split()))
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core of several: NumPy's and PyTorch's own threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before JAX is imported: a CPU of four devices. What metalloid.mlx compiles goes where the build's files are.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
