@@ -5,6 +5,8 @@ ARGS ?=
 CMAKE_ARGS ?=
 
 # The kernels are compiled for the tests, for the Python package and for the wheel; with ccache once. Looked for after the set-up.
+# scikit-build-core would call Python's compiler, gcc, by another name.
+test docs wheel sanitize: export CC := $(CC)
 test docs wheel sanitize: export CMAKE_C_COMPILER_LAUNCHER = $(shell command -v ccache 2>/dev/null)
 
 all:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 if "METALLOID_TEST_WITHOUT" in os.environ:
     sys.modules.update(dict.fromkeys(os.environ["METALLOID_TEST_WITHOUT"].split()))
-if "PYTEST_XDIST_WORKER" in os.environ:  # one core of several: NumPy's and PyTorch's own threads would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each: else the threads of NumPy and PyTorch wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before JAX is imported: a CPU of four devices. What metalloid.mlx compiles goes where the build's files are.
