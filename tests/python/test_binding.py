@@ -948,7 +948,7 @@ def test_torch_result_is_an_ordinary_tensor():
 
 
 def leaked(call, times=10_000):
-    """Bytes that many calls leave behind: the least of three times, as other threads, such as pytest-xdist's, allocate too."""
+    """Bytes that many calls leave behind, the least of three times: pytest-xdist has a thread that allocates too."""
     least = left_behind(call, times)
     for _ in range(2):
         if least >= 5000:
