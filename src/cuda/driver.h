@@ -43,6 +43,7 @@ typedef enum mtl_cuda_image { MTL_CUDA_IMAGES(MTL_CUDA_IMAGE_ID) MTL_CUDA_IMAGE_
 typedef struct mtl_cuda_device {
     int id, multiprocessors, major, minor;
     int shared_memory; /* that a block can have, in bytes */
+    int memory_clock;  /* kHz */
     char name[128];
     CUcontext context;
 } mtl_cuda_device;
