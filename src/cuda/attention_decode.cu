@@ -165,9 +165,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         default: find_live<uint8_t>(live, tiles, p, key_mask, first_key);
         }
     }
-    // The barriers and no mask's bits are all that there is to wait for: the copying warp made them, and goes on.
-    if (MASKED || warp < WARPS) asm volatile("bar.sync 1, %0;" ::"n"(THREADS<TEAMS>) : "memory");
-    else asm volatile("bar.arrive 1, %0;" ::"n"(THREADS<TEAMS>) : "memory");
+    __syncthreads();
 
     auto shows = [&](int tile) { return !MASKED || !key_mask || (live[tile].x | live[tile].y); };
 
