@@ -611,6 +611,22 @@ static void translate_conditions(translation *t) {
     }
 }
 
+/* ---- division ------------------------------------------------------------------------------------------------------------------------ */
+
+/* a / b   becomes   a / !__mtl_trap / b,   which has a value for every b (msl/types.h). */
+static void translate_division(translation *t, size_t i) {
+    size_t before = mtl_before(t, i), operand = mtl_is(t, i + 1, "=") ? mtl_after(t, i + 1) : mtl_after(t, i);
+    if (before == SIZE_MAX || mtl_is(t, before, "operator") || !mtl_are_one_directive(t, before, operand)) return;
+    if (mtl_is(t, operand, ")") || mtl_is(t, operand, ",")) return; /* a macro's argument */
+    const mtl_token *divisor = &t->token[operand];
+    for (size_t at = 0; divisor->kind == MTL_TOKEN_NUMBER && at < divisor->length; at++) {
+        if (divisor->text[at] >= '1' && divisor->text[at] <= '9') return;
+    }
+    bool quotient = mtl_is(t, i, "/");
+    if (!mtl_is(t, i + 1, "=")) t->token[i].replacement = quotient ? "/ !__mtl_trap /" : "% !__mtl_trap %";
+    else mtl_add_behind(t, i + 1, quotient ? " !__mtl_trap /=" : " !__mtl_trap %=");
+}
+
 /* ---- all of it ------------------------------------------------------------------------------------------------------------------------ */
 
 static void translate_token(translation *t, size_t i) {
@@ -630,6 +646,8 @@ static void translate_token(translation *t, size_t i) {
         if (mtl_is(t, i, "[") && mtl_is(t, i + 1, "[")) translate_attribute(t, i);
         else if (mtl_is(t, i, "?") && t->options->arms) translate_condition(t, i);
         else if (mtl_is(t, i, "::")) translate_global(t, i);
+        else if ((mtl_is(t, i, "/") || mtl_is(t, i, "%")) && t->options->target == MTL_TARGET_CPU)
+            translate_division(t, i);
         else if (mtl_is(t, i, "{") && mtl_is(t, mtl_after(t, i), "[") && t->options->target == MTL_TARGET_CUDA)
             translate_designators(t, i);
         break;

@@ -407,6 +407,50 @@ case(
     **FLAT,
 )
 
+_d = np.where(U % 5, I % 1000, I) | 1
+case(
+    "integer division of every kind of operand",
+    f"{ID} int x = a[i], d = b[i]; uint u = uint(x); const Ratio r = {{x, 3}}; Bits bits = {{7, 2}}; int w[sizeof(float4) / sizeof(Half)] = {{}};"
+    "x /= d; int y = a[i]; y %= TILE / 2; half h = half(i % 7) / RATIO(8, int(i % 3 + 1)); h /= d > 0 ? 2 : d / d * 2; float f = float(i) / bits.a / bits.b; f /= int(i + 1);"
+    "short s = short(a[i]); s /= short(d | 1); uint4 v = uint4(u, 7, i, 9) / uint4(i + 1, 2, 3, Count::TWO); v %= i + 5; v.xy /= (device_count / 2) + 1u;"
+    "out0[i] = 0xffff & (x + y + r / 2 + (r %= 5) + quarter<64 / TILE>(12) + int(sizeof w / sizeof(w[0])) + s + int(v.x + v.y + v.z + v.w) + a[i] % d);"
+    "out1[i] = f + h + 1 / 4 + 1.0 / 4 + (true / (i % 2 + 1)) + own::Angle{6} / own::Angle{4};",
+    [I, _d],
+    [
+        (
+            np.fix(I.astype(np.float64) / _d).astype(np.int64)
+            + np.fmod(I.astype(np.int64), 8)
+            + np.fix(I / 2 / 3).astype(np.int64)
+            + np.fmod(np.fix(I.astype(np.float64) / 3), 5).astype(np.int64)
+            + 3
+            + 8
+            + np.fix(I.astype(np.int16) / (_d | 1).astype(np.int16).astype(np.float64)).astype(np.int64)
+            + I.view(u32) // (np.arange(256) + 1) % (np.arange(256) + 5) // 3
+            + 3 % (np.arange(256) + 5) // 3
+            + np.arange(256) // 3 % (np.arange(256) + 5)
+            + 4 % (np.arange(256) + 5)
+            + np.fmod(I.astype(np.int64), _d)
+        ).astype(i32)
+        & 0xFFFF,
+        (
+            np.arange(256) / 14 / (np.arange(256) + 1)
+            + ((np.arange(256) % 7).astype(f16) / (8 // (np.arange(256) % 3 + 1)).astype(f16) / f16(2)).astype(
+                np.float64
+            )
+            + 0.25
+            + (np.arange(256) % 2 == 0)
+            + 1.5
+        ).astype(f32),
+    ],
+    header="#define TILE 16\n#define RATIO(a, b) ((a) / (b))\n#if RATIO(TILE, 4) % 3 != 1\n#error\n#endif\n"
+    "typedef half Half; enum Count { ONE = 1, TWO }; constant int device_count = 5; struct Bits { uint a : 3, b : 3; };\n"
+    "struct Ratio { int n, d; int operator/(int by) const { return n / by / d; } int operator%=(int by) { n /= d; d = 1; return n % by; }\n"
+    "int operator%=(int by) const { return n / d % by; } };\n"
+    "template <int N> int quarter(int x) { return x / N; }\n"
+    "namespace own { struct Angle { float x; }; float operator/(Angle a, Angle b) { return a.x / b.x; } }\n",
+    **FLAT,
+)
+
 # ---- geometric, pack
 
 on_vectors(

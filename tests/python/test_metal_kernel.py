@@ -625,6 +625,36 @@ def test_counted_kernel_that_ends():
     assert run(source, {}, out=((1,), np.int32), grid=(1, 1, 1), debug_options={"max_iterations": 100})[0] == 150
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
+def test_division_without_a_quotient(dtype):
+    """By zero, and of the smallest integer by -1: some value, where x86's own instruction ends the process."""
+    least = int(np.iinfo(dtype).min)
+    x = np.array([7, 0, least, least, least, 100, 7], dtype)
+    d = np.array([0, 0, 0, -1 if least else 1, 3, 7, 2], dtype)
+    source = """
+        uint i = thread_position_in_grid.x;
+        MEET
+        T a = x[i], b = d[i], c = a, e = a;
+        c /= b;
+        e %= b;
+        out[i] = a / b + (OVER(a, b) - c) + quotient(0, b) * 0 + (vec<T, 2>(1, a) / vec<T, 2>(2, b)).x;
+        mod[i] = a % b + (e - a % b) + (vec<T, 4>(a) % vec<T, 2>(b).yxxy).x - (vec<T, 3>(a) % b).z + T(1 / (a - a)) * 0;
+    """
+    header = """
+        #define OVER(a, b) ((a) / (b))
+        template <class T> inline T quotient(int a, T b) { return a / b; }
+        inline int twice(int x) { return simd_sum(x) * 2; }
+    """
+    for meet, debug in (("", False), ("simd_sum(1);", False), ("twice(1);", False), ("", True))[: 4 if least else 1]:
+        kernel = metalloid.fast.metal_kernel(
+            "over", ["x", "d"], ["out", "mod"], source.replace("MEET", meet), header, debug_options={"debug": debug}
+        )
+        out, mod = kernel(inputs=[x, d], output_shapes=[x.shape] * 2, output_dtypes=[dtype] * 2, grid=(7, 1, 1),
+                          threadgroup=(7, 1, 1), template=[("T", dtype)])  # fmt: skip
+        assert out[4:].tolist() == [-(-least // 3), 14, 3]
+        assert mod[3:].tolist() == [0, -(-least % 3), 2, 1]
+
+
 def test_compile_error_in_source():
     source = "uint i = thread_position_in_grid.x;\n\n  out[i] = missing[i] * 2.0;\n"
     with pytest.raises(RuntimeError, match=r"kernel test does not compile\nsource:3:12: error: .*'missing'"):

@@ -264,6 +264,103 @@ template <class To, class From> MSL_FN constexpr To as_type(const From &x) {
     }
 }
 
+// ---- division of integers
+//
+// By zero, and of the smallest integer by -1, it has some value in Metal, while x86's instruction ends the process. The generated source
+// therefore has
+//     a / !__mtl_trap / b    for    a / b
+// and the same with % and /= and %=: operands need not be told apart then, the preprocessor computes the same from it as before (where
+// an unknown name is 0), and all but integers come through unchanged.
+#if MSL_GPU
+#define MSL_OVER   /
+#define MSL_MODULO %
+#else
+#define MSL_OVER   / !__mtl_trap /
+#define MSL_MODULO % !__mtl_trap %
+#define MSL_STEP   MSL_FN __attribute__((nodebug))
+namespace msl_ {
+template <class T> constexpr bool is_integer = scalar<T>::kind == 1 || scalar<T>::kind == 2;
+template <class A> using if_scalar = enable_if_t<(scalar<A>::kind > 0)>;
+template <class A> using if_no_scalar = enable_if_t<scalar<A>::kind == 0>;
+
+// Neither divisor is taken at its word: a loop's invariant, where b is one.
+template <class T> MSL_STEP constexpr T divisor_for(T b) {
+    using U = typename sized<sizeof(T)>::u;
+    if constexpr (scalar<T>::is_signed) return U(b) + U(1) <= U(1) ? T(1) : b;
+    else return b == 0 ? T(1) : b;
+}
+template <class A, class B> MSL_STEP constexpr auto quotient(A a, B b) {
+    using T = decltype(a / b);
+    if constexpr (!is_integer<A> || !is_integer<B>) return a / b;
+    else if constexpr (!scalar<T>::is_signed) return T(a) / divisor_for(T(b));
+    else return T(b) == T(-1) ? T(0 - typename sized<sizeof(T)>::u(a)) : T(a) / divisor_for(T(b));
+}
+template <class A, class B> MSL_STEP constexpr auto remainder(A a, B b) {
+    using T = decltype(a % b);
+    return T(a) % divisor_for(T(b));
+}
+
+// What stands before the second sign, or behind it in an assignment.
+template <class A> struct dividend {
+    A value;
+    template <class B, class = if_scalar<B>> friend MSL_STEP constexpr auto operator/(dividend a, B b) {
+        return quotient(a.value, b);
+    }
+    template <class B, class = if_scalar<B>> friend MSL_STEP constexpr auto operator%(dividend a, B b) {
+        return remainder(a.value, b);
+    }
+    template <class B, class = if_no_scalar<B>, class = void>
+    friend MSL_STEP constexpr auto operator/(dividend a, const B &b) {
+        return a.value / b;
+    }
+    template <class B, class = if_no_scalar<B>, class = void>
+    friend MSL_STEP constexpr auto operator%(dividend a, const B &b) {
+        return a.value % b;
+    }
+};
+template <class B> struct divisor {
+    B value;
+    MSL_STEP constexpr operator B() const { return value; }
+    template <class A, class = enable_if_t<!__is_class(A)>> friend MSL_STEP constexpr A &operator/=(A &a, divisor b) {
+        return a = A(quotient(remove_cv_t<A>(a), b.value));
+    }
+    template <class A, class = enable_if_t<!__is_class(A)>> friend MSL_STEP constexpr A &operator%=(A &a, divisor b) {
+        return a = A(remainder(remove_cv_t<A>(a), b.value));
+    }
+};
+template <class B> struct scalar<divisor<B>> : scalar<B> {};
+struct no_trap {
+    template <template <class> class Of, class A> static MSL_STEP constexpr auto mark(A a) {
+        if constexpr (is_integer<A>) return Of<A>{a};
+        else return a;
+    }
+#define MSL_MARKED(op)                                                                                     \
+    template <class A, class = if_scalar<A>> friend MSL_STEP constexpr auto operator op(A a, no_trap) {    \
+        return mark<dividend>(a);                                                                          \
+    }                                                                                                      \
+    template <class A, class = if_no_scalar<A>, class = void>                                              \
+    friend MSL_STEP constexpr const A &operator op(const A &a, no_trap) {                                  \
+        return a;                                                                                          \
+    }                                                                                                      \
+    template <class B, class = if_scalar<B>> friend MSL_STEP constexpr auto operator op##=(no_trap, B b) { \
+        return mark<divisor>(b);                                                                           \
+    }                                                                                                      \
+    template <class B, class = if_no_scalar<B>, class = void>                                              \
+    friend MSL_STEP constexpr const B &operator op##=(no_trap, const B &b) {                               \
+        return b;                                                                                          \
+    }
+    MSL_MARKED(/)
+    MSL_MARKED(%)
+#undef MSL_MARKED
+};
+struct trap {
+    friend MSL_STEP constexpr no_trap operator!(trap) { return {}; }
+};
+} // namespace msl_
+constexpr msl_::trap __mtl_trap;
+#undef MSL_STEP
+#endif
+
 // ---- half, bfloat
 
 namespace msl_ {

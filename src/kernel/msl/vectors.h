@@ -112,8 +112,8 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
 #define MSL_AT_3              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : z) : e[i])
 #define MSL_AT_4              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : i == 2 ? z : w) : e[i])
 
-#define MSL_VEC_ARITHMETIC(EACH, op)                                                                            \
-    friend MSL_FN constexpr vec operator op(vec a, vec b) { return vec(EACH(T, MSL_BINARY, op)); }              \
+#define MSL_VEC_ARITHMETIC(EACH, op, on)                                                                        \
+    friend MSL_FN constexpr vec operator op(vec a, vec b) { return vec(EACH(T, MSL_BINARY, on)); }              \
     friend MSL_FN constexpr vec operator op(vec a, T b) { return a op vec(b); }                                 \
     friend MSL_FN constexpr vec operator op(T a, vec b) { return vec(a) op b; }                                 \
     template <class A, class = msl_::if_scalar_for<T, A>> friend MSL_FN constexpr vec operator op(vec a, A b) { \
@@ -155,16 +155,16 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
     template <class V> MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(b.operator V()) {}        \
     MSL_FN constexpr T &operator[](int i) { return e[i]; }                                                   \
     MSL_FN constexpr T operator[](int i) const { return MSL_AT_##N; }                                        \
-    MSL_VEC_ARITHMETIC(EACH, +)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, -)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, *)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, /)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, %)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, &)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, |)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, ^)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, <<)                                                                             \
-    MSL_VEC_ARITHMETIC(EACH, >>)                                                                             \
+    MSL_VEC_ARITHMETIC(EACH, +, +)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, -, -)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, *, *)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, /, MSL_OVER)                                                                    \
+    MSL_VEC_ARITHMETIC(EACH, %, MSL_MODULO)                                                                  \
+    MSL_VEC_ARITHMETIC(EACH, &, &)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, |, |)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, ^, ^)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, <<, <<)                                                                         \
+    MSL_VEC_ARITHMETIC(EACH, >>, >>)                                                                         \
     MSL_VEC_COMPARISON(N, EACH, ==)                                                                          \
     MSL_VEC_COMPARISON(N, EACH, !=)                                                                          \
     MSL_VEC_COMPARISON(N, EACH, <)                                                                           \
