@@ -1400,6 +1400,44 @@ case(
 )
 
 case(
+    "unions as wholes",
+    f"{ID} uint l = thread_position_in_threadgroup.x; U p, q; p.v = float4(a[i], 1, 2, 3); q = p; threadgroup U shared[64]; shared[l] = raised(q);"
+    "union { half4 h; uint2 u; ushort s[4]; } n; n.h = half4(i, 1, 2, 3); auto m = n; m = n; Tagged t = {{p}, 7}, s; s.h = half2(1); s.k = 1; s = t;"
+    "Block b, c = {}; b.m = float2x2(i); c = b; threadgroup_barrier(mem_flags::mem_threadgroup); q = shared[l ^ 1]; U of[2] = {p, q}; of[0] = of[1];"
+    "out0[i] = of[0].a[0] + q.v.y + m.h.w + m.u.x * 0 + s.u.a[3] + s.k + c.m[1][1]; out1[i] = q.u.x;",
+    [X],
+    [X[_n ^ 1] + 2 + 3 + 3 + 7 + _n, X[_n ^ 1].view(u32)],
+    header="union U { float4 v; float a[4]; uint4 u; };\ninline U raised(U u) { u.a[1] += 1; return u; }\n"
+    "struct Tagged { union { U u; half2 h; }; int k; };\ntypedef union alignas(16) { float2x2 m; packed_float4 p; } Block;\n",
+    **FLAT,
+)
+case(
+    "volatile variables of every type",
+    f"{ID} uint l = thread_position_in_threadgroup.x; threadgroup volatile half t[64]; volatile threadgroup half* p = t; threadgroup volatile float4 v[64];"
+    "p[l] = a[i]; v[l] = float4(a[i], 1, 2, 3); v[l].y += 1; volatile bfloat f = bfloat(i % 8); f *= 2; f = f + f; volatile short3 s = short3(i % 9); s += 1; s = s * short3(2);"
+    "threadgroup_barrier(mem_flags::mem_threadgroup); half h = t[l ^ 1]; float4 w = v[l ^ 1]; volatile ushort n = 3; n += 1; n /= 2; n = n % (n + 1);"
+    "half2 k = as_type<half2>(1u); volatile thread half2& r = k; r = half2(h, t[l]); volatile device half* q = out1; q[i] = h; q[i] += 1.0h;"
+    "out0[i] = max(half(t[l]), h) + w.x + w.y + f + s.x + s[1] + n + r.y + v[l].yx.y + (t[l] > h ? t[l] : h) + abs(p[l]);",
+    [X.astype(f16)],
+    [
+        (
+            3 * np.maximum(_h, _h[_n ^ 1])
+            - np.maximum(_h, _h[_n ^ 1])
+            + _h[_n ^ 1].astype(f32)
+            + 2
+            + 4.0 * (_n % 8)
+            + 4 * (_n % 9 + 1)
+            + 2
+            + 2 * _h.astype(f32)
+            + np.abs(_h)
+        ).astype(f32),
+        _h[_n ^ 1] + f16(1),
+    ],
+    rtol=2e-3,
+    atol=2e-3,
+    **FLAT,
+)
+case(
     "simd's names of types",
     f"{ID} simd::float2 v = {{a[i], 2}}; simd_float3 w = simd_float3(v, 3); vector_uint4 u = {{1, 2, 3, 4}};"
     "matrix_float2x2 m = {{1, 2}, {3, 4}}; simd_float2x2 n = m * m; out0[i] = v.x + w.y + w.z + u.w + n.columns[1].x;",

@@ -280,8 +280,8 @@ template <class To, class From> MSL_FN constexpr To as_type(const From &x) {
 #define MSL_STEP   MSL_FN __attribute__((nodebug))
 namespace msl_ {
 template <class T> constexpr bool is_integer = scalar<T>::kind == 1 || scalar<T>::kind == 2;
-template <class A> using if_scalar = enable_if_t<(scalar<A>::kind > 0)>;
-template <class A> using if_no_scalar = enable_if_t<scalar<A>::kind == 0>;
+template <class A> using if_scalar = enable_if_t<(scalar<remove_cv_t<A>>::kind > 0)>;
+template <class A> using if_no_scalar = enable_if_t<scalar<remove_cv_t<A>>::kind == 0>;
 
 // Neither divisor is taken at its word: a loop's invariant, where b is one.
 template <class T> MSL_STEP constexpr T divisor_for(T b) {
@@ -435,45 +435,57 @@ template <class H> struct arithmetic_with<H, H, 3> {};
 template <class H, class A> using with = typename arithmetic_with<H, A>::type;
 template <class A> using if_integral = enable_if_t<scalar<A>::kind == 1 || scalar<A>::kind == 2>;
 template <class A> using if_not_16_bit = enable_if_t<scalar<A>::kind != 3 || sizeof(A) != 2>;
+
+// What is read from a volatile H, and what is assigned to one. Neither is a copy constructor or assignment as C++ has them: those would
+// cost H its trivial ones.
+template <class H, class A> using if_volatile = enable_if_t<is_same_v<remove_const_t<A>, volatile H>>;
+template <class H> struct assigned {
+    H value;
+    template <class A, class = decltype(H(declval<const A &>()))> MSL_FN constexpr assigned(const A &a) : value(H(a)) {}
+};
 } // namespace msl_
 
-#define MSL_16_BIT_OP(H, op)                                                            \
-    friend MSL_FN constexpr H operator op(H a, H b) { return H(float(a) op float(b)); } \
-    template <class A> friend MSL_FN constexpr msl_::with<H, A> operator op(H a, A b) { \
-        return msl_::with<H, A>(float(a) op float(b));                                  \
-    }                                                                                   \
-    template <class A, class = msl_::if_not_16_bit<A>>                                  \
-    friend MSL_FN constexpr msl_::with<H, A> operator op(A a, H b) {                    \
-        return msl_::with<H, A>(float(a) op float(b));                                  \
-    }                                                                                   \
-    template <class A> MSL_FN constexpr H &operator op##=(const A &b) { return *this = H(float(*this) op float(b)); }
+#define MSL_16_BIT_OP(H, op)                                                                                          \
+    friend MSL_FN constexpr H operator op(H a, H b) { return H(float(a) op float(b)); }                               \
+    template <class A> friend MSL_FN constexpr msl_::with<H, A> operator op(H a, A b) {                               \
+        return msl_::with<H, A>(float(a) op float(b));                                                                \
+    }                                                                                                                 \
+    template <class A, class = msl_::if_not_16_bit<A>>                                                                \
+    friend MSL_FN constexpr msl_::with<H, A> operator op(A a, H b) {                                                  \
+        return msl_::with<H, A>(float(a) op float(b));                                                                \
+    }                                                                                                                 \
+    template <class A> MSL_FN constexpr H &operator op##=(const A &b) { return *this = H(float(*this) op float(b)); } \
+    template <class A> MSL_FN void operator op##=(const A &b) volatile { *this = H(float(*this) op float(b)); }
 
 // Comparisons are those of float, by conversion.
-#define MSL_16_BIT_CLASS(H)                                                                  \
-    ushort bits;                                                                             \
-    H() = default;                                                                           \
-    template <class A, class = enable_if_t<(msl_::scalar<A>::kind > 0) && !is_same_v<A, H>>> \
-    MSL_FN constexpr H(A x) : H(float(x)) {}                                                 \
-    MSL_16_BIT_OP(H, +)                                                                      \
-    MSL_16_BIT_OP(H, -)                                                                      \
-    MSL_16_BIT_OP(H, *)                                                                      \
-    MSL_16_BIT_OP(H, /)                                                                      \
-    friend MSL_FN constexpr H operator-(H a) {                                               \
-        a.bits ^= 0x8000u;                                                                   \
-        return a;                                                                            \
-    }                                                                                        \
-    friend MSL_FN constexpr H operator+(H a) { return a; }                                   \
-    MSL_FN constexpr H &operator++() { return *this = H(float(*this) + 1.0f); }              \
-    MSL_FN constexpr H &operator--() { return *this = H(float(*this) - 1.0f); }              \
-    MSL_FN constexpr H operator++(int) {                                                     \
-        H old = *this;                                                                       \
-        ++*this;                                                                             \
-        return old;                                                                          \
-    }                                                                                        \
-    MSL_FN constexpr H operator--(int) {                                                     \
-        H old = *this;                                                                       \
-        --*this;                                                                             \
-        return old;                                                                          \
+#define MSL_16_BIT_CLASS(H)                                                                            \
+    ushort bits;                                                                                       \
+    H() = default;                                                                                     \
+    template <class A, class = enable_if_t<(msl_::scalar<A>::kind > 0) && !is_same_v<A, H>>>           \
+    MSL_FN constexpr H(A x) : H(float(x)) {}                                                           \
+    template <class A, class = msl_::if_volatile<H, A>, class = void> MSL_FN H(A &x) : bits(x.bits) {} \
+    MSL_FN void operator=(msl_::assigned<H> x) volatile { bits = x.value.bits; }                       \
+    MSL_FN operator float() const volatile { return H(*this); }                                        \
+    MSL_16_BIT_OP(H, +)                                                                                \
+    MSL_16_BIT_OP(H, -)                                                                                \
+    MSL_16_BIT_OP(H, *)                                                                                \
+    MSL_16_BIT_OP(H, /)                                                                                \
+    friend MSL_FN constexpr H operator-(H a) {                                                         \
+        a.bits ^= 0x8000u;                                                                             \
+        return a;                                                                                      \
+    }                                                                                                  \
+    friend MSL_FN constexpr H operator+(H a) { return a; }                                             \
+    MSL_FN constexpr H &operator++() { return *this = H(float(*this) + 1.0f); }                        \
+    MSL_FN constexpr H &operator--() { return *this = H(float(*this) - 1.0f); }                        \
+    MSL_FN constexpr H operator++(int) {                                                               \
+        H old = *this;                                                                                 \
+        ++*this;                                                                                       \
+        return old;                                                                                    \
+    }                                                                                                  \
+    MSL_FN constexpr H operator--(int) {                                                               \
+        H old = *this;                                                                                 \
+        --*this;                                                                                       \
+        return old;                                                                                    \
     }
 
 #if MSL_GPU

@@ -39,6 +39,11 @@ template <class V, class T, int Width, int... I> struct swizzle {
         int i = 0;
         ((e[I] = v[i++]), ...);
     }
+    MSL_FN operator V() const volatile { return V(T(e[I])...); }
+    MSL_FN void operator=(const V &v) volatile {
+        int i = 0;
+        ((e[I] = v[i++]), ...);
+    }
 #define MSL_SWIZZLE_OP(op) \
     template <class A> MSL_FN void operator op##=(const A &a) { set(V(*this) op a); }
     MSL_SWIZZLE_OP(+)
@@ -122,7 +127,8 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
     template <class A, class = msl_::if_scalar_for<T, A>> friend MSL_FN constexpr vec operator op(A a, vec b) { \
         return vec(a) op b;                                                                                     \
     }                                                                                                           \
-    template <class A> MSL_FN constexpr vec &operator op##=(const A &b) { return *this = *this op b; }
+    template <class A> MSL_FN constexpr vec &operator op##=(const A &b) { return *this = *this op b; }          \
+    template <class A> MSL_FN void operator op##=(const A &b) volatile { *this = vec(*this) op b; }
 #define MSL_VEC_COMPARISON(N, EACH, op)                                                  \
     friend MSL_FN constexpr vec<bool, N> operator op(vec a, vec b) {                     \
         return vec<bool, N>(EACH(bool, MSL_BINARY, op));                                 \
@@ -148,6 +154,14 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
         return *this;                                                                                        \
     }                                                                                                        \
     template <class A, class = msl_::if_scalar_for<T, A>> MSL_FN constexpr vec(A s) : vec(T(s)) {}           \
+    template <class A, class = msl_::if_volatile<vec, A>, class = void>                                      \
+    MSL_FN vec(A &b) : vec(EACH(T, MSL_CONVERT, )) {}                                                        \
+    MSL_FN void operator=(msl_::assigned<vec> from) volatile {                                               \
+        const vec b = from.value;                                                                            \
+        MSL_ASSIGN_##N;                                                                                      \
+    }                                                                                                        \
+    MSL_FN volatile T &operator[](int i) volatile { return e[i]; }                                           \
+    MSL_FN T operator[](int i) const volatile { return e[i]; }                                               \
     template <class U, int M, class = enable_if_t<(M >= N)>>                                                 \
     MSL_FN constexpr explicit vec(vec<U, M> b) : vec(EACH(T, MSL_CONVERT, )) {}                              \
     template <class V, class U, int W, int... I>                                                             \
@@ -440,6 +454,9 @@ template <class V> MSL_FN constexpr V operator,(unarmed, const vector_arm<V> &v)
 // What the generated source makes of a swizzle that is read: (valued(), v.xy).
 struct valued {};
 template <class V, class T, int W, int... I> MSL_FN constexpr V operator,(valued, const swizzle<V, T, W, I...> &s) {
+    return s;
+}
+template <class V, class T, int W, int... I> MSL_FN V operator,(valued, const volatile swizzle<V, T, W, I...> &s) {
     return s;
 }
 
