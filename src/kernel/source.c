@@ -203,6 +203,22 @@ static bool is_joined(const mtl_token *token, const char *name, const char *suff
            memcmp(token->text + first, suffix, second) == 0;
 }
 
+/* { .name =   or   , .name = */
+static bool has_designators(const mtl_tokens *tokens) {
+    const mtl_token *last[3] = {NULL, NULL, NULL};
+    for (size_t i = 0; i < tokens->count; i++) {
+        const mtl_token *token = &tokens->token[i];
+        if (token->kind == MTL_TOKEN_SPACE) continue;
+        if (last[0] && mtl_token_is(token, "=") && last[2]->kind == MTL_TOKEN_IDENTIFIER &&
+            mtl_token_is(last[1], ".") && (mtl_token_is(last[0], "{") || mtl_token_is(last[0], ",")))
+            return true;
+        last[0] = last[1];
+        last[1] = last[2];
+        last[2] = token;
+    }
+    return false;
+}
+
 bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition) {
     *mentions = (mtl_mentions){0};
     mtl_tokens tokens;
@@ -227,6 +243,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
         find_types(mentions, token);
     }
     find_vectors(mentions, &tokens);
+    mentions->designators |= has_designators(&tokens);
     mtl_tokens_free(&tokens);
     for (int i = 0; i < ATTRIBUTES; i++) {
         if (mentions->attributes >> i & 1 && attributes[i].relative) mentions->relative = true;
@@ -243,6 +260,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
         find_types(mentions, &tokens.token[t]);
     }
     find_vectors(mentions, &tokens);
+    mentions->designators |= has_designators(&tokens);
     mtl_tokens_free(&tokens);
     return true;
 }

@@ -129,7 +129,9 @@ static size_t find_declarators(const translation *t, size_t i) {
     static const char *const ends[] = {"[", ";", ",", "=", "{", NULL};
     size_t name = t->count, words = 0;
     for (size_t at = mtl_after(t, i); at < t->count;) {
-        if (mtl_is(t, at, "decltype") || mtl_is(t, at, "alignas") || mtl_is(t, at, "typeof")) {
+        if (mtl_is(t, at, "__attribute__")) {
+            at = mtl_behind_bracket(t, mtl_after(t, at));
+        } else if (mtl_is(t, at, "decltype") || mtl_is(t, at, "alignas") || mtl_is(t, at, "typeof")) {
             words += !mtl_is(t, at, "alignas");
             at = mtl_after(t, at);
             if (mtl_is(t, at, "(")) at = mtl_behind_bracket(t, at);
@@ -220,7 +222,8 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
     size_t word = open != SIZE_MAX ? mtl_before(t, open) : SIZE_MAX;
     if (word != SIZE_MAX && mtl_is(t, word, "alignas")) mtl_blank_range(t, word, keyword);
     for (size_t at = mtl_after(t, keyword); at < name; at = mtl_after(t, at)) {
-        if (mtl_is(t, at, "alignas")) mtl_blank_range(t, at, mtl_behind_bracket(t, mtl_after(t, at)));
+        if (mtl_is(t, at, "alignas") || mtl_is(t, at, "__attribute__"))
+            mtl_blank_range(t, at, mtl_behind_bracket(t, mtl_after(t, at)));
     }
     size_t at = name;
     while (at < t->count) {
@@ -241,9 +244,10 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
         mtl_text_free(&number);
         declared->replacement = type_name;
         at = mtl_after(t, at);
-        while (mtl_is(t, at, "[")) {
-            size_t behind = mtl_behind_bracket(t, at);
-            if (mtl_is(t, at + 1, "[")) mtl_blank_range(t, at, behind); /* an attribute */
+        while (mtl_is(t, at, "[") || mtl_is(t, at, "__attribute__")) {
+            bool attribute = !mtl_is(t, at, "[") || mtl_is(t, at + 1, "[");
+            size_t behind = mtl_behind_bracket(t, mtl_is(t, at, "[") ? at : mtl_after(t, at));
+            if (attribute) mtl_blank_range(t, at, behind);
             at = behind;
         }
         mtl_text initializer = {0};
@@ -477,7 +481,7 @@ static void translate_union(translation *t, size_t i) {
     if (!mtl_is(t, open, "{")) return;
     size_t behind = mtl_behind_bracket(t, open), close = mtl_before(t, behind);
     if (close >= t->count || !mtl_is(t, close, "}")) return;
-    bool is_member = name == open && mtl_is(t, behind, ";"); /* of what is around it */
+    bool is_member = name == open && !mtl_is_identifier(t, behind) && !mtl_is(t, behind, "*"); /* of what is around */
     if (is_member || (!mtl_is(t, i, "union") && !has_anonymous_union(t, open, close))) return;
     for (size_t at = open; at < close; at = mtl_after(t, at)) {
         if (mtl_is(t, at, "operator") && mtl_is_pair(t, mtl_after(t, at), "=", "(")) return;

@@ -1367,11 +1367,12 @@ case(
 case(
     "initializers",
     f"{ID} uint l = thread_position_in_threadgroup.x; threadgroup float sums[4] = {{1, 2}};"
-    "threadgroup int count = 3, two[2][2] = {{1, 2}, {3, 4}};"
+    "threadgroup int count __attribute__((aligned(8))) = 3, two[2][2] __attribute__((aligned(64))) = {{1, 2}, {3, 4}};"
+    "threadgroup __attribute__((aligned(16))) int mark;"
     "float4 v = {a[i], 2}; packed_float3 p = {1, v.xy}; half2 h[2] = {{1, 2.0f}, half2(3)}; constexpr float4 k = float4(float2(1), 2, 3);"
     "float f[4] = {[0 ... 2] = 5.0, [3] = 7}; uint4 u = {i, 1u, 2}; float2x2 m = {{1, 2}, {3, 4}}; Defaults d; half e[3] = {1, 2.0, half(3)};"
-    "if (l == 5) { sums[2] = 4; count += 2; } threadgroup_barrier(mem_flags::mem_threadgroup);"
-    "out0[i] = sums[0] + sums[1] + sums[2] + sums[3] + count + two[1][0]; out1[i] = v.x + v.y + v.z + p[1] + h[0].y + h[1].x + k.w;"
+    "if (l == 5) { sums[2] = 4; count += 2; mark = 1; } threadgroup_barrier(mem_flags::mem_threadgroup);"
+    "out0[i] = sums[0] + sums[1] + sums[2] + sums[3] + count + two[1][0] * mark; out1[i] = v.x + v.y + v.z + p[1] + h[0].y + h[1].x + k.w;"
     "out2[i] = f[0] + f[2] + f[3] + u.x + u.w + m[1][0] + d.v.y + d.h[1] + e[2] + d.p.z + columns[1].x + sum({1, 2, 3});",
     [X],
     [np.full(256, 15.0, f32), 2 * X + 2 + 2 + 3 + 3, (17 + _n + 3 + 2 + 2 + 3 + 3 + 3 + 6).astype(f32)],
@@ -1435,6 +1436,22 @@ case(
     ],
     rtol=2e-3,
     atol=2e-3,
+    **FLAT,
+)
+case(
+    "members by name, sequences and names of Metal's own header",
+    f"{ID} assert(i < 256); Range r = {{.begin = i, .end = 2 * i + 1}}; r = wider(Range{{.begin = r.begin, .end = r.end}});"
+    "threadgroup _atomic<int> n[1]; if (thread_position_in_threadgroup.x == 0) clear(n); threadgroup_barrier(mem_flags::mem_threadgroup);"
+    "atomic_fetch_add_explicit(n, 1, memory_order_relaxed); threadgroup_barrier(mem_flags::mem_threadgroup);"
+    "out0[i] = r.end - r.begin + sum_of(make_index_sequence<5>()) + Range::WHOLE.end + uint(atomic_load_explicit(n, memory_order_relaxed))"
+    " + make_integer_sequence<int, 7>::size() + (a[i] < float(__FLT16_MAX__) ? 1 : 0);",
+    [X],
+    [(_n + 2 + 10 + 9 + 64 + 7 + 1).astype(u32)],
+    header="struct Range { uint begin, end; static const Range WHOLE; };\n"
+    "constexpr constant Range Range::WHOLE{.begin = 0, .end = 9};\n"
+    "inline Range wider(Range r) { return {.begin = r.begin, .end = r.end + 1}; }\n"
+    "template <size_t... I> constexpr uint sum_of(index_sequence<I...>) { return uint((I + ... + 0)); }\n"
+    "inline void clear(threadgroup _atomic<int>* n) { atomic_store_explicit(n, 0, memory_order_relaxed); }\n",
     **FLAT,
 )
 case(

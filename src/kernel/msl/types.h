@@ -624,6 +624,24 @@ template <class T, size_t N> struct array {
     static MSL_FN constexpr size_t size() { return N; }
 };
 
+template <class T, T... I> struct integer_sequence {
+    using value_type = T;
+    static MSL_FN constexpr size_t size() { return sizeof...(I); }
+};
+namespace msl_ {
+template <class A, class B> struct joined;
+template <class T, T... I, T... J> struct joined<integer_sequence<T, I...>, integer_sequence<T, J...>> {
+    using type = integer_sequence<T, I..., T(sizeof...(I)) + J...>;
+};
+template <class T, size_t N>
+struct counted : joined<typename counted<T, N / 2>::type, typename counted<T, N - N / 2>::type> {};
+template <class T> struct counted<T, 0> { using type = integer_sequence<T>; };
+template <class T> struct counted<T, 1> { using type = integer_sequence<T, T(0)>; };
+} // namespace msl_
+template <class T, T N> using make_integer_sequence = typename msl_::counted<T, size_t(N)>::type;
+template <size_t... I> using index_sequence = integer_sequence<size_t, I...>;
+template <size_t N> using make_index_sequence = make_integer_sequence<size_t, N>;
+
 template <class T> MSL_FN constexpr void swap(T &a, T &b) {
     T old = a;
     a = b;
@@ -632,68 +650,77 @@ template <class T> MSL_FN constexpr void swap(T &a, T &b) {
 
 } // namespace metal
 
-#define CHAR_BIT       8
-#define SCHAR_MAX      127
-#define SCHAR_MIN      (-128)
-#define CHAR_MAX       127
-#define CHAR_MIN       (-128)
-#define UCHAR_MAX      255
-#define SHRT_MAX       32767
-#define SHRT_MIN       (-32768)
-#define USHRT_MAX      65535
-#define INT_MAX        2147483647
-#define INT_MIN        (-2147483647 - 1)
-#define UINT_MAX       4294967295u
-#define LONG_MAX       9223372036854775807l
-#define LONG_MIN       (-9223372036854775807l - 1)
-#define ULONG_MAX      18446744073709551615ul
-#define INFINITY       (::metal::numeric_limits<float>::infinity())
-#define NAN            (::metal::numeric_limits<float>::quiet_NaN())
-#define HUGE_VALF      INFINITY
-#define HUGE_VALH      (::metal::numeric_limits<::metal::half>::infinity())
-#define MAXFLOAT       0x1.fffffep127f
-#define FLT_MAX        0x1.fffffep127f
-#define FLT_MIN        0x1p-126f
-#define FLT_EPSILON    0x1p-23f
-#define FLT_DIG        6
-#define FLT_MANT_DIG   24
-#define FLT_RADIX      2
-#define FLT_MAX_EXP    128
-#define FLT_MIN_EXP    (-125)
-#define FLT_MAX_10_EXP 38
-#define FLT_MIN_10_EXP (-37)
-#define MAXHALF        ::metal::half(0x1.ffcp15f)
-#define HALF_MAX       ::metal::half(0x1.ffcp15f)
-#define HALF_MIN       ::metal::half(0x1p-14f)
-#define HALF_EPSILON   ::metal::half(0x1p-10f)
-#define HALF_DIG       3
-#define HALF_MANT_DIG  11
-#define HALF_RADIX     2
-#define HALF_MAX_EXP   16
-#define HALF_MIN_EXP   (-13)
-#define M_E_F          2.71828182845904523536f
-#define M_LOG2E_F      1.44269504088896340736f
-#define M_LOG10E_F     0.434294481903251827651f
-#define M_LN2_F        0.693147180559945309417f
-#define M_LN10_F       2.30258509299404568402f
-#define M_PI_F         3.14159265358979323846f
-#define M_PI_2_F       1.57079632679489661923f
-#define M_PI_4_F       0.785398163397448309616f
-#define M_1_PI_F       0.318309886183790671538f
-#define M_2_PI_F       0.636619772367581343076f
-#define M_2_SQRTPI_F   1.12837916709551257390f
-#define M_SQRT2_F      1.41421356237309504880f
-#define M_SQRT1_2_F    0.707106781186547524401f
-#define M_E_H          ::metal::half(M_E_F)
-#define M_LOG2E_H      ::metal::half(M_LOG2E_F)
-#define M_LOG10E_H     ::metal::half(M_LOG10E_F)
-#define M_LN2_H        ::metal::half(M_LN2_F)
-#define M_LN10_H       ::metal::half(M_LN10_F)
-#define M_PI_H         ::metal::half(M_PI_F)
-#define M_PI_2_H       ::metal::half(M_PI_2_F)
-#define M_PI_4_H       ::metal::half(M_PI_4_F)
-#define M_1_PI_H       ::metal::half(M_1_PI_F)
-#define M_2_PI_H       ::metal::half(M_2_PI_F)
-#define M_2_SQRTPI_H   ::metal::half(M_2_SQRTPI_F)
-#define M_SQRT2_H      ::metal::half(M_SQRT2_F)
-#define M_SQRT1_2_H    ::metal::half(M_SQRT1_2_F)
+#undef assert
+#define assert(condition) ((void)0)
+
+#define CHAR_BIT          8
+#define SCHAR_MAX         127
+#define SCHAR_MIN         (-128)
+#define CHAR_MAX          127
+#define CHAR_MIN          (-128)
+#define UCHAR_MAX         255
+#define SHRT_MAX          32767
+#define SHRT_MIN          (-32768)
+#define USHRT_MAX         65535
+#define INT_MAX           2147483647
+#define INT_MIN           (-2147483647 - 1)
+#define UINT_MAX          4294967295u
+#define LONG_MAX          9223372036854775807l
+#define LONG_MIN          (-9223372036854775807l - 1)
+#define ULONG_MAX         18446744073709551615ul
+#define INFINITY          (::metal::numeric_limits<float>::infinity())
+#define NAN               (::metal::numeric_limits<float>::quiet_NaN())
+#define HUGE_VALF         INFINITY
+#define HUGE_VALH         (::metal::numeric_limits<::metal::half>::infinity())
+#define MAXFLOAT          0x1.fffffep127f
+#define FLT_MAX           0x1.fffffep127f
+#define FLT_MIN           0x1p-126f
+#define FLT_EPSILON       0x1p-23f
+#define FLT_DIG           6
+#define FLT_MANT_DIG      24
+#define FLT_RADIX         2
+#define FLT_MAX_EXP       128
+#define FLT_MIN_EXP       (-125)
+#define FLT_MAX_10_EXP    38
+#define FLT_MIN_10_EXP    (-37)
+#define MAXHALF           ::metal::half(0x1.ffcp15f)
+#define HALF_MAX          ::metal::half(0x1.ffcp15f)
+#define HALF_MIN          ::metal::half(0x1p-14f)
+#define HALF_EPSILON      ::metal::half(0x1p-10f)
+#undef __FLT16_MAX__
+#undef __FLT16_MIN__
+#undef __FLT16_EPSILON__
+#define __FLT16_MAX__     HALF_MAX
+#define __FLT16_MIN__     HALF_MIN
+#define __FLT16_EPSILON__ HALF_EPSILON
+#define HALF_DIG          3
+#define HALF_MANT_DIG     11
+#define HALF_RADIX        2
+#define HALF_MAX_EXP      16
+#define HALF_MIN_EXP      (-13)
+#define M_E_F             2.71828182845904523536f
+#define M_LOG2E_F         1.44269504088896340736f
+#define M_LOG10E_F        0.434294481903251827651f
+#define M_LN2_F           0.693147180559945309417f
+#define M_LN10_F          2.30258509299404568402f
+#define M_PI_F            3.14159265358979323846f
+#define M_PI_2_F          1.57079632679489661923f
+#define M_PI_4_F          0.785398163397448309616f
+#define M_1_PI_F          0.318309886183790671538f
+#define M_2_PI_F          0.636619772367581343076f
+#define M_2_SQRTPI_F      1.12837916709551257390f
+#define M_SQRT2_F         1.41421356237309504880f
+#define M_SQRT1_2_F       0.707106781186547524401f
+#define M_E_H             ::metal::half(M_E_F)
+#define M_LOG2E_H         ::metal::half(M_LOG2E_F)
+#define M_LOG10E_H        ::metal::half(M_LOG10E_F)
+#define M_LN2_H           ::metal::half(M_LN2_F)
+#define M_LN10_H          ::metal::half(M_LN10_F)
+#define M_PI_H            ::metal::half(M_PI_F)
+#define M_PI_2_H          ::metal::half(M_PI_2_F)
+#define M_PI_4_H          ::metal::half(M_PI_4_F)
+#define M_1_PI_H          ::metal::half(M_1_PI_F)
+#define M_2_PI_H          ::metal::half(M_2_PI_F)
+#define M_2_SQRTPI_H      ::metal::half(M_2_SQRTPI_F)
+#define M_SQRT2_H         ::metal::half(M_SQRT2_F)
+#define M_SQRT1_2_H       ::metal::half(M_SQRT1_2_F)

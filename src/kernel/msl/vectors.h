@@ -482,6 +482,7 @@ template <class T> using float_t = typename floating<number_t<T>>::type;
 template <class A, class B, bool Scalars> struct common2 { using type = decltype(A() + B()); };
 template <class A> struct common2<A, A, true> { using type = A; };
 template <class A, class B> struct common2<A, B, false> {};
+template <class T, int N, class U, int M> struct common2<vec<T, N>, vec<U, M>, false> {};
 template <class T, int N> struct common2<vec<T, N>, vec<T, N>, false> { using type = vec<T, N>; };
 template <class T, int N, class B> struct common2<vec<T, N>, B, false> { using type = vec<T, N>; };
 template <class T, int N, class B> struct common2<B, vec<T, N>, false> { using type = vec<T, N>; };
