@@ -25,7 +25,10 @@
 #ifndef __METAL_VERSION__
 #define __METAL_VERSION__ 320
 #endif
-#define __METAL__       1
+#define __METAL__ 1
+#ifndef __LITTLE_ENDIAN__ // which NVRTC leaves out
+#define __LITTLE_ENDIAN__ 1
+#endif
 #define __HAVE_BFLOAT__ 1
 
 #if !MSL_GPU    // NVRTC has its own
@@ -647,6 +650,19 @@ template <class T> MSL_FN constexpr void swap(T &a, T &b) {
     a = b;
     b = old;
 }
+
+// Messages go nowhere.
+enum os_log_type { OS_LOG_TYPE_DEFAULT, OS_LOG_TYPE_INFO, OS_LOG_TYPE_DEBUG, OS_LOG_TYPE_ERROR, OS_LOG_TYPE_FAULT };
+struct os_log {
+    MSL_FN constexpr os_log(const char *, const char *) {}
+    template <class... A> MSL_FN void log_with_type(os_log_type, const char *, A...) const {}
+    template <class... A> MSL_FN void log(const char *, A...) const {}
+    template <class... A> MSL_FN void log_info(const char *, A...) const {}
+    template <class... A> MSL_FN void log_debug(const char *, A...) const {}
+    template <class... A> MSL_FN void log_error(const char *, A...) const {}
+    template <class... A> MSL_FN void log_fault(const char *, A...) const {}
+};
+constexpr os_log os_log_default("", "");
 
 } // namespace metal
 
