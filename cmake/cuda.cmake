@@ -44,8 +44,8 @@ set(cuda_images "")
 foreach(source IN LISTS CUDA_KERNELS)
     get_filename_component(name ${source} NAME_WE)
     set(image ${image_dir}/${name}.fatbin)
-    add_custom_command(OUTPUT ${image}
-        COMMAND ${METALLOID_NVCC} -fatbin -std=c++17 -O3 -I${PROJECT_SOURCE_DIR}/src ${nvcc_targets} -o ${image} ${source}
+    add_custom_command(OUTPUT ${image} # compressed to a fifth; the driver opens it
+        COMMAND ${METALLOID_NVCC} -fatbin -Xfatbin=-compress-all -std=c++17 -O3 -I${PROJECT_SOURCE_DIR}/src ${nvcc_targets} -o ${image} ${source}
         DEPENDS ${source} ${CUDA_HEADERS}
         COMMENT "CUDA kernels ${name}" VERBATIM)
     list(APPEND cuda_images ${image})

@@ -367,10 +367,14 @@ typedef struct metalloid_kernel_call {
 
     const metalloid_kernel_scalar *scalars; /* METALLOID_KERNEL_PRECOMPILED */
     int64_t scalar_count;
+
+    /* On the CPU, or NULL: once it is no longer 0, which a signal's handler may see to, the call ends with METALLOID_KERNEL_FAILED at
+     * the next threadgroup or the next place where threads meet; at any loop of a kernel with most_iterations. */
+    const volatile int *interrupted;
 } metalloid_kernel_call;
 
 #define METALLOID_KERNEL_CALL_INIT \
-    { sizeof(metalloid_kernel_call), 0, 0, NULL, NULL, {1, 1, 1}, {1, 1, 1}, 0, NULL, false, 0.0, NULL, 0 }
+    { sizeof(metalloid_kernel_call), 0, 0, NULL, NULL, {1, 1, 1}, {1, 1, 1}, 0, NULL, false, 0.0, NULL, 0, NULL }
 
 /* Compiles where this is the first call with such types, and runs. Nothing is written by a call that fails before the kernel
  * runs: every status but METALLOID_KERNEL_FAILED. */

@@ -448,6 +448,7 @@ static metalloid_status check(const metalloid_kernel *kernel, const metalloid_ke
     c->launch.types = (mtl_types){c->input_types, c->output_types, call->template_count, c->templates, along_y};
     c->launch.inputs = c->inputs;
     c->launch.outputs = c->outputs;
+    c->launch.interrupted = call->interrupted;
     c->launch.has_init_value = mtl_option_flag(&call->has_init_value);
     c->launch.init_value = call->init_value;
     c->launch.scalars = call->scalars;

@@ -94,14 +94,11 @@ typedef struct mtl_cuda_attention_args {
 typedef struct mtl_cuda_attention_hopper_args {
     __attribute__((aligned(64))) unsigned char q_map[128], k_map[128], v_map[128], mask_map[128];
     mtl_cuda_attention_args attention;
-    /* Decoding: tiles on their way; whether a tile lies in whole rows, or in blocks of 64 features. */
-    int stages, whole_rows;
-    /* Prefill: stages of a mask's tiles, 0 if there is none; items of rows; whether they come a head at a time, or those
-     * with most to do first, of all heads; which comes after each block's first, NULL where they are dealt out. */
-    int mask_stages;
-    unsigned items;
-    int by_heads;
-    unsigned *next;
+    int stages;      /* of tiles on their way, in decoding */
+    int mask_stages; /* of a mask's tiles, in prefill; 0: there is no mask */
+    unsigned items;  /* of rows, in prefill */
+    int by_heads;    /* whether they come a head at a time, or those with most to do first, of all heads */
+    unsigned *next;  /* which of them comes after each block's first: NULL where they are dealt out */
 } mtl_cuda_attention_hopper_args;
 
 /* What kv_cache_sdpa_update writes into the cache first; a mask into rows that the copy engine can read. */

@@ -151,15 +151,13 @@ static int hopper_dims_of(const mtl_attention_args *args) {
     return at;
 }
 
-/* Tiles of so many keys; of whole rows, blocks of features side by side, for `at` of hopper_dims. */
 static bool describe_keys(const mtl_cuda_call *call, const mtl_attention_args *args,
-                          mtl_cuda_attention_hopper_args *hopper, int keys, bool whole_rows, int at) {
-    mtl_cuda_box k = {BLOCK, keys}, v = k;
-    if (whole_rows) k.blocks = hopper_dims[at].key_dim / BLOCK, v.blocks = hopper_dims[at].value_dim / BLOCK;
+                          mtl_cuda_attention_hopper_args *hopper, int keys) {
+    mtl_cuda_box box = {BLOCK, keys};
     return mtl_cuda_describe(call, hopper->k_map, &args->k, args->head_dim, args->kv_len, args->kv_heads, args->batch,
-                             k) &&
+                             box) &&
            mtl_cuda_describe(call, hopper->v_map, &args->v, args->value_dim, args->kv_len, args->kv_heads, args->batch,
-                             v);
+                             box);
 }
 
 /* One row stands for all where they do not differ. */
@@ -223,8 +221,7 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
     enum { ROWS = 16, KEYS = 64, TEAM = 4, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8 };
-    enum { FEW_TILES = 32, LONG_STREAM = 16 /* of a block */, MOST_HEADS = 65535 /* along y */ };
-    enum { MOST_STAGES = 12, OWN_MEMORY = 6 << 10 };
+    enum { FEW_TILES = 32, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
 #define MASKED_FORMS(op, dims) \
     { FORMS(op, dims), FORMS(op "_masked", dims) }
 #define DECODE_FORMS(dims) \
@@ -240,12 +237,11 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
                               {1, 0, DECODE_FORMS("256_256")}};
     int64_t rows = attention->group * args->q_len, heads = args->batch * args->kv_heads;
     mtl_cuda_attention_hopper_args hopper;
-    int at = hopper_dims_of(args);
     *done = false;
     if (rows > FEW_ROWS || heads > MOST_HEADS || args->kv_len > INT32_MAX - 2 * KEYS ||
-        !describe_keys(call, args, &hopper, KEYS, false, at))
+        !describe_keys(call, args, &hopper, KEYS))
         return METALLOID_OK;
-    int bf16 = args->q.dtype == MTL_BF16;
+    int at = hopper_dims_of(args), bf16 = args->q.dtype == MTL_BF16;
     bool masked = args->mask.data || args->key_mask.data || args->softcap > 0 || !(args->scale > 0);
     mtl_cuda_grid grid = {.y = (int)heads, .z = (int)((rows + ROWS - 1) / ROWS), .cluster = 1, .overlaps = true};
     int64_t multiprocessors = call->device->multiprocessors, items = heads * grid.z;
@@ -275,12 +271,6 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     attention->splits = splits > 1 ? (int)splits : 1;
     grid.blocks = grid.cluster * attention->splits;
     if (args->key_mask.data && (tiles + grid.blocks - 1) / grid.blocks > MOST_TILES) return METALLOID_OK;
-    /* A row at a time memory gives more than a block of all rows and then the other; to begin with it takes longer.
-     * Rows of 512 bytes would meet in the banks of shared memory. */
-    int key_dim = hopper_dims[at].key_dim;
-    hopper.whole_rows = tiles >= LONG_STREAM * grid.blocks && key_dim > BLOCK && key_dim < MOST_DIM &&
-                        args->head_dim % BLOCK == 0 && args->value_dim % BLOCK == 0;
-    if (hopper.whole_rows && !describe_keys(call, args, &hopper, KEYS, true, at)) return METALLOID_OK;
 
     *done = true;
     CUdeviceptr memory = 0;
@@ -342,7 +332,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
         .attention = *attention, .items = (unsigned)items, .by_heads = counted || !unlike || !cached};
     if (!mtl_cuda_describe(call, hopper.q_map, &args->q, args->head_dim, args->q_len, args->q_heads, args->batch,
                            (mtl_cuda_box){BLOCK, rows}) ||
-        !describe_keys(call, args, &hopper, keys, false, at))
+        !describe_keys(call, args, &hopper, keys))
         return METALLOID_OK;
     int key_dim = in_blocks(hopper_dims[at].key_dim), value_dim = in_blocks(hopper_dims[at].value_dim);
     int stages = kernels[at][form].stages; /* half as many of queries */

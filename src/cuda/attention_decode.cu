@@ -106,19 +106,9 @@ template <typename T> struct LaneMask {
     }
 };
 
-// 16 bytes of a tile, in whole rows or in blocks of 64 features, as the copy engine swizzles it: lines of 128 bytes.
-template <int DIM> __device__ inline unsigned swizzled(unsigned tile, int row, int chunk, bool whole_rows) {
-    int block = chunk / 8, line = whole_rows ? row * (DIM / 64) + block : block * KEYS + row;
-    return tile + line * 128 + (((chunk ^ line) & 7) << 4);
-}
-
-// A tile's way into shared memory.
-template <int DIM>
-__device__ inline void copy_tile(unsigned to, const void *map, unsigned barrier, int key, int head, int batch,
-                                 bool whole_rows) {
-    if (whole_rows) copy_rows(to, map, barrier, key, head, batch);
-    for (int block = 0; !whole_rows && block < DIM / 64; block++)
-        copy_box(to + block * KEYS * 128, map, barrier, block * 64, key, head, batch);
+// 16 bytes of a tile of blocks of 64 features, as the copy engine swizzles it.
+__device__ inline unsigned swizzled(unsigned tile, int row, int chunk) {
+    return tile + chunk / 8 * KEYS * 128 + row * 128 + (((chunk ^ row) & 7) << 4);
 }
 
 // MASKED: by key mask, mask, softcap or a scale that is not positive; else by causal and window alone.
@@ -135,7 +125,6 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
     __shared__ uint2 live[MASKED ? MOST_TILES : 1]; // what the key mask shows of a tile of this block
     unsigned full = (unsigned)__cvta_generic_to_shared(barriers), empty = full + 8 * MOST_STAGES;
     int count = args.stages;
-    const bool whole_rows = KEY_DIM > 64 && KEY_DIM < 256 && args.whole_rows; // attention.c knows where they serve
 
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rank = blockIdx.x, ranks = gridDim.x;
     int64_t kv_head, batch = divide(blockIdx.y, p.kv_heads, kv_head);
@@ -189,10 +178,12 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
                 unsigned k_tile = stages + turn * STAGE, v_tile = k_tile + K_TILE;
                 barrier_wait(empty + 8 * turn, parity);
                 barrier_expect(full + 8 * turn, STAGE);
-                copy_tile<KEY_DIM>(k_tile, args.k_map, full + 8 * turn, first_key(i), (int)kv_head, (int)batch,
-                                   whole_rows);
-                copy_tile<VALUE_DIM>(v_tile, args.v_map, full + 8 * turn, first_key(i), (int)kv_head, (int)batch,
-                                     whole_rows);
+                for (int block = 0; block < KEY_DIM / 64; block++)
+                    copy_box(k_tile + block * KEYS * 128, args.k_map, full + 8 * turn, block * 64, first_key(i),
+                             (int)kv_head, (int)batch);
+                for (int block = 0; block < VALUE_DIM / 64; block++)
+                    copy_box(v_tile + block * KEYS * 128, args.v_map, full + 8 * turn, block * 64, first_key(i),
+                             (int)kv_head, (int)batch);
                 if (++turn == count) turn = 0, parity ^= 1;
             }
         }
@@ -244,8 +235,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
 #pragma unroll
             for (int step = 0; step < KEY_DIM / 16; step++) {
                 unsigned b[4];
-                load_matrices(b, swizzled<KEY_DIM>(k_tile, part * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2,
-                                                    whole_rows));
+                load_matrices(b, swizzled(k_tile, part * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
                 multiply(step % 2 ? odd[0] : scores[0], q[step], b[0], b[1], T());
                 multiply(step % 2 ? odd[1] : scores[1], q[step], b[2], b[3], T());
             }
@@ -328,7 +318,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
 #pragma unroll
             for (int pair = 0; pair < VALUE_DIM / 16; pair++) {
                 unsigned b[4];
-                load_transposed(b, swizzled<VALUE_DIM>(v_tile, part * 16 + lane % 16, pair * 2 + lane / 16, whole_rows));
+                load_transposed(b, swizzled(v_tile, part * 16 + lane % 16, pair * 2 + lane / 16));
                 multiply(values[2 * pair], weights, b[0], b[1], T());
                 multiply(values[2 * pair + 1], weights, b[2], b[3], T());
             }

@@ -30,13 +30,14 @@ static const char op[] = "metal_kernel";
 
 static pthread_mutex_t building = PTHREAD_MUTEX_INITIALIZER;
 
-static int options_of(metalloid_math_mode mode, bool metal, bool contracts, const char *options[MOST_OPTIONS]) {
+static int options_of(metalloid_math_mode mode, bool metal, const mtl_mentions *mentions,
+                      const char *options[MOST_OPTIONS]) {
     int count = 0;
-    options[count++] = "-std=c++17";
+    options[count++] = mentions->designators ? "-std=c++20" : "-std=c++17";
     options[count++] = "-default-device";
     options[count++] = "-w";
     if (metal && mode == METALLOID_MATH_FAST) options[count++] = "--use_fast_math";
-    if (!contracts) options[count++] = "--fmad=false";
+    if (mentions->no_contraction) options[count++] = "--fmad=false";
     return count;
 }
 
@@ -108,14 +109,14 @@ static mtl_digest key_of(const mtl_text *unit, int arch, const char *const *opti
 
 /* The unit's kernel `symbol`, from the cache or compiled. */
 static metalloid_status build(const mtl_cuda_call *call, const char *name, const mtl_text *unit,
-                              metalloid_math_mode mode, bool metal, bool contracts, bool include, const char *symbol,
-                              int shared_memory, CUfunction *function) {
+                              metalloid_math_mode mode, bool metal, const mtl_mentions *mentions, bool include,
+                              const char *symbol, int shared_memory, CUfunction *function) {
     const char *why, *options[MOST_OPTIONS];
     if (unit->failed) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
     if (!mtl_nvrtc_available(&why))
         return mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s has to be compiled, but %s", op, name, why);
     int arch = call->device->major * 10 + call->device->minor;
-    int count = options_of(mode, metal, contracts, options);
+    int count = options_of(mode, metal, mentions, options);
     mtl_digest key = key_of(unit, arch, options, count);
     size_t length;
     char *code = NULL;
@@ -164,9 +165,8 @@ static metalloid_status make_function(const mtl_cuda_call *call, const metalloid
         .target = MTL_TARGET_CUDA, .math_mode = kernel->math_mode, .most_threads = most_threads, .line = line};
     if (metal) mtl_translation_unit(&unit, definition, &kernel->mentions, &launch->types, &options);
     else mtl_cuda_unit(&unit, definition, &kernel->mentions, &launch->types, &include);
-    metalloid_status status =
-        build(call, definition->name, &unit, kernel->math_mode, metal, !kernel->mentions.no_contraction, include,
-              "mtl_kernel", kernel->shared_memory, function);
+    metalloid_status status = build(call, definition->name, &unit, kernel->math_mode, metal, &kernel->mentions, include,
+                                    "mtl_kernel", kernel->shared_memory, function);
     mtl_text_free(&unit);
     return status;
 }
@@ -249,8 +249,8 @@ static metalloid_status copy_to_rows(const mtl_cuda_call *call, mtl_view *view, 
     if (!function) {
         mtl_text unit = {0};
         mtl_text_add_string(&unit, copy_source);
-        metalloid_status status =
-            build(call, "copy", &unit, METALLOID_MATH_SAFE, false, true, false, names[which], 0, &function);
+        metalloid_status status = build(call, "copy", &unit, METALLOID_MATH_SAFE, false, &(mtl_mentions){0}, false,
+                                        names[which], 0, &function);
         mtl_text_free(&unit);
         if (status) return status;
         atomic_store_explicit(place, function, memory_order_release);

@@ -43,6 +43,7 @@ typedef enum mtl_cuda_image { MTL_CUDA_IMAGES(MTL_CUDA_IMAGE_ID) MTL_CUDA_IMAGE_
 typedef struct mtl_cuda_device {
     int id, multiprocessors, major, minor;
     int shared_memory; /* that a block can have, in bytes */
+    int memory_clock;  /* kHz */
     char name[128];
     CUcontext context;
 } mtl_cuda_device;
@@ -84,11 +85,10 @@ metalloid_status mtl_cuda_launch(const mtl_cuda_call *call, mtl_cuda_kernel kern
 metalloid_status mtl_cuda_fit_cluster(const mtl_cuda_call *call, mtl_cuda_kernel kernel, mtl_cuda_grid *grid);
 
 /* How the copy engine of Hopper finds boxes of some columns and time steps in {batch, head, time, column}: of float16 and
- * bfloat16, a row of a box being 128 bytes, whose vectors it exchanges, or of bool. A box may have several such rows of
- * each time step, side by side. A stride may be 0. False where the layout or the driver does not allow it. */
+ * bfloat16, a row of a box being 128 bytes, whose vectors it exchanges, or of bool. A stride may be 0. False where the
+ * layout or the driver does not allow it. */
 typedef struct mtl_cuda_box {
     int columns, rows;
-    int blocks; /* of columns; 0: there is one, which begins anywhere */
 } mtl_cuda_box;
 bool mtl_cuda_describe(const mtl_cuda_call *call, void *map, const mtl_attention_operand *operand, int64_t columns,
                        int64_t time, int64_t heads, int64_t batch, mtl_cuda_box box);

@@ -76,14 +76,6 @@ __device__ inline void copy_box(unsigned to, const void *map, unsigned barrier, 
         : "memory");
 }
 
-// Rows of a tensor {feature of a block, block, time, head, batch}, with all their features.
-__device__ inline void copy_rows(unsigned to, const void *map, unsigned barrier, int time, int head, int batch) {
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %3, %4, "
-                 "%5, %6}], [%2];" ::"r"(to),
-                 "l"(map), "r"(barrier), "r"(0), "r"(time), "r"(head), "r"(batch)
-                 : "memory");
-}
-
 __device__ inline void prefetch_map(const void *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // ---- a cluster of blocks, which read each other's shared memory

@@ -364,18 +364,28 @@ static metalloid_status report(const metalloid_kernel *kernel, const job *j) {
         return mtl_fail(METALLOID_KERNEL_FAILED,
                         "%s: kernel %s: a thread of threadgroup (%u, %u, %u) went through more than %lld iterations",
                         op, name, at[0], at[1], at[2], (long long)kernel->most_iterations);
+    case mtl_failure_interrupted:
+        return mtl_fail(METALLOID_KERNEL_FAILED, "%s: kernel %s was interrupted in threadgroup (%u, %u, %u)", op, name,
+                        at[0], at[1], at[2]);
     default:
         return mtl_fail(METALLOID_KERNEL_FAILED, "%s: kernel %s: its threadgroup variables need more than %lu bytes",
                         op, name, group->memory_size);
     }
 }
 
-/* A signal's frame would not fit on the stack of a kernel's thread; those of faults have to. */
+/* A signal's frame would not fit on the stack of a kernel's thread; those of faults have to. What ends the process, a user's way
+ * out of a kernel that never does, has none. */
 static void block_signals(sigset_t *before) {
     static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
+    static const int ends[] = {SIGINT, SIGTERM, SIGQUIT};
     sigset_t blocked;
     sigfillset(&blocked);
     for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) sigdelset(&blocked, faults[i]);
+    for (size_t i = 0; i < sizeof ends / sizeof ends[0]; i++) {
+        struct sigaction action;
+        if (sigaction(ends[i], NULL, &action) == 0 && !(action.sa_flags & SA_SIGINFO) && action.sa_handler == SIG_DFL)
+            sigdelset(&blocked, ends[i]);
+    }
     pthread_sigmask(SIG_SETMASK, &blocked, before);
 }
 
@@ -441,7 +451,8 @@ metalloid_status mtl_kernel_launch_cpu(const metalloid_context *context, metallo
     const mtl_variant *variant = get_variant(kernel, launch, &status);
     if (!variant) return status;
     int inputs = kernel->definition.input_count, outputs = kernel->definition.output_count;
-    mtl_dispatch dispatch = {.most_iterations = (unsigned long)kernel->most_iterations};
+    mtl_dispatch dispatch = {.most_iterations = (unsigned long)kernel->most_iterations,
+                             .interrupted = launch->interrupted};
     unsigned long total = 1;
     for (int axis = 0; axis < 3; axis++) {
         dispatch.grid[axis] = launch->grid[axis];

@@ -2,6 +2,7 @@
 #include "kernel/fiber.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,6 +13,21 @@ enum {
     SMALL_STACK_BITS = 14,
     MOST_KEPT_STACK_BITS = 17, /* larger ones are given back to the system */
 };
+
+/* ---- interruption ---------------------------------------------------------------------------------------------------------- */
+
+/* Where every thread of the process has SIGINT blocked, as those that run kernels do, it waits and no handler tells. */
+static int is_interrupted(mtl_group *group) {
+    enum { ASK_THE_SYSTEM = 4096 };
+    const volatile int *interrupted = group->dispatch->interrupted;
+    if (!interrupted) return 0;
+    sigset_t pending;
+    bool found = *interrupted != 0;
+    if (!found && ++group->asked % ASK_THE_SYSTEM == 0 && sigpending(&pending) == 0)
+        found = sigismember(&pending, SIGINT) == 1;
+    if (found) group->failure = mtl_failure_interrupted;
+    return found;
+}
 
 /* ---- which thread runs next ------------------------------------------------------------------------------------------------ */
 
@@ -58,6 +74,7 @@ static unsigned choose(mtl_group *group, unsigned simdgroup, unsigned index) {
 /* Simdgroups take turns at every exchange: none gets far ahead of the others between two barriers, as on a GPU. Kernels rely on it
  * that read threadgroup memory, reduce what they read and write there again with no barrier in between. */
 static int next_thread(mtl_group *group, unsigned index) {
+    if (is_interrupted(group)) return -1;
     unsigned simdgroup = index / mtl_simd_lanes;
     for (unsigned looked = 0; looked < group->simdgroups; looked++) {
         if (++simdgroup >= group->simdgroups) simdgroup = 0;
@@ -81,6 +98,7 @@ static int next_thread(mtl_group *group, unsigned index) {
 /* With lanes in lockstep a simdgroup is at one place: ready (as long as it is not at a barrier), or at one with some
  * lanes. */
 static int next_simdgroup(mtl_group *group, unsigned simdgroup) {
+    if (is_interrupted(group)) return -1;
     for (unsigned looked = 0; looked < group->simdgroups; looked++) {
         if (++simdgroup >= group->simdgroups) simdgroup = 0;
         if (group->simdgroup[simdgroup].ready) return (int)simdgroup;
@@ -180,6 +198,7 @@ static mtl_workspace *new_workspace(int stack_bits) {
     }
     workspace->group->memory = memory;
     workspace->group->memory_size = GROUP_MEMORY;
+    workspace->group->is_interrupted = is_interrupted;
     workspace->group->next = next_thread;
     workspace->group->next_simdgroup = next_simdgroup;
     return workspace;

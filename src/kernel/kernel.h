@@ -38,6 +38,7 @@ typedef struct mtl_launch {
     uint32_t grid[3], threadgroup[3];
     bool has_init_value;
     double init_value;
+    const volatile int *interrupted; /* or NULL */
 
     /* Of each input, where the source mentions it, else NULL: `rank` of them. */
     const int *const *shapes;

@@ -305,7 +305,7 @@ static kind kind_of(const lockstep *l, size_t begin, size_t end, const mtl_token
     static const char *const comparisons[] = {"=", "<", ">", "!", NULL};
     const translation *t = l->t;
     kind found = UNIFORM;
-    bool moves = false;
+    bool moves = false, divides = false;
     for (size_t at = begin; at < end; at++) {
         const mtl_token *token = &t->token[at];
         size_t before = mtl_before(t, at), behind = mtl_after(t, at);
@@ -317,9 +317,9 @@ static kind kind_of(const lockstep *l, size_t begin, size_t end, const mtl_token
         if (mtl_is(t, at, "*") && (at == begin || !(mtl_is_identifier(t, before) || mtl_is(t, before, ")") ||
                                                     t->token[before].kind == MTL_TOKEN_NUMBER)))
             return KEPT;
-        /* A quotient may have been guarded by a branch. */
-        if ((mtl_is(t, at, "/") || mtl_is(t, at, "%")) && (behind >= end || t->token[behind].kind != MTL_TOKEN_NUMBER))
-            return KEPT;
+        /* Not worth to be done anew. */
+        divides |=
+            (mtl_is(t, at, "/") || mtl_is(t, at, "%")) && (behind >= end || t->token[behind].kind != MTL_TOKEN_NUMBER);
         if (token->kind != MTL_TOKEN_IDENTIFIER || (before != SIZE_MAX && mtl_is(t, before, "."))) continue;
         if (mtl_is(t, behind, "(") && !is_builtin_type(t, at) && !mtl_is_one_of(t, at, pure)) return KEPT;
         if (own && mtl_is_named(token, own->text, own->length)) continue;
@@ -328,7 +328,7 @@ static kind kind_of(const lockstep *l, size_t begin, size_t end, const mtl_token
         if (v || mtl_is_lane_attribute(token)) found = REMADE;
         moves |= is_moved(l, token);
     }
-    return found == REMADE && moves ? KEPT : found; /* the buffer may move on */
+    return found == REMADE && (moves || divides) ? KEPT : found; /* moves: the buffer may move on */
 }
 
 /* Declares the names with the type [type, type_end) and the declarators [begin, end). */

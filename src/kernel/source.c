@@ -203,6 +203,22 @@ static bool is_joined(const mtl_token *token, const char *name, const char *suff
            memcmp(token->text + first, suffix, second) == 0;
 }
 
+/* { .name =   or   , .name = */
+static bool has_designators(const mtl_tokens *tokens) {
+    const mtl_token *last[3] = {NULL, NULL, NULL};
+    for (size_t i = 0; i < tokens->count; i++) {
+        const mtl_token *token = &tokens->token[i];
+        if (token->kind == MTL_TOKEN_SPACE) continue;
+        if (last[0] && mtl_token_is(token, "=") && last[2]->kind == MTL_TOKEN_IDENTIFIER &&
+            mtl_token_is(last[1], ".") && (mtl_token_is(last[0], "{") || mtl_token_is(last[0], ",")))
+            return true;
+        last[0] = last[1];
+        last[1] = last[2];
+        last[2] = token;
+    }
+    return false;
+}
+
 bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition) {
     *mentions = (mtl_mentions){0};
     mtl_tokens tokens;
@@ -227,6 +243,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
         find_types(mentions, token);
     }
     find_vectors(mentions, &tokens);
+    mentions->designators |= has_designators(&tokens);
     mtl_tokens_free(&tokens);
     for (int i = 0; i < ATTRIBUTES; i++) {
         if (mentions->attributes >> i & 1 && attributes[i].relative) mentions->relative = true;
@@ -243,6 +260,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
         find_types(mentions, &tokens.token[t]);
     }
     find_vectors(mentions, &tokens);
+    mentions->designators |= has_designators(&tokens);
     mtl_tokens_free(&tokens);
     return true;
 }
@@ -464,7 +482,7 @@ static void add_loops(mtl_text *out, const mtl_definition *definition, const mtl
         "    enum { along = %d, other = 1 - along };\n"
         "    mtl_group &group = *worker;\n"
         "    const mtl_dispatch &dispatch = *group.dispatch;\n"
-        "    while (at < end) {\n"
+        "    while (at < end && !group.is_interrupted(&group)) {\n"
         "        unsigned long run = __mtl_place_group(group, at, end, %s);\n"
         "        unsigned first = group.position[along] * dispatch.threadgroup[along];\n"
         "        for (unsigned lz = 0; lz < group.extent[2]; lz++) {\n"
@@ -507,6 +525,7 @@ static void add_threads(mtl_text *out, const mtl_definition *definition, const m
         "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *stacks, "
         "unsigned long at, unsigned long end) {\n"
         "    for (; at < end; at++) {\n"
+        "        if (worker->is_interrupted(worker)) return 0;\n"
         "        __mtl_place_group(*worker, at, end, -1);\n"
         "        if (!__mtl_run_group(*worker, stacks, __mtl_thread)) return 0;\n"
         "    }\n"
@@ -588,6 +607,7 @@ static void add_simdgroups(mtl_text *out, const mtl_definition *definition, cons
         "extern \"C\" __attribute__((visibility(\"default\"))) int mtl_kernel_run(mtl_group *worker, char *stacks, "
         "unsigned long at, unsigned long end) {\n"
         "    for (; at < end; at++) {\n"
+        "        if (worker->is_interrupted(worker)) return 0;\n"
         "        __mtl_place_group(*worker, at, end, -1);\n"
         "        if (!__mtl_run_simdgroups(*worker, stacks, __mtl_simdgroup)) return 0;\n"
         "    }\n"

@@ -37,6 +37,7 @@ typedef struct mtl_mentions {
     bool returns;        /* from the body: threads may leave before the others meet */
     bool relative;       /* anything that depends on the cut into threadgroups */
     int vector_bytes;    /* the alignment of vectors that may be read from and written to buffers; 0: none */
+    bool designators;    /* of members, {.x = 1}, which clang reads and NVRTC as C++20 alone */
     bool no_contraction; /* #pragma clang fp contract(off): a product and a sum are rounded each */
 } mtl_mentions;
 

@@ -129,7 +129,9 @@ static size_t find_declarators(const translation *t, size_t i) {
     static const char *const ends[] = {"[", ";", ",", "=", "{", NULL};
     size_t name = t->count, words = 0;
     for (size_t at = mtl_after(t, i); at < t->count;) {
-        if (mtl_is(t, at, "decltype") || mtl_is(t, at, "alignas") || mtl_is(t, at, "typeof")) {
+        if (mtl_is(t, at, "__attribute__")) {
+            at = mtl_behind_bracket(t, mtl_after(t, at));
+        } else if (mtl_is(t, at, "decltype") || mtl_is(t, at, "alignas") || mtl_is(t, at, "typeof")) {
             words += !mtl_is(t, at, "alignas");
             at = mtl_after(t, at);
             if (mtl_is(t, at, "(")) at = mtl_behind_bracket(t, at);
@@ -220,7 +222,8 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
     size_t word = open != SIZE_MAX ? mtl_before(t, open) : SIZE_MAX;
     if (word != SIZE_MAX && mtl_is(t, word, "alignas")) mtl_blank_range(t, word, keyword);
     for (size_t at = mtl_after(t, keyword); at < name; at = mtl_after(t, at)) {
-        if (mtl_is(t, at, "alignas")) mtl_blank_range(t, at, mtl_behind_bracket(t, mtl_after(t, at)));
+        if (mtl_is(t, at, "alignas") || mtl_is(t, at, "__attribute__"))
+            mtl_blank_range(t, at, mtl_behind_bracket(t, mtl_after(t, at)));
     }
     size_t at = name;
     while (at < t->count) {
@@ -241,9 +244,10 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
         mtl_text_free(&number);
         declared->replacement = type_name;
         at = mtl_after(t, at);
-        while (mtl_is(t, at, "[")) {
-            size_t behind = mtl_behind_bracket(t, at);
-            if (mtl_is(t, at + 1, "[")) mtl_blank_range(t, at, behind); /* an attribute */
+        while (mtl_is(t, at, "[") || mtl_is(t, at, "__attribute__")) {
+            bool attribute = !mtl_is(t, at, "[") || mtl_is(t, at + 1, "[");
+            size_t behind = mtl_behind_bracket(t, mtl_is(t, at, "[") ? at : mtl_after(t, at));
+            if (attribute) mtl_blank_range(t, at, behind);
             at = behind;
         }
         mtl_text initializer = {0};
@@ -449,6 +453,56 @@ static void translate_alignment(translation *t, size_t i) {
     mtl_blank_range(t, at, behind);
 }
 
+/* ---- unions ------------------------------------------------------------------------------------------------------------------------- */
+
+/* Whether an anonymous union is among the members between the brackets. */
+static bool has_anonymous_union(const translation *t, size_t open, size_t close) {
+    for (size_t at = mtl_after(t, open); at < close;) {
+        size_t brace = mtl_after(t, at);
+        if (mtl_is(t, at, "union") && mtl_is(t, brace, "{") && mtl_is(t, mtl_behind_bracket(t, brace), ";"))
+            return true;
+        at = mtl_is(t, at, "(") || mtl_is(t, at, "{") ? mtl_behind_bracket(t, at) : brace;
+    }
+    return false;
+}
+
+/* union U {...}   becomes   union U {... U &operator=(const U &from) {...}}
+ *
+ * which C++ does not make for a union with vectors, since their assignment is their own; nor for a class with such a union among its
+ * members. */
+static void translate_union(translation *t, size_t i) {
+    size_t before = mtl_before(t, i), name = mtl_after(t, i), begin = 0, end = 0;
+    if (before != SIZE_MAX && (mtl_is(t, before, "enum") || mtl_is(t, before, "<") || mtl_is(t, before, ","))) return;
+    name = behind_alignment(t, name, &begin, &end);
+    size_t open = mtl_is_identifier(t, name) ? mtl_after(t, name) : name;
+    if (mtl_is(t, open, ":")) { /* a base */
+        while (open < t->count && !mtl_is(t, open, "{") && !mtl_is(t, open, ";")) open = mtl_after(t, open);
+    }
+    if (!mtl_is(t, open, "{")) return;
+    size_t behind = mtl_behind_bracket(t, open), close = mtl_before(t, behind);
+    if (close >= t->count || !mtl_is(t, close, "}")) return;
+    bool is_member = name == open && !mtl_is_identifier(t, behind) && !mtl_is(t, behind, "*"); /* of what is around */
+    if (is_member || (!mtl_is(t, i, "union") && !has_anonymous_union(t, open, close))) return;
+    for (size_t at = open; at < close; at = mtl_after(t, at)) {
+        if (mtl_is(t, at, "operator") && mtl_is_pair(t, mtl_after(t, at), "=", "(")) return;
+    }
+    mtl_text own = {0}, assignment = {0};
+    if (name == open) {
+        mtl_text_format(&own, "__mtl_union_%d ", t->unions++);
+        mtl_add_before(t, open, mtl_keep(t, &own));
+    } else {
+        mtl_text_add(&own, t->token[name].text, t->token[name].length);
+    }
+    const char *type = mtl_text_string(&own);
+    mtl_text_format(&assignment,
+                    "%s &operator=(const %s &__mtl_from) "
+                    "{ ::metal::msl_::copy(this, &__mtl_from, sizeof *this); return *this; } ",
+                    type, type);
+    mtl_add_before(t, close, mtl_keep(t, &assignment));
+    mtl_text_free(&own);
+    mtl_text_free(&assignment);
+}
+
 /* ---- loops ------------------------------------------------------------------------------------------------------------------------- */
 
 /* for (...) statement   becomes   for (...) if (__mtl_iterate()); else statement */
@@ -611,6 +665,22 @@ static void translate_conditions(translation *t) {
     }
 }
 
+/* ---- division ------------------------------------------------------------------------------------------------------------------------ */
+
+/* a / b   becomes   a / !__mtl_trap / b,   which has a value for every b (msl/types.h). */
+static void translate_division(translation *t, size_t i) {
+    size_t before = mtl_before(t, i), operand = mtl_is(t, i + 1, "=") ? mtl_after(t, i + 1) : mtl_after(t, i);
+    if (before == SIZE_MAX || mtl_is(t, before, "operator") || !mtl_are_one_directive(t, before, operand)) return;
+    if (mtl_is(t, operand, ")") || mtl_is(t, operand, ",")) return; /* a macro's argument */
+    const mtl_token *divisor = &t->token[operand];
+    for (size_t at = 0; divisor->kind == MTL_TOKEN_NUMBER && at < divisor->length; at++) {
+        if (divisor->text[at] >= '1' && divisor->text[at] <= '9') return;
+    }
+    bool quotient = mtl_is(t, i, "/");
+    if (!mtl_is(t, i + 1, "=")) t->token[i].replacement = quotient ? "/ !__mtl_trap /" : "% !__mtl_trap %";
+    else mtl_add_behind(t, i + 1, quotient ? " !__mtl_trap /=" : " !__mtl_trap %=");
+}
+
 /* ---- all of it ------------------------------------------------------------------------------------------------------------------------ */
 
 static void translate_token(translation *t, size_t i) {
@@ -630,6 +700,8 @@ static void translate_token(translation *t, size_t i) {
         if (mtl_is(t, i, "[") && mtl_is(t, i + 1, "[")) translate_attribute(t, i);
         else if (mtl_is(t, i, "?") && t->options->arms) translate_condition(t, i);
         else if (mtl_is(t, i, "::")) translate_global(t, i);
+        else if ((mtl_is(t, i, "/") || mtl_is(t, i, "%")) && t->options->target == MTL_TARGET_CPU)
+            translate_division(t, i);
         else if (mtl_is(t, i, "{") && mtl_is(t, mtl_after(t, i), "[") && t->options->target == MTL_TARGET_CUDA)
             translate_designators(t, i);
         break;
@@ -637,10 +709,10 @@ static void translate_token(translation *t, size_t i) {
         if (mtl_is_one_of(t, i, plain_spaces)) mtl_blank(t, i);
         else if (mtl_is(t, i, "constant")) translate_constant(t, i);
         else if (mtl_is(t, i, "threadgroup")) translate_threadgroup(t, i);
-        else if (t->options->target == MTL_TARGET_CPU &&
-                 (mtl_is(t, i, "struct") || mtl_is(t, i, "class") || mtl_is(t, i, "union")))
-            translate_alignment(t, i);
-        else if (mtl_is(t, i, "namespace")) translate_namespace(t, i);
+        else if (mtl_is(t, i, "struct") || mtl_is(t, i, "class") || mtl_is(t, i, "union")) {
+            if (t->options->target == MTL_TARGET_CPU) translate_alignment(t, i);
+            translate_union(t, i);
+        } else if (mtl_is(t, i, "namespace")) translate_namespace(t, i);
         else if (mtl_is(t, i, "template")) translate_widths(t, i);
         else if (mtl_is(t, i, "coherent")) translate_coherent(t, i);
         else if (mtl_is(t, i, "__extension__")) mtl_blank(t, i); /* which NVRTC does not know */

@@ -20,6 +20,7 @@ typedef struct translation {
     mtl_region region;
     const mtl_unit_options *options;
     int variables;      /* in threadgroup memory */
+    int unions;         /* without a name of their own */
     size_t first_place; /* the number of the first token, among those of header and body */
     block *scratch;
     bool in_condition; /* of #if */

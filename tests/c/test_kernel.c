@@ -179,6 +179,42 @@ static void overloads_are_left_out(void **state) {
     expect_translation(statements, 1, MTL_REGION_BODY, &options);
 }
 
+static void quotients_do_not_trap(void **state) {
+    (void)state;
+    static const pair pairs[] = {
+        {"a / b % c", "a / !__mtl_trap / b % !__mtl_trap % c"},
+        {"a /= b; a %= (b);", "a /= !__mtl_trap /= b; a %= !__mtl_trap %= (b);"},
+        {"a / 2 % 0x10 / 1.0 % 0", "a / 2 % 0x10 / 1.0f % !__mtl_trap % 0"},
+        {"S operator/(S a, int b); S &operator %= (int);", "S operator/(S a, int b); S &operator %= (int);"},
+        {"DEFINE(/, %) // a / b", "DEFINE(/, %) // a / b"},
+        {"#define D(a, b) (a) / (b)\n#if A / B\n", "#define D(a, b) (a) / !__mtl_trap / (b)\n#if A / B\n"},
+    };
+    const mtl_unit_options cpu = {.target = MTL_TARGET_CPU}, gpu = {.target = MTL_TARGET_CUDA};
+    expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &cpu);
+    expect_translation(&(pair){"a / b", "a / b"}, 1, MTL_REGION_BODY, &gpu);
+}
+
+#define ASSIGNMENT(type)           \
+    type " &operator=(const " type \
+         " &__mtl_from) { ::metal::msl_::copy(this, &__mtl_from, sizeof *this); return *this; } "
+
+static void unions_are_assigned(void **state) {
+    (void)state;
+    static const pair pairs[] = {
+        {"union U { float4 v; int i; };", "union U { float4 v; int i; " ASSIGNMENT("U") "};"},
+        {"union { half h; } a, b;", "union __mtl_union_0 { half h; " ASSIGNMENT("__mtl_union_0 ") "} a, b;"},
+        {"struct S : B { union { half h; int i; }; };",
+         "struct S : B { union { half h; int i; }; " ASSIGNMENT("S") "};"},
+        {"typedef struct { union { half h; }; } S;",
+         "typedef struct __mtl_union_0 { union { half h; }; " ASSIGNMENT("__mtl_union_0 ") "} S;"},
+        {"struct S { half h; }; union U; union U u;", "struct S { half h; }; union U; union U u;"},
+        {"union U { half h; U& operator=(const U& u) { h = u.h; return *this; } };",
+         "union U { half h; U& operator=(const U& u) { h = u.h; return *this; } };"},
+    };
+    const mtl_unit_options options = {.target = MTL_TARGET_CUDA};
+    expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_HEADER, &options);
+}
+
 static void alignment_goes_to_a_member(void **state) {
     (void)state;
 #define MEMBER(e) "alignas(" e ") char __mtl_aligned[0] = {}; }"
@@ -191,7 +227,7 @@ static void alignment_goes_to_a_member(void **state) {
         {"struct Q { half v[4]; } __attribute__((aligned(8))) q;",
          "struct Q { half v[4]; " MEMBER("8") "                             q;"},
         {"union alignas(16) U { float4 v; int i; };",
-         "union             U { float4 v; int i; alignas(16) char __mtl_aligned[0]; };"},
+         "union             U { float4 v; int i; " ASSIGNMENT("U") "alignas(16) char __mtl_aligned[0]; };"},
         {"struct alignas(16) Q; struct Q { alignas(16) float v[4]; };",
          "struct alignas(16) Q; struct Q { alignas(16) float v[4]; };"},
     };
@@ -395,6 +431,8 @@ int main(void) {
         cmocka_unit_test(metal_becomes_cxx),
         cmocka_unit_test(swizzles_are_values),
         cmocka_unit_test(overloads_are_left_out),
+        cmocka_unit_test(quotients_do_not_trap),
+        cmocka_unit_test(unions_are_assigned),
         cmocka_unit_test(alignment_goes_to_a_member),
         cmocka_unit_test(arms_are_wrapped),
         cmocka_unit_test(loops_over_a_share_are_unrolled),

@@ -407,6 +407,50 @@ case(
     **FLAT,
 )
 
+_d = np.where(U % 5, I % 1000, I) | 1
+case(
+    "integer division of every kind of operand",
+    f"{ID} int x = a[i], d = b[i]; uint u = uint(x); const Ratio r = {{x, 3}}; Bits bits = {{7, 2}}; int w[sizeof(float4) / sizeof(Half)] = {{}};"
+    "x /= d; int y = a[i]; y %= TILE / 2; half h = half(i % 7) / RATIO(8, int(i % 3 + 1)); h /= d > 0 ? 2 : d / d * 2; float f = float(i) / bits.a / bits.b; f /= int(i + 1);"
+    "short s = short(a[i]); s /= short(d | 1); uint4 v = uint4(u, 7, i, 9) / uint4(i + 1, 2, 3, Count::TWO); v %= i + 5; v.xy /= (device_count / 2) + 1u;"
+    "out0[i] = 0xffff & (x + y + r / 2 + (r %= 5) + quarter<64 / TILE>(12) + int(sizeof w / sizeof(w[0])) + s + int(v.x + v.y + v.z + v.w) + a[i] % d);"
+    "out1[i] = f + h + 1 / 4 + 1.0 / 4 + (true / (i % 2 + 1)) + own::Angle{6} / own::Angle{4};",
+    [I, _d],
+    [
+        (
+            np.fix(I.astype(np.float64) / _d).astype(np.int64)
+            + np.fmod(I.astype(np.int64), 8)
+            + np.fix(I / 2 / 3).astype(np.int64)
+            + np.fmod(np.fix(I.astype(np.float64) / 3), 5).astype(np.int64)
+            + 3
+            + 8
+            + np.fix(I.astype(np.int16) / (_d | 1).astype(np.int16).astype(np.float64)).astype(np.int64)
+            + I.view(u32) // (np.arange(256) + 1) % (np.arange(256) + 5) // 3
+            + 3 % (np.arange(256) + 5) // 3
+            + np.arange(256) // 3 % (np.arange(256) + 5)
+            + 4 % (np.arange(256) + 5)
+            + np.fmod(I.astype(np.int64), _d)
+        ).astype(i32)
+        & 0xFFFF,
+        (
+            np.arange(256) / 14 / (np.arange(256) + 1)
+            + ((np.arange(256) % 7).astype(f16) / (8 // (np.arange(256) % 3 + 1)).astype(f16) / f16(2)).astype(
+                np.float64
+            )
+            + 0.25
+            + (np.arange(256) % 2 == 0)
+            + 1.5
+        ).astype(f32),
+    ],
+    header="#define TILE 16\n#define RATIO(a, b) ((a) / (b))\n#if RATIO(TILE, 4) % 3 != 1\n#error\n#endif\n"
+    "typedef half Half; enum Count { ONE = 1, TWO }; constant int device_count = 5; struct Bits { uint a : 3, b : 3; };\n"
+    "struct Ratio { int n, d; int operator/(int by) const { return n / by / d; } int operator%=(int by) { n /= d; d = 1; return n % by; }\n"
+    "int operator%=(int by) const { return n / d % by; } };\n"
+    "template <int N> int quarter(int x) { return x / N; }\n"
+    "namespace own { struct Angle { float x; }; float operator/(Angle a, Angle b) { return a.x / b.x; } }\n",
+    **FLAT,
+)
+
 # ---- geometric, pack
 
 on_vectors(
@@ -1323,11 +1367,12 @@ case(
 case(
     "initializers",
     f"{ID} uint l = thread_position_in_threadgroup.x; threadgroup float sums[4] = {{1, 2}};"
-    "threadgroup int count = 3, two[2][2] = {{1, 2}, {3, 4}};"
+    "threadgroup int count __attribute__((aligned(8))) = 3, two[2][2] __attribute__((aligned(64))) = {{1, 2}, {3, 4}};"
+    "threadgroup __attribute__((aligned(16))) int mark;"
     "float4 v = {a[i], 2}; packed_float3 p = {1, v.xy}; half2 h[2] = {{1, 2.0f}, half2(3)}; constexpr float4 k = float4(float2(1), 2, 3);"
     "float f[4] = {[0 ... 2] = 5.0, [3] = 7}; uint4 u = {i, 1u, 2}; float2x2 m = {{1, 2}, {3, 4}}; Defaults d; half e[3] = {1, 2.0, half(3)};"
-    "if (l == 5) { sums[2] = 4; count += 2; } threadgroup_barrier(mem_flags::mem_threadgroup);"
-    "out0[i] = sums[0] + sums[1] + sums[2] + sums[3] + count + two[1][0]; out1[i] = v.x + v.y + v.z + p[1] + h[0].y + h[1].x + k.w;"
+    "if (l == 5) { sums[2] = 4; count += 2; mark = 1; } threadgroup_barrier(mem_flags::mem_threadgroup);"
+    "out0[i] = sums[0] + sums[1] + sums[2] + sums[3] + count + two[1][0] * mark; out1[i] = v.x + v.y + v.z + p[1] + h[0].y + h[1].x + k.w;"
     "out2[i] = f[0] + f[2] + f[3] + u.x + u.w + m[1][0] + d.v.y + d.h[1] + e[2] + d.p.z + columns[1].x + sum({1, 2, 3});",
     [X],
     [np.full(256, 15.0, f32), 2 * X + 2 + 2 + 3 + 3, (17 + _n + 3 + 2 + 2 + 3 + 3 + 3 + 6).astype(f32)],
@@ -1355,6 +1400,62 @@ case(
     **FLAT,
 )
 
+case(
+    "unions as wholes",
+    f"{ID} uint l = thread_position_in_threadgroup.x; U p, q; p.v = float4(a[i], 1, 2, 3); q = p; threadgroup U shared[64]; shared[l] = raised(q);"
+    "union { half4 h; uint2 u; ushort s[4]; } n; n.h = half4(i, 1, 2, 3); auto m = n; m = n; Tagged t = {{p}, 7}, s; s.h = half2(1); s.k = 1; s = t;"
+    "Block b, c = {}; b.m = float2x2(i); c = b; threadgroup_barrier(mem_flags::mem_threadgroup); q = shared[l ^ 1]; U of[2] = {p, q}; of[0] = of[1];"
+    "out0[i] = of[0].a[0] + q.v.y + m.h.w + m.u.x * 0 + s.u.a[3] + s.k + c.m[1][1]; out1[i] = q.u.x;",
+    [X],
+    [X[_n ^ 1] + 2 + 3 + 3 + 7 + _n, X[_n ^ 1].view(u32)],
+    header="union U { float4 v; float a[4]; uint4 u; };\ninline U raised(U u) { u.a[1] += 1; return u; }\n"
+    "struct Tagged { union { U u; half2 h; }; int k; };\ntypedef union alignas(16) { float2x2 m; packed_float4 p; } Block;\n",
+    **FLAT,
+)
+case(
+    "volatile variables of every type",
+    f"{ID} uint l = thread_position_in_threadgroup.x; threadgroup volatile half t[64]; volatile threadgroup half* p = t; threadgroup volatile float4 v[64];"
+    "p[l] = a[i]; v[l] = float4(a[i], 1, 2, 3); v[l].y += 1; volatile bfloat f = bfloat(i % 8); f *= 2; f = f + f; volatile short3 s = short3(i % 9); s += 1; s = s * short3(2);"
+    "threadgroup_barrier(mem_flags::mem_threadgroup); half h = t[l ^ 1]; float4 w = v[l ^ 1]; volatile ushort n = 3; n += 1; n /= 2; n = n % (n + 1);"
+    "half2 k = as_type<half2>(1u); volatile thread half2& r = k; r = half2(h, t[l]); volatile device half* q = out1; q[i] = h; q[i] += 1.0h;"
+    "out0[i] = max(half(t[l]), h) + w.x + w.y + f + s.x + s[1] + n + r.y + v[l].yx.y + (t[l] > h ? t[l] : h) + abs(p[l]);",
+    [X.astype(f16)],
+    [
+        (
+            3 * np.maximum(_h, _h[_n ^ 1])
+            - np.maximum(_h, _h[_n ^ 1])
+            + _h[_n ^ 1].astype(f32)
+            + 2
+            + 4.0 * (_n % 8)
+            + 4 * (_n % 9 + 1)
+            + 2
+            + 2 * _h.astype(f32)
+            + np.abs(_h)
+        ).astype(f32),
+        _h[_n ^ 1] + f16(1),
+    ],
+    rtol=2e-3,
+    atol=2e-3,
+    **FLAT,
+)
+case(
+    "members by name, sequences and names of Metal's own header",
+    f"{ID} assert(i < 256); Range r = {{.begin = i, .end = 2 * i + 1}}; r = wider(Range{{.begin = r.begin, .end = r.end}});"
+    "threadgroup _atomic<int> n[1]; if (thread_position_in_threadgroup.x == 0) clear(n); threadgroup_barrier(mem_flags::mem_threadgroup);"
+    "atomic_fetch_add_explicit(n, 1, memory_order_relaxed); threadgroup_barrier(mem_flags::mem_threadgroup);"
+    "out0[i] = r.end - r.begin + sum_of(make_index_sequence<5>()) + Range::WHOLE.end + uint(atomic_load_explicit(n, memory_order_relaxed))"
+    " + make_integer_sequence<int, 7>::size() + (a[i] < float(__FLT16_MAX__) ? __LITTLE_ENDIAN__ : 0);"
+    'os_log_default.log("%d", i); logger.log_debug("%f of %u", a[i], i);',
+    [X],
+    [(_n + 2 + 10 + 9 + 64 + 7 + 1).astype(u32)],
+    header='#include <metal_logging>\nconstant os_log logger("own", "tests");\n'
+    "struct Range { uint begin, end; static const Range WHOLE; };\n"
+    "constexpr constant Range Range::WHOLE{.begin = 0, .end = 9};\n"
+    "inline Range wider(Range r) { return {.begin = r.begin, .end = r.end + 1}; }\n"
+    "template <size_t... I> constexpr uint sum_of(index_sequence<I...>) { return uint((I + ... + 0)); }\n"
+    "inline void clear(threadgroup _atomic<int>* n) { atomic_store_explicit(n, 0, memory_order_relaxed); }\n",
+    **FLAT,
+)
 case(
     "simd's names of types",
     f"{ID} simd::float2 v = {{a[i], 2}}; simd_float3 w = simd_float3(v, 3); vector_uint4 u = {{1, 2, 3, 4}};"

@@ -4,10 +4,12 @@ import os
 import re
 import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -610,6 +612,79 @@ def test_kernel_that_never_ends(loop):
 def test_counted_kernel_that_ends():
     source = "int n = 0; for (int i = 0; i < 100; i++) { if (i % 2) n++; else n += 2; } out[0] = n;"
     assert run(source, {}, out=((1,), np.int32), grid=(1, 1, 1), debug_options={"max_iterations": 100})[0] == 150
+
+
+@pytest.mark.parametrize(
+    ("body", "threads", "options"),
+    [
+        ("while (k++ < 1u << 31 && x[0] > 0);", 1, {"max_iterations": 1 << 33}),
+        ("while (k++ < 1u << 26 && x[0] > 0) k += simd_sum(1u) - 32;", 32, {}),
+        ("while (k++ < 1u << 26 && x[0] > 0) threadgroup_barrier(mem_flags::mem_none);", 64, {}),
+        ("while (k++ < 1u << 25 && x[0] > 0) if (x[1] > 0 && simd_any(true)) k += x[2] < 0;", 64, {}),
+        ("for (int n = 0; n < 9999; n++) k = k * 3 + uint(x[n % 32]);", 1 << 26, {}),
+    ],
+)
+def test_control_c(body, threads, options):
+    def launch():
+        return run(f"uint k = 0; {body} if (k == 77) out[0] = k;", {"x": np.ones(64, F32)}, out=((1,), F32),
+                   grid=(threads, 1, 1), threadgroup=(min(threads, 64), 1, 1), debug_options=options)  # fmt: skip
+
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    pressed = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    pressed.start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch()
+    assert 0.4 < time.monotonic() - begun < 5
+    pressed.join()
+    assert exchange("r = simd_sum(1);")[0] == 32
+
+
+def test_a_handler_of_the_programs_lets_kernels_end():
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(1))
+    try:
+        pressed = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        pressed.start()
+        source = (
+            "uint k = 0; while (k < 1u << 24 && x[0] > 0) k += simd_sum(1u) / 16; out[thread_position_in_grid.x] = k;"
+        )
+        out = run(source, {"x": np.ones(64, F32)}, out=((64,), F32), grid=(64, 1, 1), threadgroup=(64, 1, 1))
+        pressed.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (out == 1 << 24).all()
+    assert came == [1]
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
+def test_division_without_a_quotient(dtype):
+    """By zero, and of the smallest integer by -1: some value, where x86's own instruction ends the process."""
+    least = int(np.iinfo(dtype).min)
+    x = np.array([7, 0, least, least, least, 100, 7], dtype)
+    d = np.array([0, 0, 0, -1 if least else 1, 3, 7, 2], dtype)
+    source = """
+        uint i = thread_position_in_grid.x;
+        MEET
+        T a = x[i], b = d[i], c = a, e = a;
+        c /= b;
+        e %= b;
+        out[i] = a / b + (OVER(a, b) - c) + quotient(0, b) * 0 + (vec<T, 2>(1, a) / vec<T, 2>(2, b)).x;
+        mod[i] = a % b + (e - a % b) + (vec<T, 4>(a) % vec<T, 2>(b).yxxy).x - (vec<T, 3>(a) % b).z + T(1 / (a - a)) * 0;
+    """
+    header = """
+        #define OVER(a, b) ((a) / (b))
+        template <class T> inline T quotient(int a, T b) { return a / b; }
+        inline int twice(int x) { return simd_sum(x) * 2; }
+    """
+    for meet, debug in (("", False), ("simd_sum(1);", False), ("twice(1);", False), ("", True))[: 4 if least else 1]:
+        kernel = metalloid.fast.metal_kernel(
+            "over", ["x", "d"], ["out", "mod"], source.replace("MEET", meet), header, debug_options={"debug": debug}
+        )
+        out, mod = kernel(inputs=[x, d], output_shapes=[x.shape] * 2, output_dtypes=[dtype] * 2, grid=(7, 1, 1),
+                          threadgroup=(7, 1, 1), template=[("T", dtype)])  # fmt: skip
+        assert out[4:].tolist() == [-(-least // 3), 14, 3]
+        assert mod[3:].tolist() == [0, -(-least % 3), 2, 1]
 
 
 def test_compile_error_in_source():

@@ -4,6 +4,7 @@
 #include "kernel.h"
 
 #include "array.h"
+#include "interrupt.h"
 #include "kernel/kernel.h"
 #include "operations.h"
 
@@ -293,9 +294,15 @@ static PyObject *run_call(PyObject *self, PyObject *args, bool run) {
             call.threadgroup[axis] = threadgroup[axis];
         }
         if (run) {
-            metalloid_status status;
-            Py_BEGIN_ALLOW_THREADS status = metalloid_kernel_launch(o.context, made->kernel, &call);
-            Py_END_ALLOW_THREADS result = status ? raise_status(status) : Py_NewRef(Py_None);
+            interrupt pressed;
+            if (interrupt_begin(&pressed)) {
+                metalloid_status status;
+                call.interrupted = interrupt_flag(&pressed);
+                Py_BEGIN_ALLOW_THREADS status = metalloid_kernel_launch(o.context, made->kernel, &call);
+                Py_END_ALLOW_THREADS interrupt_end(&pressed);
+                if (!status) result = Py_NewRef(Py_None);
+                else if (PyErr_CheckSignals() == 0) raise_status(status);
+            }
         } else {
             result = source_of(made->kernel, &call, translated);
         }

@@ -11,13 +11,17 @@ enum {
     mtl_most_variables = 128, /* in threadgroup memory */
     mtl_near_levels = 3,
     mtl_most_levels = 14, /* of loops and calls around a place of exchange */
+    mtl_most_joined =
+        1 << 16,            /* threads in a line of whole threadgroups that are one loop: what cannot be interrupted */
+    mtl_uninterrupted = 64, /* iterations of a loop that are counted */
 };
 
 /* One dispatch, the same for all of its threadgroups. */
 typedef struct mtl_dispatch {
     void *const *pointers; /* the kernel's buffers: data, shape, strides and rank of each input, then each output */
     unsigned grid[3], threadgroup[3], threadgroups[3];
-    unsigned long most_iterations; /* of all loops of one thread; 0: as many as it likes */
+    unsigned long most_iterations;   /* of all loops of one thread; 0: as many as it likes */
+    const volatile int *interrupted; /* or NULL; no longer 0: everything has to end */
 } mtl_dispatch;
 
 /* One thread of a threadgroup whose threads have stacks of their own: a cache line. */
@@ -61,6 +65,10 @@ typedef struct mtl_group {
 
     /* The same for lanes in lockstep, where a simdgroup has one stack, that of the thread of its number. */
     int (*next_simdgroup)(struct mtl_group *group, unsigned simdgroup);
+
+    /* Whether the launch has been interrupted, which is a failure then; `asked` counts how often. */
+    int (*is_interrupted)(struct mtl_group *group);
+    unsigned asked;
     void *(*declare)(struct mtl_group *group, unsigned variable, unsigned long bytes, unsigned long alignment);
 
     mtl_simdgroup simdgroup[mtl_most_simdgroups];
@@ -70,6 +78,6 @@ typedef struct mtl_group {
     unsigned long iterations[mtl_most_threads];
 } mtl_group;
 
-enum { mtl_failure_none, mtl_failure_barrier, mtl_failure_iterations, mtl_failure_memory };
+enum { mtl_failure_none, mtl_failure_barrier, mtl_failure_iterations, mtl_failure_memory, mtl_failure_interrupted };
 
 #endif

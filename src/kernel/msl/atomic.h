@@ -28,6 +28,7 @@ enum thread_scope {
 };
 
 template <class T> struct atomic { T __s; };
+template <class T> using _atomic = atomic<T>; // by which Metal's own header calls it
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;
 typedef atomic<bool> atomic_bool;

@@ -47,10 +47,10 @@ struct __mtl_place {
 
 // Goes on when this simdgroup's turn comes again.
 __mtl_inline void __mtl_turn(mtl_group &group) {
-    if (group.simdgroups == 1) return;
+    if (group.simdgroups == 1 && !group.dispatch->interrupted) return;
     unsigned self = __mtl_this_index();
     int next = group.next_simdgroup(&group, self);
-    if (next != (int)self) __mtl_switch(&group.thread[self].stack, group.thread[next].stack);
+    if (next != (int)self) __mtl_switch(&group.thread[self].stack, next < 0 ? group.home : group.thread[next].stack);
 }
 
 // These lanes stand at a barrier of the threadgroup's.

@@ -143,7 +143,7 @@ template <int DIM, class OffsetT = size_t, bool General = true> struct LoopedEle
 
 #define MLX_MTL_PRAGMA_UNROLL _Pragma("unroll")
 template <class T> struct WorkPerThread { static constexpr int n = 8 / sizeof(T); };
-template <class T, class U> MSL_FN constexpr T ceildiv(T n, U m) { return (n + m - 1) / m; }
+template <class T, class U> MSL_FN constexpr T ceildiv(T n, U m) { return (n + m - 1) MSL_OVER m; }
 MSL_MATH_1(log1p, msl_::log1p(x))
 MSL_MATH_1(expm1, msl_::expm1(x))
 MSL_MATH_1(erf, msl_::erf(x))

@@ -254,11 +254,11 @@ __mtl_inline void __mtl_finish() {
 static __attribute__((noinline)) bool __mtl_iterate() {
     mtl_group &group = __mtl_this_group();
     unsigned index = __mtl_this_index();
-    if (__builtin_expect(++group.iterations[index] > group.dispatch->most_iterations, 0)) {
-        group.failure = mtl_failure_iterations;
-        __mtl_switch(&group.thread[index].stack, group.home);
-    }
-    return false;
+    unsigned long count = ++group.iterations[index];
+    if (__builtin_expect(count > group.dispatch->most_iterations, 0)) group.failure = mtl_failure_iterations;
+    else if (__builtin_expect(count % mtl_uninterrupted != 0 || !group.is_interrupted(&group), 1)) return false;
+    __mtl_switch(&group.thread[index].stack, group.home);
+    return true;
 }
 
 /* The marks of src/kernel/places.c. */
@@ -352,7 +352,9 @@ static unsigned long __mtl_place_group(mtl_group &group, unsigned long at, unsig
     group.position[2] = (unsigned)(rows / dispatch.threadgroups[1]);
     if (joined >= 0) {
         unsigned long left = dispatch.threadgroups[joined] - group.position[joined];
+        unsigned long most = mtl_most_joined / dispatch.threadgroup[joined];
         run = end - at < left ? end - at : left;
+        if (run > most) run = most;
     }
     for (int axis = 0; axis < 3; axis++) {
         unsigned long size = axis == joined ? run * dispatch.threadgroup[axis] : dispatch.threadgroup[axis];

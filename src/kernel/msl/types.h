@@ -25,7 +25,10 @@
 #ifndef __METAL_VERSION__
 #define __METAL_VERSION__ 320
 #endif
-#define __METAL__       1
+#define __METAL__ 1
+#ifndef __LITTLE_ENDIAN__ // which NVRTC leaves out
+#define __LITTLE_ENDIAN__ 1
+#endif
 #define __HAVE_BFLOAT__ 1
 
 #if !MSL_GPU    // NVRTC has its own
@@ -264,6 +267,103 @@ template <class To, class From> MSL_FN constexpr To as_type(const From &x) {
     }
 }
 
+// ---- division of integers
+//
+// By zero, and of the smallest integer by -1, it has some value in Metal, while x86's instruction ends the process. The generated source
+// therefore has
+//     a / !__mtl_trap / b    for    a / b
+// and the same with % and /= and %=: operands need not be told apart then, the preprocessor computes the same from it as before (where
+// an unknown name is 0), and all but integers come through unchanged.
+#if MSL_GPU
+#define MSL_OVER   /
+#define MSL_MODULO %
+#else
+#define MSL_OVER   / !__mtl_trap /
+#define MSL_MODULO % !__mtl_trap %
+#define MSL_STEP   MSL_FN __attribute__((nodebug))
+namespace msl_ {
+template <class T> constexpr bool is_integer = scalar<T>::kind == 1 || scalar<T>::kind == 2;
+template <class A> using if_scalar = enable_if_t<(scalar<remove_cv_t<A>>::kind > 0)>;
+template <class A> using if_no_scalar = enable_if_t<scalar<remove_cv_t<A>>::kind == 0>;
+
+// Neither divisor is taken at its word: a loop's invariant, where b is one.
+template <class T> MSL_STEP constexpr T divisor_for(T b) {
+    using U = typename sized<sizeof(T)>::u;
+    if constexpr (scalar<T>::is_signed) return U(b) + U(1) <= U(1) ? T(1) : b;
+    else return b == 0 ? T(1) : b;
+}
+template <class A, class B> MSL_STEP constexpr auto quotient(A a, B b) {
+    using T = decltype(a / b);
+    if constexpr (!is_integer<A> || !is_integer<B>) return a / b;
+    else if constexpr (!scalar<T>::is_signed) return T(a) / divisor_for(T(b));
+    else return T(b) == T(-1) ? T(0 - typename sized<sizeof(T)>::u(a)) : T(a) / divisor_for(T(b));
+}
+template <class A, class B> MSL_STEP constexpr auto remainder(A a, B b) {
+    using T = decltype(a % b);
+    return T(a) % divisor_for(T(b));
+}
+
+// What stands before the second sign, or behind it in an assignment.
+template <class A> struct dividend {
+    A value;
+    template <class B, class = if_scalar<B>> friend MSL_STEP constexpr auto operator/(dividend a, B b) {
+        return quotient(a.value, b);
+    }
+    template <class B, class = if_scalar<B>> friend MSL_STEP constexpr auto operator%(dividend a, B b) {
+        return remainder(a.value, b);
+    }
+    template <class B, class = if_no_scalar<B>, class = void>
+    friend MSL_STEP constexpr auto operator/(dividend a, const B &b) {
+        return a.value / b;
+    }
+    template <class B, class = if_no_scalar<B>, class = void>
+    friend MSL_STEP constexpr auto operator%(dividend a, const B &b) {
+        return a.value % b;
+    }
+};
+template <class B> struct divisor {
+    B value;
+    MSL_STEP constexpr operator B() const { return value; }
+    template <class A, class = enable_if_t<!__is_class(A)>> friend MSL_STEP constexpr A &operator/=(A &a, divisor b) {
+        return a = A(quotient(remove_cv_t<A>(a), b.value));
+    }
+    template <class A, class = enable_if_t<!__is_class(A)>> friend MSL_STEP constexpr A &operator%=(A &a, divisor b) {
+        return a = A(remainder(remove_cv_t<A>(a), b.value));
+    }
+};
+template <class B> struct scalar<divisor<B>> : scalar<B> {};
+struct no_trap {
+    template <template <class> class Of, class A> static MSL_STEP constexpr auto mark(A a) {
+        if constexpr (is_integer<A>) return Of<A>{a};
+        else return a;
+    }
+#define MSL_MARKED(op)                                                                                     \
+    template <class A, class = if_scalar<A>> friend MSL_STEP constexpr auto operator op(A a, no_trap) {    \
+        return mark<dividend>(a);                                                                          \
+    }                                                                                                      \
+    template <class A, class = if_no_scalar<A>, class = void>                                              \
+    friend MSL_STEP constexpr const A &operator op(const A &a, no_trap) {                                  \
+        return a;                                                                                          \
+    }                                                                                                      \
+    template <class B, class = if_scalar<B>> friend MSL_STEP constexpr auto operator op##=(no_trap, B b) { \
+        return mark<divisor>(b);                                                                           \
+    }                                                                                                      \
+    template <class B, class = if_no_scalar<B>, class = void>                                              \
+    friend MSL_STEP constexpr const B &operator op##=(no_trap, const B &b) {                               \
+        return b;                                                                                          \
+    }
+    MSL_MARKED(/)
+    MSL_MARKED(%)
+#undef MSL_MARKED
+};
+struct trap {
+    friend MSL_STEP constexpr no_trap operator!(trap) { return {}; }
+};
+} // namespace msl_
+constexpr msl_::trap __mtl_trap;
+#undef MSL_STEP
+#endif
+
 // ---- half, bfloat
 
 namespace msl_ {
@@ -338,45 +438,57 @@ template <class H> struct arithmetic_with<H, H, 3> {};
 template <class H, class A> using with = typename arithmetic_with<H, A>::type;
 template <class A> using if_integral = enable_if_t<scalar<A>::kind == 1 || scalar<A>::kind == 2>;
 template <class A> using if_not_16_bit = enable_if_t<scalar<A>::kind != 3 || sizeof(A) != 2>;
+
+// What is read from a volatile H, and what is assigned to one. Neither is a copy constructor or assignment as C++ has them: those would
+// cost H its trivial ones.
+template <class H, class A> using if_volatile = enable_if_t<is_same_v<remove_const_t<A>, volatile H>>;
+template <class H> struct assigned {
+    H value;
+    template <class A, class = decltype(H(declval<const A &>()))> MSL_FN constexpr assigned(const A &a) : value(H(a)) {}
+};
 } // namespace msl_
 
-#define MSL_16_BIT_OP(H, op)                                                            \
-    friend MSL_FN constexpr H operator op(H a, H b) { return H(float(a) op float(b)); } \
-    template <class A> friend MSL_FN constexpr msl_::with<H, A> operator op(H a, A b) { \
-        return msl_::with<H, A>(float(a) op float(b));                                  \
-    }                                                                                   \
-    template <class A, class = msl_::if_not_16_bit<A>>                                  \
-    friend MSL_FN constexpr msl_::with<H, A> operator op(A a, H b) {                    \
-        return msl_::with<H, A>(float(a) op float(b));                                  \
-    }                                                                                   \
-    template <class A> MSL_FN constexpr H &operator op##=(const A &b) { return *this = H(float(*this) op float(b)); }
+#define MSL_16_BIT_OP(H, op)                                                                                          \
+    friend MSL_FN constexpr H operator op(H a, H b) { return H(float(a) op float(b)); }                               \
+    template <class A> friend MSL_FN constexpr msl_::with<H, A> operator op(H a, A b) {                               \
+        return msl_::with<H, A>(float(a) op float(b));                                                                \
+    }                                                                                                                 \
+    template <class A, class = msl_::if_not_16_bit<A>>                                                                \
+    friend MSL_FN constexpr msl_::with<H, A> operator op(A a, H b) {                                                  \
+        return msl_::with<H, A>(float(a) op float(b));                                                                \
+    }                                                                                                                 \
+    template <class A> MSL_FN constexpr H &operator op##=(const A &b) { return *this = H(float(*this) op float(b)); } \
+    template <class A> MSL_FN void operator op##=(const A &b) volatile { *this = H(float(*this) op float(b)); }
 
 // Comparisons are those of float, by conversion.
-#define MSL_16_BIT_CLASS(H)                                                                  \
-    ushort bits;                                                                             \
-    H() = default;                                                                           \
-    template <class A, class = enable_if_t<(msl_::scalar<A>::kind > 0) && !is_same_v<A, H>>> \
-    MSL_FN constexpr H(A x) : H(float(x)) {}                                                 \
-    MSL_16_BIT_OP(H, +)                                                                      \
-    MSL_16_BIT_OP(H, -)                                                                      \
-    MSL_16_BIT_OP(H, *)                                                                      \
-    MSL_16_BIT_OP(H, /)                                                                      \
-    friend MSL_FN constexpr H operator-(H a) {                                               \
-        a.bits ^= 0x8000u;                                                                   \
-        return a;                                                                            \
-    }                                                                                        \
-    friend MSL_FN constexpr H operator+(H a) { return a; }                                   \
-    MSL_FN constexpr H &operator++() { return *this = H(float(*this) + 1.0f); }              \
-    MSL_FN constexpr H &operator--() { return *this = H(float(*this) - 1.0f); }              \
-    MSL_FN constexpr H operator++(int) {                                                     \
-        H old = *this;                                                                       \
-        ++*this;                                                                             \
-        return old;                                                                          \
-    }                                                                                        \
-    MSL_FN constexpr H operator--(int) {                                                     \
-        H old = *this;                                                                       \
-        --*this;                                                                             \
-        return old;                                                                          \
+#define MSL_16_BIT_CLASS(H)                                                                            \
+    ushort bits;                                                                                       \
+    H() = default;                                                                                     \
+    template <class A, class = enable_if_t<(msl_::scalar<A>::kind > 0) && !is_same_v<A, H>>>           \
+    MSL_FN constexpr H(A x) : H(float(x)) {}                                                           \
+    template <class A, class = msl_::if_volatile<H, A>, class = void> MSL_FN H(A &x) : bits(x.bits) {} \
+    MSL_FN void operator=(msl_::assigned<H> x) volatile { bits = x.value.bits; }                       \
+    MSL_FN operator float() const volatile { return H(*this); }                                        \
+    MSL_16_BIT_OP(H, +)                                                                                \
+    MSL_16_BIT_OP(H, -)                                                                                \
+    MSL_16_BIT_OP(H, *)                                                                                \
+    MSL_16_BIT_OP(H, /)                                                                                \
+    friend MSL_FN constexpr H operator-(H a) {                                                         \
+        a.bits ^= 0x8000u;                                                                             \
+        return a;                                                                                      \
+    }                                                                                                  \
+    friend MSL_FN constexpr H operator+(H a) { return a; }                                             \
+    MSL_FN constexpr H &operator++() { return *this = H(float(*this) + 1.0f); }                        \
+    MSL_FN constexpr H &operator--() { return *this = H(float(*this) - 1.0f); }                        \
+    MSL_FN constexpr H operator++(int) {                                                               \
+        H old = *this;                                                                                 \
+        ++*this;                                                                                       \
+        return old;                                                                                    \
+    }                                                                                                  \
+    MSL_FN constexpr H operator--(int) {                                                               \
+        H old = *this;                                                                                 \
+        --*this;                                                                                       \
+        return old;                                                                                    \
     }
 
 #if MSL_GPU
@@ -515,76 +627,116 @@ template <class T, size_t N> struct array {
     static MSL_FN constexpr size_t size() { return N; }
 };
 
+template <class T, T... I> struct integer_sequence {
+    using value_type = T;
+    static MSL_FN constexpr size_t size() { return sizeof...(I); }
+};
+namespace msl_ {
+template <class A, class B> struct joined;
+template <class T, T... I, T... J> struct joined<integer_sequence<T, I...>, integer_sequence<T, J...>> {
+    using type = integer_sequence<T, I..., T(sizeof...(I)) + J...>;
+};
+template <class T, size_t N>
+struct counted : joined<typename counted<T, N / 2>::type, typename counted<T, N - N / 2>::type> {};
+template <class T> struct counted<T, 0> { using type = integer_sequence<T>; };
+template <class T> struct counted<T, 1> { using type = integer_sequence<T, T(0)>; };
+} // namespace msl_
+template <class T, T N> using make_integer_sequence = typename msl_::counted<T, size_t(N)>::type;
+template <size_t... I> using index_sequence = integer_sequence<size_t, I...>;
+template <size_t N> using make_index_sequence = make_integer_sequence<size_t, N>;
+
 template <class T> MSL_FN constexpr void swap(T &a, T &b) {
     T old = a;
     a = b;
     b = old;
 }
 
+// Messages go nowhere.
+enum os_log_type { OS_LOG_TYPE_DEFAULT, OS_LOG_TYPE_INFO, OS_LOG_TYPE_DEBUG, OS_LOG_TYPE_ERROR, OS_LOG_TYPE_FAULT };
+struct os_log {
+    MSL_FN constexpr os_log(const char *, const char *) {}
+    template <class... A> MSL_FN void log_with_type(os_log_type, const char *, A...) const {}
+    template <class... A> MSL_FN void log(const char *, A...) const {}
+    template <class... A> MSL_FN void log_info(const char *, A...) const {}
+    template <class... A> MSL_FN void log_debug(const char *, A...) const {}
+    template <class... A> MSL_FN void log_error(const char *, A...) const {}
+    template <class... A> MSL_FN void log_fault(const char *, A...) const {}
+};
+constexpr os_log os_log_default("", "");
+
 } // namespace metal
 
-#define CHAR_BIT       8
-#define SCHAR_MAX      127
-#define SCHAR_MIN      (-128)
-#define CHAR_MAX       127
-#define CHAR_MIN       (-128)
-#define UCHAR_MAX      255
-#define SHRT_MAX       32767
-#define SHRT_MIN       (-32768)
-#define USHRT_MAX      65535
-#define INT_MAX        2147483647
-#define INT_MIN        (-2147483647 - 1)
-#define UINT_MAX       4294967295u
-#define LONG_MAX       9223372036854775807l
-#define LONG_MIN       (-9223372036854775807l - 1)
-#define ULONG_MAX      18446744073709551615ul
-#define INFINITY       (::metal::numeric_limits<float>::infinity())
-#define NAN            (::metal::numeric_limits<float>::quiet_NaN())
-#define HUGE_VALF      INFINITY
-#define HUGE_VALH      (::metal::numeric_limits<::metal::half>::infinity())
-#define MAXFLOAT       0x1.fffffep127f
-#define FLT_MAX        0x1.fffffep127f
-#define FLT_MIN        0x1p-126f
-#define FLT_EPSILON    0x1p-23f
-#define FLT_DIG        6
-#define FLT_MANT_DIG   24
-#define FLT_RADIX      2
-#define FLT_MAX_EXP    128
-#define FLT_MIN_EXP    (-125)
-#define FLT_MAX_10_EXP 38
-#define FLT_MIN_10_EXP (-37)
-#define MAXHALF        ::metal::half(0x1.ffcp15f)
-#define HALF_MAX       ::metal::half(0x1.ffcp15f)
-#define HALF_MIN       ::metal::half(0x1p-14f)
-#define HALF_EPSILON   ::metal::half(0x1p-10f)
-#define HALF_DIG       3
-#define HALF_MANT_DIG  11
-#define HALF_RADIX     2
-#define HALF_MAX_EXP   16
-#define HALF_MIN_EXP   (-13)
-#define M_E_F          2.71828182845904523536f
-#define M_LOG2E_F      1.44269504088896340736f
-#define M_LOG10E_F     0.434294481903251827651f
-#define M_LN2_F        0.693147180559945309417f
-#define M_LN10_F       2.30258509299404568402f
-#define M_PI_F         3.14159265358979323846f
-#define M_PI_2_F       1.57079632679489661923f
-#define M_PI_4_F       0.785398163397448309616f
-#define M_1_PI_F       0.318309886183790671538f
-#define M_2_PI_F       0.636619772367581343076f
-#define M_2_SQRTPI_F   1.12837916709551257390f
-#define M_SQRT2_F      1.41421356237309504880f
-#define M_SQRT1_2_F    0.707106781186547524401f
-#define M_E_H          ::metal::half(M_E_F)
-#define M_LOG2E_H      ::metal::half(M_LOG2E_F)
-#define M_LOG10E_H     ::metal::half(M_LOG10E_F)
-#define M_LN2_H        ::metal::half(M_LN2_F)
-#define M_LN10_H       ::metal::half(M_LN10_F)
-#define M_PI_H         ::metal::half(M_PI_F)
-#define M_PI_2_H       ::metal::half(M_PI_2_F)
-#define M_PI_4_H       ::metal::half(M_PI_4_F)
-#define M_1_PI_H       ::metal::half(M_1_PI_F)
-#define M_2_PI_H       ::metal::half(M_2_PI_F)
-#define M_2_SQRTPI_H   ::metal::half(M_2_SQRTPI_F)
-#define M_SQRT2_H      ::metal::half(M_SQRT2_F)
-#define M_SQRT1_2_H    ::metal::half(M_SQRT1_2_F)
+#undef assert
+#define assert(condition) ((void)0)
+
+#define CHAR_BIT          8
+#define SCHAR_MAX         127
+#define SCHAR_MIN         (-128)
+#define CHAR_MAX          127
+#define CHAR_MIN          (-128)
+#define UCHAR_MAX         255
+#define SHRT_MAX          32767
+#define SHRT_MIN          (-32768)
+#define USHRT_MAX         65535
+#define INT_MAX           2147483647
+#define INT_MIN           (-2147483647 - 1)
+#define UINT_MAX          4294967295u
+#define LONG_MAX          9223372036854775807l
+#define LONG_MIN          (-9223372036854775807l - 1)
+#define ULONG_MAX         18446744073709551615ul
+#define INFINITY          (::metal::numeric_limits<float>::infinity())
+#define NAN               (::metal::numeric_limits<float>::quiet_NaN())
+#define HUGE_VALF         INFINITY
+#define HUGE_VALH         (::metal::numeric_limits<::metal::half>::infinity())
+#define MAXFLOAT          0x1.fffffep127f
+#define FLT_MAX           0x1.fffffep127f
+#define FLT_MIN           0x1p-126f
+#define FLT_EPSILON       0x1p-23f
+#define FLT_DIG           6
+#define FLT_MANT_DIG      24
+#define FLT_RADIX         2
+#define FLT_MAX_EXP       128
+#define FLT_MIN_EXP       (-125)
+#define FLT_MAX_10_EXP    38
+#define FLT_MIN_10_EXP    (-37)
+#define MAXHALF           ::metal::half(0x1.ffcp15f)
+#define HALF_MAX          ::metal::half(0x1.ffcp15f)
+#define HALF_MIN          ::metal::half(0x1p-14f)
+#define HALF_EPSILON      ::metal::half(0x1p-10f)
+#undef __FLT16_MAX__
+#undef __FLT16_MIN__
+#undef __FLT16_EPSILON__
+#define __FLT16_MAX__     HALF_MAX
+#define __FLT16_MIN__     HALF_MIN
+#define __FLT16_EPSILON__ HALF_EPSILON
+#define HALF_DIG          3
+#define HALF_MANT_DIG     11
+#define HALF_RADIX        2
+#define HALF_MAX_EXP      16
+#define HALF_MIN_EXP      (-13)
+#define M_E_F             2.71828182845904523536f
+#define M_LOG2E_F         1.44269504088896340736f
+#define M_LOG10E_F        0.434294481903251827651f
+#define M_LN2_F           0.693147180559945309417f
+#define M_LN10_F          2.30258509299404568402f
+#define M_PI_F            3.14159265358979323846f
+#define M_PI_2_F          1.57079632679489661923f
+#define M_PI_4_F          0.785398163397448309616f
+#define M_1_PI_F          0.318309886183790671538f
+#define M_2_PI_F          0.636619772367581343076f
+#define M_2_SQRTPI_F      1.12837916709551257390f
+#define M_SQRT2_F         1.41421356237309504880f
+#define M_SQRT1_2_F       0.707106781186547524401f
+#define M_E_H             ::metal::half(M_E_F)
+#define M_LOG2E_H         ::metal::half(M_LOG2E_F)
+#define M_LOG10E_H        ::metal::half(M_LOG10E_F)
+#define M_LN2_H           ::metal::half(M_LN2_F)
+#define M_LN10_H          ::metal::half(M_LN10_F)
+#define M_PI_H            ::metal::half(M_PI_F)
+#define M_PI_2_H          ::metal::half(M_PI_2_F)
+#define M_PI_4_H          ::metal::half(M_PI_4_F)
+#define M_1_PI_H          ::metal::half(M_1_PI_F)
+#define M_2_PI_H          ::metal::half(M_2_PI_F)
+#define M_2_SQRTPI_H      ::metal::half(M_2_SQRTPI_F)
+#define M_SQRT2_H         ::metal::half(M_SQRT2_F)
+#define M_SQRT1_2_H       ::metal::half(M_SQRT1_2_F)

@@ -39,6 +39,11 @@ template <class V, class T, int Width, int... I> struct swizzle {
         int i = 0;
         ((e[I] = v[i++]), ...);
     }
+    MSL_FN operator V() const volatile { return V(T(e[I])...); }
+    MSL_FN void operator=(const V &v) volatile {
+        int i = 0;
+        ((e[I] = v[i++]), ...);
+    }
 #define MSL_SWIZZLE_OP(op) \
     template <class A> MSL_FN void operator op##=(const A &a) { set(V(*this) op a); }
     MSL_SWIZZLE_OP(+)
@@ -112,8 +117,8 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
 #define MSL_AT_3              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : z) : e[i])
 #define MSL_AT_4              (__builtin_is_constant_evaluated() ? (i == 0 ? x : i == 1 ? y : i == 2 ? z : w) : e[i])
 
-#define MSL_VEC_ARITHMETIC(EACH, op)                                                                            \
-    friend MSL_FN constexpr vec operator op(vec a, vec b) { return vec(EACH(T, MSL_BINARY, op)); }              \
+#define MSL_VEC_ARITHMETIC(EACH, op, on)                                                                        \
+    friend MSL_FN constexpr vec operator op(vec a, vec b) { return vec(EACH(T, MSL_BINARY, on)); }              \
     friend MSL_FN constexpr vec operator op(vec a, T b) { return a op vec(b); }                                 \
     friend MSL_FN constexpr vec operator op(T a, vec b) { return vec(a) op b; }                                 \
     template <class A, class = msl_::if_scalar_for<T, A>> friend MSL_FN constexpr vec operator op(vec a, A b) { \
@@ -122,7 +127,8 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
     template <class A, class = msl_::if_scalar_for<T, A>> friend MSL_FN constexpr vec operator op(A a, vec b) { \
         return vec(a) op b;                                                                                     \
     }                                                                                                           \
-    template <class A> MSL_FN constexpr vec &operator op##=(const A &b) { return *this = *this op b; }
+    template <class A> MSL_FN constexpr vec &operator op##=(const A &b) { return *this = *this op b; }          \
+    template <class A> MSL_FN void operator op##=(const A &b) volatile { *this = vec(*this) op b; }
 #define MSL_VEC_COMPARISON(N, EACH, op)                                                  \
     friend MSL_FN constexpr vec<bool, N> operator op(vec a, vec b) {                     \
         return vec<bool, N>(EACH(bool, MSL_BINARY, op));                                 \
@@ -148,6 +154,14 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
         return *this;                                                                                        \
     }                                                                                                        \
     template <class A, class = msl_::if_scalar_for<T, A>> MSL_FN constexpr vec(A s) : vec(T(s)) {}           \
+    template <class A, class = msl_::if_volatile<vec, A>, class = void>                                      \
+    MSL_FN vec(A &b) : vec(EACH(T, MSL_CONVERT, )) {}                                                        \
+    MSL_FN void operator=(msl_::assigned<vec> from) volatile {                                               \
+        const vec b = from.value;                                                                            \
+        MSL_ASSIGN_##N;                                                                                      \
+    }                                                                                                        \
+    MSL_FN volatile T &operator[](int i) volatile { return e[i]; }                                           \
+    MSL_FN T operator[](int i) const volatile { return e[i]; }                                               \
     template <class U, int M, class = enable_if_t<(M >= N)>>                                                 \
     MSL_FN constexpr explicit vec(vec<U, M> b) : vec(EACH(T, MSL_CONVERT, )) {}                              \
     template <class V, class U, int W, int... I>                                                             \
@@ -155,16 +169,16 @@ template <size_t Bytes> struct alignas(Bytes) aligned {};
     template <class V> MSL_FN constexpr explicit vec(const packed_vec<V> &b) : vec(b.operator V()) {}        \
     MSL_FN constexpr T &operator[](int i) { return e[i]; }                                                   \
     MSL_FN constexpr T operator[](int i) const { return MSL_AT_##N; }                                        \
-    MSL_VEC_ARITHMETIC(EACH, +)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, -)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, *)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, /)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, %)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, &)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, |)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, ^)                                                                              \
-    MSL_VEC_ARITHMETIC(EACH, <<)                                                                             \
-    MSL_VEC_ARITHMETIC(EACH, >>)                                                                             \
+    MSL_VEC_ARITHMETIC(EACH, +, +)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, -, -)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, *, *)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, /, MSL_OVER)                                                                    \
+    MSL_VEC_ARITHMETIC(EACH, %, MSL_MODULO)                                                                  \
+    MSL_VEC_ARITHMETIC(EACH, &, &)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, |, |)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, ^, ^)                                                                           \
+    MSL_VEC_ARITHMETIC(EACH, <<, <<)                                                                         \
+    MSL_VEC_ARITHMETIC(EACH, >>, >>)                                                                         \
     MSL_VEC_COMPARISON(N, EACH, ==)                                                                          \
     MSL_VEC_COMPARISON(N, EACH, !=)                                                                          \
     MSL_VEC_COMPARISON(N, EACH, <)                                                                           \
@@ -442,6 +456,9 @@ struct valued {};
 template <class V, class T, int W, int... I> MSL_FN constexpr V operator,(valued, const swizzle<V, T, W, I...> &s) {
     return s;
 }
+template <class V, class T, int W, int... I> MSL_FN V operator,(valued, const volatile swizzle<V, T, W, I...> &s) {
+    return s;
+}
 
 // What a function's argument counts as: a scalar, or the vector that a swizzle or a packed vector stands for.
 template <class T, class = void> struct number {};
@@ -465,6 +482,7 @@ template <class T> using float_t = typename floating<number_t<T>>::type;
 template <class A, class B, bool Scalars> struct common2 { using type = decltype(A() + B()); };
 template <class A> struct common2<A, A, true> { using type = A; };
 template <class A, class B> struct common2<A, B, false> {};
+template <class T, int N, class U, int M> struct common2<vec<T, N>, vec<U, M>, false> {};
 template <class T, int N> struct common2<vec<T, N>, vec<T, N>, false> { using type = vec<T, N>; };
 template <class T, int N, class B> struct common2<vec<T, N>, B, false> { using type = vec<T, N>; };
 template <class T, int N, class B> struct common2<B, vec<T, N>, false> { using type = vec<T, N>; };
