@@ -153,6 +153,8 @@ metalloid_status metalloid_kernel_create(const char *name, const char *const *in
         }
     }
     MTL_REQUIRE(source, op, "%s must not be NULL", "source");
+    MTL_REQUIRE(read.source_length <= PTRDIFF_MAX / 2, op, "options.source_length is too large: %zu",
+                read.source_length);
     MTL_REQUIRE(read.language == METALLOID_KERNEL_METAL || read.language == METALLOID_KERNEL_CUDA || precompiled, op,
                 "options.language is unknown: %d", (int)read.language);
     MTL_REQUIRE(read.shared_memory >= 0, op, "options.shared_memory must not be negative, got %d", read.shared_memory);

@@ -130,7 +130,7 @@ bool mtl_cache_path(mtl_text *path) {
     return !path->failed && path->length < PATH_MAX - 128;
 }
 
-/* Makes the directory, its parents too, and sees that it is the user's alone. */
+/* Makes the directory, its parents too, and sees that nobody but the user writes there. */
 static bool prepare_directory(const char *path) {
     char made[PATH_MAX];
     size_t length = strlen(path);
@@ -148,7 +148,7 @@ static bool prepare_directory(const char *path) {
     struct stat status;
     bool ours = fstat(directory, &status) == 0 && status.st_uid == geteuid();
     if (ours && status.st_mode & S_ISVTX) ours = false; /* root's /tmp and its like stay everybody's */
-    if (ours && status.st_mode & 077) ours = fchmod(directory, 0700) == 0;
+    if (ours && status.st_mode & 022) ours = fchmod(directory, 0700) == 0;
     close(directory);
     return ours;
 }
@@ -166,7 +166,8 @@ static void remove_directory(const char *path) {
     rmdir(path);
 }
 
-static const char build_prefix[] = "build-";
+/* No name of anybody else's: the directory may have been there before, with a user's own in it. */
+static const char build_prefix[] = ".metalloid-build-";
 
 /* Build directories of processes that did not come to their end. */
 static void remove_old_builds(const char *path) {
@@ -340,6 +341,8 @@ static outcome build_in(const char *base, const char *entry, const char *debug, 
         bool is_full = statvfs(base, &space) == 0 && (double)space.f_bavail * (double)space.f_frsize < FEW_BYTES;
         if (!compiled) result = is_full ? NO_ROOM : REFUSED;
         if (!compiled) mtl_text_add(log, mtl_text_string(&said), said.length);
+        if (!compiled && said.length == 0)
+            mtl_text_format(log, "%s made nothing of it, without a word\n", build->compiler->word[0]);
         mtl_text_free(&said);
         if (compiled) {
             const char *path = object.data;

@@ -112,6 +112,7 @@ static int compiler_arguments(const metalloid_kernel *kernel, int stack_bits, ch
         "-ferror-limit=20",
         "-fmax-type-align=8", /* of what pointers point to: vectors in any array (msl/vectors.h) */
         "-Werror=frame-larger-than",
+        "-Werror=vla", /* which Metal has not, and no limit of frames sees */
 #if defined(__x86_64__)
         "-mno-red-zone",
         "-mprefer-vector-width=512",

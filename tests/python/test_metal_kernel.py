@@ -989,11 +989,55 @@ def test_directory_that_others_may_write_becomes_private(tmp_path):
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
 
 
+def test_directory_of_the_users_own_keeps_what_is_in_it(tmp_path):
+    notes = tmp_path / "build-debug1" / "notes"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    tmp_path.chmod(0o755)
+    for path in (notes, notes.parent):
+        os.utime(path, (0, 0))
+    program(tmp_path)
+    assert notes.read_text() == "mine"
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert entries(tmp_path)
+
+
 def test_directory_that_is_everybodys_stays_so(tmp_path):
     tmp_path.chmod(0o1777)
     program(tmp_path)
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777
     assert not list(tmp_path.iterdir())
+
+
+def test_array_whose_length_is_no_constant():
+    with pytest.raises(RuntimeError, match="variable length array"):
+        run(
+            "float a[int(x[0])]; a[0] = 1; y[0] = a[0];",
+            {"x": np.ones(1, F32)},
+            out=((1,), F32),
+            outputs=["y"],
+            grid=(1, 1, 1),
+        )
+
+
+def test_compiler_that_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("METALLOID_CACHE", str(tmp_path))
+    monkeypatch.setenv("METALLOID_CXX", "/bin/false")
+    with pytest.raises(RuntimeError, match="/bin/false made nothing of it"):
+        run("y[0] = 1;", {"x": np.ones(1, F32)}, out=((1,), F32), outputs=["y"], grid=(1, 1, 1))
+
+
+def test_tensors_of_a_subclass_and_conjugated():
+    torch = pytest.importorskip("torch")
+    kernel = metalloid.metal_kernel("twice", ["x"], ["y"], "y[0] = 2 * x[0];")
+    given = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1), "output_shapes": [(1,)], "output_dtypes": [torch.float32]}
+    (y,) = kernel(inputs=[torch.ones(1).as_subclass(type("Sub", (torch.Tensor,), {}))], **given)
+    assert isinstance(y, torch.Tensor)
+    assert y.item() == 2
+    with pytest.raises(ValueError, match=r"inputs\[0\] is a view of conjugated memory: pass .*resolve_conj"):
+        kernel(inputs=[torch.ones(1, dtype=torch.complex64).conj()], **given)
+    with pytest.raises(ValueError, match=r"not record: pass inputs\[0\]\.detach"):
+        kernel(inputs=[torch.ones(1, requires_grad=True)], **given)
 
 
 def test_entry_that_is_a_fifo(tmp_path):

@@ -86,7 +86,10 @@ def _numpy_dtype(name: str) -> np.dtype:
 
 
 def _library(array: Any) -> str:
-    return type(array).__module__.partition(".")[0]
+    """Of the array's class, or of the one that it is derived from."""
+    libraries = [of.__module__.partition(".")[0] for of in type(array).__mro__]
+    known = ("numpy", "torch", "cupy", "jaxlib", "jax", "mlx")
+    return next((name for name in libraries if name in known), libraries[0])
 
 
 def _scalar(value: Any, place: int) -> Any:

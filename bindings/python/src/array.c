@@ -279,7 +279,7 @@ static bool open_capsule(mtl_array *opened, module_state *state, PyObject *metho
 }
 
 /* What a PyTorch tensor says beside its memory: false for one that records gradients, where they would get lost, and for one whose
- * memory holds its negated values. */
+ * memory holds its values negated or conjugated. */
 static bool check_tensor(module_state *state, PyObject *object, PyObject *requires_grad, const char *op,
                          const char *name) {
     if (requires_grad == Py_True) {
@@ -288,21 +288,30 @@ static bool check_tensor(module_state *state, PyObject *object, PyObject *requir
         if (!enabled && PyErr_Occurred()) return false;
         Py_XDECREF(enabled);
         if (enabled == Py_True) {
+            bool kernel = strstr(op, "kernel") != NULL; /* of the user's, whose gradient nobody knows */
             PyErr_Format(
                 PyExc_ValueError,
-                "%s: %s requires gradients, which this function does not record: call metalloid.torch.%s, pass "
-                "%s.detach(), or call it under torch.no_grad()",
-                op, name, op, name);
+                "%s: %s requires gradients, which this function does not record: %s%s%spass %s.detach(), or call it "
+                "under torch.no_grad()",
+                op, name, kernel ? "" : "call metalloid.torch.", kernel ? "" : op, kernel ? "" : ", ", name);
             return false;
         }
     }
-    PyObject *negated = PyObject_CallMethodNoArgs(object, state->is_neg);
-    if (!negated && !PyErr_ExceptionMatches(PyExc_AttributeError)) return false;
-    if (!negated) PyErr_Clear();
-    Py_XDECREF(negated);
-    if (negated != Py_True) return true;
-    PyErr_Format(PyExc_ValueError, "%s: %s is a view of negated memory: pass %s.resolve_neg()", op, name, name);
-    return false;
+    const struct {
+        PyObject *method;
+        const char *stored, *resolve;
+    } views[] = {{state->is_neg, "negated", "resolve_neg"}, {state->is_conj, "conjugated", "resolve_conj"}};
+    for (size_t i = 0; i < sizeof views / sizeof views[0]; i++) {
+        PyObject *is_view = PyObject_CallMethodNoArgs(object, views[i].method);
+        if (!is_view && !PyErr_ExceptionMatches(PyExc_AttributeError)) return false;
+        if (!is_view) PyErr_Clear();
+        Py_XDECREF(is_view);
+        if (is_view != Py_True) continue;
+        PyErr_Format(PyExc_ValueError, "%s: %s is a view of %s memory: pass %s.%s()", op, name, views[i].stored, name,
+                     views[i].resolve);
+        return false;
+    }
+    return true;
 }
 
 bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool writable, const char *op,
@@ -651,6 +660,7 @@ bool arrays_init(PyObject *module, module_state *state) {
                  {&state->requires_grad, "requires_grad"},
                  {&state->is_grad_enabled, "is_grad_enabled"},
                  {&state->is_neg, "is_neg"},
+                 {&state->is_conj, "is_conj"},
                  {&state->torch, "torch"},
                  {&state->tensor, "Tensor"},
                  {&state->cupy, "cupy"},
@@ -680,6 +690,7 @@ void arrays_clear(module_state *state) {
     Py_CLEAR(state->requires_grad);
     Py_CLEAR(state->is_grad_enabled);
     Py_CLEAR(state->is_neg);
+    Py_CLEAR(state->is_conj);
     Py_CLEAR(state->torch);
     Py_CLEAR(state->tensor);
     Py_CLEAR(state->cupy);
