@@ -667,6 +667,33 @@ static void translate_conditions(translation *t) {
 
 /* ---- division ------------------------------------------------------------------------------------------------------------------------ */
 
+/* Whether it has   template <class U> S operator/(S a, U b)   or the like, which would take __mtl_trap for a divisor. */
+static bool has_generic_division(const translation *t) {
+    static const char *const ends[] = {";", "{", "}", NULL};
+    for (size_t i = 0; i < t->count; i++) {
+        size_t sign = mtl_after(t, i), open = mtl_after(t, sign), close = mtl_before(t, mtl_behind_bracket(t, open));
+        if (!mtl_is(t, i, "operator") || !(mtl_is(t, sign, "/") || mtl_is(t, sign, "%")) || !mtl_is(t, open, "("))
+            continue;
+        size_t begin = i;
+        while (begin != SIZE_MAX && !mtl_is_one_of(t, begin, ends) && !mtl_is(t, begin, "template"))
+            begin = mtl_before(t, begin);
+        if (begin == SIZE_MAX || !mtl_is(t, begin, "template")) continue;
+        size_t type = open;
+        for (size_t at = open; at < close; at = mtl_after(t, at)) {
+            if (mtl_is(t, at, "(") || mtl_is(t, at, ",")) type = mtl_after(t, at);
+            if (mtl_is(t, at, "<")) at = mtl_before(t, mtl_behind_angle(t, at));
+        }
+        while (mtl_is(t, type, "const") || mtl_is(t, type, "thread")) type = mtl_after(t, type);
+        if (mtl_is(t, mtl_after(t, type), "<") || type >= close) continue;
+        for (size_t at = begin; at < i; at = mtl_after(t, at)) {
+            bool parameter = mtl_is(t, at, "typename") || mtl_is(t, at, "class");
+            const mtl_token *name = parameter ? &t->token[mtl_after(t, at)] : NULL;
+            if (name && mtl_is_named(name, t->token[type].text, t->token[type].length)) return true;
+        }
+    }
+    return false;
+}
+
 /* a / b   becomes   a / !__mtl_trap / b,   which has a value for every b (msl/types.h). */
 static void translate_division(translation *t, size_t i) {
     size_t before = mtl_before(t, i), operand = mtl_is(t, i + 1, "=") ? mtl_after(t, i + 1) : mtl_after(t, i);
@@ -700,7 +727,7 @@ static void translate_token(translation *t, size_t i) {
         if (mtl_is(t, i, "[") && mtl_is(t, i + 1, "[")) translate_attribute(t, i);
         else if (mtl_is(t, i, "?") && t->options->arms) translate_condition(t, i);
         else if (mtl_is(t, i, "::")) translate_global(t, i);
-        else if ((mtl_is(t, i, "/") || mtl_is(t, i, "%")) && t->options->target == MTL_TARGET_CPU)
+        else if ((mtl_is(t, i, "/") || mtl_is(t, i, "%")) && t->options->target == MTL_TARGET_CPU && !t->divides)
             translate_division(t, i);
         else if (mtl_is(t, i, "{") && mtl_is(t, mtl_after(t, i), "[") && t->options->target == MTL_TARGET_CUDA)
             translate_designators(t, i);
@@ -764,9 +791,11 @@ static bool begin(translation *t, const char *source) {
     mtl_tokens tokens;
     if (t->region == MTL_REGION_HEADER || !header) {
         name_spaces(t, &t->tokens);
-    } else if (strstr(header, "threadgroup") || strstr(header, "constant")) {
+        t->divides = has_generic_division(t);
+    } else if (strstr(header, "threadgroup") || strstr(header, "constant") || strstr(header, "operator")) {
         if (!mtl_tokenize(&tokens, header, strlen(header))) return false;
         name_spaces(t, &tokens);
+        t->divides = has_generic_division(&(translation){.token = tokens.token, .count = tokens.count});
         mtl_tokens_free(&tokens);
     }
     return true;

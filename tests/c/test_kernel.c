@@ -189,7 +189,16 @@ static void quotients_do_not_trap(void **state) {
         {"DEFINE(/, %) // a / b", "DEFINE(/, %) // a / b"},
         {"#define D(a, b) (a) / (b)\n#if A / B\n", "#define D(a, b) (a) / !__mtl_trap / (b)\n#if A / B\n"},
     };
+    static const pair generic[] = {
+        {"template <typename T, typename U> D<T> operator/(D<T> a, const U b) { return a.x / b; }",
+         "template <typename T, typename U> D<T> operator/(D<T> a, const U b) { return a.x / b; }"},
+        {"struct M { template <class U> M operator%(thread U &k) const { return v % k; } };",
+         "struct M { template <class U> M operator%(       U &k) const { return v % k; } };"},
+        {"template <typename T> D<T> operator/(D<T> a, D<T> b) { return a.x / b.x; }",
+         "template <typename T> D<T> operator/(D<T> a, D<T> b) { return a.x / !__mtl_trap / b.x; }"},
+    };
     const mtl_unit_options cpu = {.target = MTL_TARGET_CPU}, gpu = {.target = MTL_TARGET_CUDA};
+    expect_translation(generic, sizeof generic / sizeof generic[0], MTL_REGION_HEADER, &cpu);
     expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &cpu);
     expect_translation(&(pair){"a / b", "a / b"}, 1, MTL_REGION_BODY, &gpu);
 }

@@ -1457,6 +1457,16 @@ case(
     **FLAT,
 )
 case(
+    "users' operators for anything",
+    f"{ID} Dual<float> d = {{a[i], 2}}; d = d / int(i + 1); Modulus m = {{int(i)}}; m = m % 3.0f; out0[i] = d.a + d.b + m.v + int(i) / 7;",
+    [X],
+    [(X + 2) / (_n + 1) + _n - 3 + _n // 7],
+    header="template <typename T> struct Dual { T a, b; };\n"
+    "template <typename T, typename U> inline Dual<T> operator/(Dual<T> x, U y) { return {x.a / y, x.b / y}; }\n"
+    "struct Modulus { int v; template <class U> Modulus operator%(const U k) const { return {v - int(k)}; } };\n",
+    **FLAT,
+)
+case(
     "simd's names of types",
     f"{ID} simd::float2 v = {{a[i], 2}}; simd_float3 w = simd_float3(v, 3); vector_uint4 u = {{1, 2, 3, 4}};"
     "matrix_float2x2 m = {{1, 2}, {3, 4}}; simd_float2x2 n = m * m; out0[i] = v.x + w.y + w.z + u.w + n.columns[1].x;",
