@@ -13,6 +13,17 @@ static size_t behind_arguments(const translation *t, size_t i) {
     return behind > i && mtl_is_one_of(t, behind, follow) ? behind : i;
 }
 
+/* The bracket that the token at `i` is directly in: '(', '[', '{', or NUL at the top. */
+static char enclosing_bracket(const translation *t, size_t i) {
+    long depth = 0;
+    for (size_t at = mtl_before(t, i); at != SIZE_MAX; at = mtl_before(t, at)) {
+        if (mtl_is(t, at, ")") || mtl_is(t, at, "]") || mtl_is(t, at, "}")) depth++;
+        if ((mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{")) && depth-- == 0)
+            return t->token[at].text[0];
+    }
+    return '\0';
+}
+
 /* ---- literals --------------------------------------------------------------------------------------------------------------- */
 
 /* The type that a literal's suffix names, and how long it is without: NULL for an integer, "" for the standard's own. */
@@ -77,10 +88,13 @@ static bool is_const_already(const translation *t, size_t i) {
     return false;
 }
 
-/* A static member in constant memory is initialized in its class, of whatever type it is. */
-static bool is_static_member(const translation *t, size_t i) {
+/* A static member in constant memory is initialized in its class, of whatever type it is; a GPU's variable by a constant, which
+ * another one is that is constexpr. */
+static bool is_constant_expression(const translation *t, size_t i) {
     static const char *const specifiers[] = {"const", "inline", "static", NULL};
-    bool found = false;
+    static const char *const kinds[] = {"struct", "class", "union", "enum", NULL};
+    bool found = t->options->target == MTL_TARGET_CUDA && t->region == MTL_REGION_HEADER &&
+                 enclosing_bracket(t, i) != '(' && !mtl_is_one_of(t, mtl_after(t, i), kinds);
     for (size_t at = mtl_before(t, i); at != SIZE_MAX && mtl_is_one_of(t, at, specifiers); at = mtl_before(t, at))
         found |= mtl_is(t, at, "static");
     for (size_t at = mtl_after(t, i); at != SIZE_MAX && mtl_is_one_of(t, at, specifiers); at = mtl_after(t, at))
@@ -106,22 +120,11 @@ static bool is_constexpr_already(const translation *t, size_t i) {
 
 static void translate_constant(translation *t, size_t i) {
     if (mtl_qualifies_constructor(t, i)) mtl_blank(t, i);
-    else if (is_static_member(t, i) && !is_constexpr_already(t, i)) t->token[i].replacement = "constexpr";
+    else if (is_constant_expression(t, i) && !is_constexpr_already(t, i)) t->token[i].replacement = "constexpr";
     else t->token[i].replacement = is_const_already(t, i) ? "" : "const";
 }
 
 /* ---- variables in threadgroup memory ------------------------------------------------------------------------------------------- */
-
-/* The bracket that the token at `i` is directly in: '(', '[', '{', or NUL at the top. */
-static char enclosing_bracket(const translation *t, size_t i) {
-    long depth = 0;
-    for (size_t at = mtl_before(t, i); at != SIZE_MAX; at = mtl_before(t, at)) {
-        if (mtl_is(t, at, ")") || mtl_is(t, at, "]") || mtl_is(t, at, "}")) depth++;
-        if ((mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{")) && depth-- == 0)
-            return t->token[at].text[0];
-    }
-    return '\0';
-}
 
 /* Behind the type that follows `threadgroup` at `i`, where the declarators begin; t->count where no variable is declared: the
  * pointee of a pointer, a reference, an argument of a template. */

@@ -1444,11 +1444,12 @@ case(
     "threadgroup _atomic<int> n[1]; if (thread_position_in_threadgroup.x == 0) clear(n); threadgroup_barrier(mem_flags::mem_threadgroup);"
     "atomic_fetch_add_explicit(n, 1, memory_order_relaxed); threadgroup_barrier(mem_flags::mem_threadgroup);"
     "out0[i] = r.end - r.begin + sum_of(make_index_sequence<5>()) + Range::WHOLE.end + uint(atomic_load_explicit(n, memory_order_relaxed))"
-    " + make_integer_sequence<int, 7>::size() + (a[i] < float(__FLT16_MAX__) ? __LITTLE_ENDIAN__ : 0);"
+    " + make_integer_sequence<int, 7>::size() + TAKEN[i % 2] - LIMBS[i % 2] + (a[i] < float(__FLT16_MAX__) ? __LITTLE_ENDIAN__ : 0);"
     'os_log_default.log("%d", i); logger.log_debug("%f of %u", a[i], i);',
     [X],
-    [(_n + 2 + 10 + 9 + 64 + 7 + 1).astype(u32)],
+    [(_n + 2 + 10 + 9 + 64 + 7 + 1 + 1 + 2 * (_n % 2)).astype(u32)],
     header='#include <metal_logging>\nconstant os_log logger("own", "tests");\n'
+    "constant uint LIMBS[2] = {3, 4}; constant uint2 TAKEN = {LIMBS[1], LIMBS[0] + LIMBS[1]};\n"
     "struct Range { uint begin, end; static const Range WHOLE; };\n"
     "constexpr constant Range Range::WHOLE{.begin = 0, .end = 9};\n"
     "inline Range wider(Range r) { return {.begin = r.begin, .end = r.end + 1}; }\n"
