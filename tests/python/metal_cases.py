@@ -1458,6 +1458,18 @@ case(
     **FLAT,
 )
 case(
+    "members for each address space",
+    f"{ID} const device Wide* p = (const device Wide*)a; Wide w = p[i] + p[0]; threadgroup Wide t[64]; uint l = thread_position_in_threadgroup.x;"
+    "t[l] = -w; threadgroup_barrier(mem_flags::mem_threadgroup); Wide s = t[l ^ 1] + w; s += p[1]; out0[i] = s.v;",
+    [X],
+    [-(X[_n ^ 1] + X[0]) + X + X[0] + X[1]],
+    header="struct Wide { float v; Wide() = default; explicit Wide(float x) : v(x) {} Wide(Wide const device& o) : v(o.v) {}\n"
+    "Wide operator+(Wide o) const { return Wide(v + o.v); }\nWide operator+(Wide o) const device { return Wide(*this) + o; }\n"
+    "Wide operator+(Wide o) const threadgroup { Wide own = Wide(*this); return own + o; }\nWide operator-() const { return Wide(-v); }\n"
+    "void operator+=(Wide o) { v += o.v; }\nvoid operator+=(Wide o) device { v += o.v; } };\n",
+    **FLAT,
+)
+case(
     "users' operators for anything",
     f"{ID} Dual<float> d = {{a[i], 2}}; d = d / int(i + 1); Modulus m = {{int(i)}}; m = m % 3.0f; out0[i] = d.a + d.b + m.v + int(i) / 7;",
     [X],
