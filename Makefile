@@ -4,6 +4,11 @@ FUZZ_SECONDS ?= 60
 ARGS ?=
 CMAKE_ARGS ?=
 
+# The kernels are compiled for the tests, for the Python package and for the wheel; with ccache once. Looked for after the set-up.
+# scikit-build-core would call Python's compiler, gcc, by another name.
+test docs wheel sanitize: export CC := $(CC)
+test docs wheel sanitize: export CMAKE_C_COMPILER_LAUNCHER = $(shell command -v ccache 2>/dev/null)
+
 all:
 	@tools/setup build
 	cmake --preset release $(CMAKE_ARGS)
@@ -28,7 +33,7 @@ test:
 	cmake --build --preset aarch64
 	ctest --preset aarch64
 	ctest --preset aarch64-no-bf16
-	METALLOID_COMMAND=build/test/metalloid .venv/bin/python -m pytest tests/python
+	METALLOID_COMMAND=build/test/metalloid .venv/bin/python -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/python
 	@tools/test_elixir
 	@tools/test_cuda
 

@@ -9,7 +9,20 @@ typedef struct delta_case {
     tensor *q, *k, *v, *gamma, *beta, *initial_state, *mask, *out, *state;
 } delta_case;
 
-/* S <- S gamma_t;  S <- S + beta_t (v_t - S k_t) k_t^T;  out_t = S q_t, one step after the other, in long double. */
+/* A sum of products in twice double's precision (Ogita, Rump & Oishi 2005, doi:10.1137/030601818): `high` and what it has lost. Not
+ * in long double, which Arm has in software alone. */
+typedef struct {
+    double high, low;
+} exact_sum;
+
+static void add_product(exact_sum *sum, double a, double b) {
+    double product = a * b, rest = fma(a, b, -product);
+    double next = sum->high + product, part = next - sum->high;
+    sum->low += ((sum->high - (next - part)) + (product - part)) + rest;
+    sum->high = next;
+}
+
+/* S <- S gamma_t;  S <- S + beta_t (v_t - S k_t) k_t^T;  out_t = S q_t, one step after the other. */
 static void reference(const delta_case *c, double *out, double *final) {
     const double *q = values(c->q), *k = values(c->k), *v = values(c->v), *gamma = values(c->gamma),
                  *beta = values(c->beta);
@@ -25,18 +38,18 @@ static void reference(const delta_case *c, double *out, double *final) {
                 int64_t at = b * c->time + t, head = at * c->v_heads + h, k_head = at * c->k_heads + h / group;
                 if (mask && mask[at] == 0) continue; /* out is 0 */
                 for (int64_t row = 0; row < c->value_dim; row++) {
-                    long double dot = 0, result = 0;
+                    exact_sum dot = {0, 0}, result = {0, 0};
                     double *line = s + row * c->key_dim;
                     for (int64_t i = 0; i < c->key_dim; i++) {
                         line[i] *= gamma[by_channel ? head * c->key_dim + i : head];
-                        dot += (long double)line[i] * k[k_head * c->key_dim + i];
+                        add_product(&dot, line[i], k[k_head * c->key_dim + i]);
                     }
-                    long double change = beta[head] * (v[head * c->value_dim + row] - dot);
+                    double change = beta[head] * ((v[head * c->value_dim + row] - dot.high) - dot.low);
                     for (int64_t i = 0; i < c->key_dim; i++) {
-                        line[i] = (double)(line[i] + change * k[k_head * c->key_dim + i]);
-                        result += (long double)line[i] * q[k_head * c->key_dim + i];
+                        line[i] = fma(change, k[k_head * c->key_dim + i], line[i]);
+                        add_product(&result, line[i], q[k_head * c->key_dim + i]);
                     }
-                    out[head * c->value_dim + row] = (double)result;
+                    out[head * c->value_dim + row] = result.high + result.low;
                 }
             }
         }

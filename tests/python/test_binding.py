@@ -948,7 +948,15 @@ def test_torch_result_is_an_ordinary_tensor():
 
 
 def leaked(call, times=10_000):
-    """Bytes that the second half of many calls leaves behind."""
+    """Bytes that many calls leave behind, the least of three times: pytest-xdist has a thread that allocates too."""
+    least = left_behind(call, times)
+    for _ in range(2):
+        if least >= 5000:
+            least = min(least, left_behind(call, times))
+    return least
+
+
+def left_behind(call, times):
     for _ in range(times // 10):
         call()
     gc.collect()
@@ -1011,6 +1019,7 @@ ERROR_PATHS |= {name: pytest.param(path, marks=capsules_are_counted) for name, p
 
 @pytest.mark.parametrize("path", ERROR_PATHS.values(), ids=ERROR_PATHS)
 def test_errors_leave_nothing_behind(path):
+    gc.collect()  # what an earlier test left
     counts = sys.getrefcount(x_ok), sys.getrefcount(x_short)
     assert leaked(path, 3000) < 5000
     assert (sys.getrefcount(x_ok), sys.getrefcount(x_short)) == counts

@@ -49,7 +49,8 @@ def test_debugging_sessions(tmp_path):
     (program,) = (block for block in blocks_of(page) if block.startswith("# program.py\n"))
     (tmp_path / "program.py").write_text(program)
     sessions = re.findall(r"^```console\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    environment = dict(os.environ, METALLOID_CACHE=str(tmp_path / "cache"), DEBUGINFOD_URLS="")
+    # gdb names the thread of a process that has several: NumPy's, here.
+    environment = dict(os.environ, METALLOID_CACHE=str(tmp_path / "cache"), DEBUGINFOD_URLS="", OMP_NUM_THREADS="2")
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     assert len(sessions) == 2
     for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(sessions), flags=re.MULTILINE):

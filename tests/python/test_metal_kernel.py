@@ -26,19 +26,6 @@ pytestmark = pytest.mark.skipif(not CLANG and "METALLOID_CXX" not in os.environ,
 F32 = np.float32
 
 
-@pytest.fixture(autouse=True, scope="session")
-def cache(tmp_path_factory):
-    """A cache of this run's own."""
-    path = tmp_path_factory.mktemp("kernels")
-    before = os.environ.get("METALLOID_CACHE")
-    os.environ["METALLOID_CACHE"] = str(path)
-    yield path
-    if before is None:
-        del os.environ["METALLOID_CACHE"]
-    else:
-        os.environ["METALLOID_CACHE"] = before
-
-
 def run(source, inputs, *, out, grid, threadgroup=(32, 1, 1), outputs=("out",), template=None, init_value=None, **made):
     """Runs a kernel whose inputs are named by a dict; `out` is a (shape, dtype) or several of them."""
     kernel = metal_kernel(
