@@ -674,9 +674,10 @@ static void translate_conditions(translation *t) {
 static bool has_generic_division(const translation *t) {
     static const char *const ends[] = {";", "{", "}", NULL};
     for (size_t i = 0; i < t->count; i++) {
-        size_t sign = mtl_after(t, i), open = mtl_after(t, sign), close = mtl_before(t, mtl_behind_bracket(t, open));
-        if (!mtl_is(t, i, "operator") || !(mtl_is(t, sign, "/") || mtl_is(t, sign, "%")) || !mtl_is(t, open, "("))
-            continue;
+        if (!mtl_is(t, i, "operator")) continue;
+        size_t sign = mtl_after(t, i), open = mtl_after(t, sign);
+        if (!(mtl_is(t, sign, "/") || mtl_is(t, sign, "%")) || !mtl_is(t, open, "(")) continue;
+        size_t close = mtl_before(t, mtl_behind_bracket(t, open));
         size_t begin = i;
         while (begin != SIZE_MAX && !mtl_is_one_of(t, begin, ends) && !mtl_is(t, begin, "template"))
             begin = mtl_before(t, begin);
