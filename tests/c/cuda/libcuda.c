@@ -346,7 +346,6 @@ EXPORT int libcuda_idle_kernels(char *name, size_t size) {
             if (is_used(at, length)) continue;
             snprintf(name, size, "%.*s", (int)length, at);
             idle++;
-            fprintf(stderr, "IDLE %s\n", name);
         }
     }
     return idle;
