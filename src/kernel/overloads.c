@@ -3,7 +3,8 @@
  * Metal tells a device T * from a threadgroup T *, so that its sources have one function for each; to C++ both are a T *, and the
  * second of them a redefinition. Where two declarations of one scope read the same but for address spaces and the names of
  * parameters, they mean the same, and the later one is left out: functions, members (X() thread, X() device), specializations of
- * class templates for pointers. Those that do something else stay, and the compiler refuses them. */
+ * class templates for pointers; members that do to a copy of theirs what the others do. Those that do something else stay, and the
+ * compiler refuses them. */
 #include "kernel/translation.h"
 
 #include <stdlib.h>
@@ -188,6 +189,37 @@ static void measure(const translation *t, declaration *d) {
     }
 }
 
+/* T f(U x) device const { return X(*this).f(x); }   where the brace is, or d->end: what is done to a copy in thread memory is what
+ * the member without an address space does. */
+static size_t body_on_a_copy(const translation *t, const declaration *d) {
+    size_t body = d->parameters_end;
+    while (body < d->end && !mtl_is(t, body, "{") && !mtl_is(t, body, ":")) body = mtl_after(t, body);
+    if (!mtl_is(t, body, "{") || !d->has_spaces || !d->parameters_end) return d->end;
+    for (size_t i = body; i < d->end; i = mtl_after(t, i)) {
+        size_t copied = mtl_after(t, mtl_after(t, i));
+        if ((mtl_is(t, i, "(") || mtl_is(t, i, "{")) && mtl_is(t, mtl_after(t, i), "*") && mtl_is(t, copied, "this") &&
+            mtl_is_identifier(t, mtl_before(t, i)))
+            return body;
+    }
+    return d->end;
+}
+
+static bool is_done_already(const translation *t, const scope *s, const declaration *d) {
+    declaration head = *d;
+    head.end = body_on_a_copy(t, d);
+    if (head.end == d->end) return false;
+    for (size_t i = 0; i < s->count; i++) {
+        declaration other = s->declarations[i];
+        size_t body = other.parameters_end;
+        while (body < other.end && !mtl_is(t, body, "{")) body = mtl_after(t, body);
+        other.end = body;
+        if (other.parameters_end && are_in_one_branch(t, other.begin, head.begin) && read_the_same(t, &other, &head) &&
+            !are_one_text(t, &other, &head))
+            return true;
+    }
+    return false;
+}
+
 static bool is_there_already(const translation *t, const scope *s, const declaration *d) {
     for (size_t i = 0; i < s->count; i++) {
         const declaration *other = &s->declarations[i];
@@ -240,7 +272,7 @@ static void go_through(translation *t, size_t at, size_t end, bool statements, i
         }
         if (!statements && !is_namespace) {
             measure(t, &d);
-            if (is_there_already(t, &s, &d)) leave_out(t, &d);
+            if (is_there_already(t, &s, &d) || is_done_already(t, &s, &d)) leave_out(t, &d);
             else remember(t, &s, &d);
         }
         at = d.end;

@@ -13,6 +13,17 @@ static size_t behind_arguments(const translation *t, size_t i) {
     return behind > i && mtl_is_one_of(t, behind, follow) ? behind : i;
 }
 
+/* The bracket that the token at `i` is directly in: '(', '[', '{', or NUL at the top. */
+static char enclosing_bracket(const translation *t, size_t i) {
+    long depth = 0;
+    for (size_t at = mtl_before(t, i); at != SIZE_MAX; at = mtl_before(t, at)) {
+        if (mtl_is(t, at, ")") || mtl_is(t, at, "]") || mtl_is(t, at, "}")) depth++;
+        if ((mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{")) && depth-- == 0)
+            return t->token[at].text[0];
+    }
+    return '\0';
+}
+
 /* ---- literals --------------------------------------------------------------------------------------------------------------- */
 
 /* The type that a literal's suffix names, and how long it is without: NULL for an integer, "" for the standard's own. */
@@ -77,10 +88,13 @@ static bool is_const_already(const translation *t, size_t i) {
     return false;
 }
 
-/* A static member in constant memory is initialized in its class, of whatever type it is. */
-static bool is_static_member(const translation *t, size_t i) {
+/* A static member in constant memory is initialized in its class, of whatever type it is; a GPU's variable by a constant, which
+ * another one is that is constexpr. */
+static bool is_constant_expression(const translation *t, size_t i) {
     static const char *const specifiers[] = {"const", "inline", "static", NULL};
-    bool found = false;
+    static const char *const kinds[] = {"struct", "class", "union", "enum", NULL};
+    bool found = t->options->target == MTL_TARGET_CUDA && t->region == MTL_REGION_HEADER &&
+                 enclosing_bracket(t, i) != '(' && !mtl_is_one_of(t, mtl_after(t, i), kinds);
     for (size_t at = mtl_before(t, i); at != SIZE_MAX && mtl_is_one_of(t, at, specifiers); at = mtl_before(t, at))
         found |= mtl_is(t, at, "static");
     for (size_t at = mtl_after(t, i); at != SIZE_MAX && mtl_is_one_of(t, at, specifiers); at = mtl_after(t, at))
@@ -106,22 +120,11 @@ static bool is_constexpr_already(const translation *t, size_t i) {
 
 static void translate_constant(translation *t, size_t i) {
     if (mtl_qualifies_constructor(t, i)) mtl_blank(t, i);
-    else if (is_static_member(t, i) && !is_constexpr_already(t, i)) t->token[i].replacement = "constexpr";
+    else if (is_constant_expression(t, i) && !is_constexpr_already(t, i)) t->token[i].replacement = "constexpr";
     else t->token[i].replacement = is_const_already(t, i) ? "" : "const";
 }
 
 /* ---- variables in threadgroup memory ------------------------------------------------------------------------------------------- */
-
-/* The bracket that the token at `i` is directly in: '(', '[', '{', or NUL at the top. */
-static char enclosing_bracket(const translation *t, size_t i) {
-    long depth = 0;
-    for (size_t at = mtl_before(t, i); at != SIZE_MAX; at = mtl_before(t, at)) {
-        if (mtl_is(t, at, ")") || mtl_is(t, at, "]") || mtl_is(t, at, "}")) depth++;
-        if ((mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{")) && depth-- == 0)
-            return t->token[at].text[0];
-    }
-    return '\0';
-}
 
 /* Behind the type that follows `threadgroup` at `i`, where the declarators begin; t->count where no variable is declared: the
  * pointee of a pointer, a reference, an argument of a template. */
@@ -667,6 +670,34 @@ static void translate_conditions(translation *t) {
 
 /* ---- division ------------------------------------------------------------------------------------------------------------------------ */
 
+/* Whether it has   template <class U> S operator/(S a, U b)   or the like, which would take __mtl_trap for a divisor. */
+static bool has_generic_division(const translation *t) {
+    static const char *const ends[] = {";", "{", "}", NULL};
+    for (size_t i = 0; i < t->count; i++) {
+        if (!mtl_is(t, i, "operator")) continue;
+        size_t sign = mtl_after(t, i), open = mtl_after(t, sign);
+        if (!(mtl_is(t, sign, "/") || mtl_is(t, sign, "%")) || !mtl_is(t, open, "(")) continue;
+        size_t close = mtl_before(t, mtl_behind_bracket(t, open));
+        size_t begin = i;
+        while (begin != SIZE_MAX && !mtl_is_one_of(t, begin, ends) && !mtl_is(t, begin, "template"))
+            begin = mtl_before(t, begin);
+        if (begin == SIZE_MAX || !mtl_is(t, begin, "template")) continue;
+        size_t type = open;
+        for (size_t at = open; at < close; at = mtl_after(t, at)) {
+            if (mtl_is(t, at, "(") || mtl_is(t, at, ",")) type = mtl_after(t, at);
+            if (mtl_is(t, at, "<")) at = mtl_before(t, mtl_behind_angle(t, at));
+        }
+        while (mtl_is(t, type, "const") || mtl_is(t, type, "thread")) type = mtl_after(t, type);
+        if (mtl_is(t, mtl_after(t, type), "<") || type >= close) continue;
+        for (size_t at = begin; at < i; at = mtl_after(t, at)) {
+            bool parameter = mtl_is(t, at, "typename") || mtl_is(t, at, "class");
+            const mtl_token *name = parameter ? &t->token[mtl_after(t, at)] : NULL;
+            if (name && mtl_is_named(name, t->token[type].text, t->token[type].length)) return true;
+        }
+    }
+    return false;
+}
+
 /* a / b   becomes   a / !__mtl_trap / b,   which has a value for every b (msl/types.h). */
 static void translate_division(translation *t, size_t i) {
     size_t before = mtl_before(t, i), operand = mtl_is(t, i + 1, "=") ? mtl_after(t, i + 1) : mtl_after(t, i);
@@ -700,7 +731,7 @@ static void translate_token(translation *t, size_t i) {
         if (mtl_is(t, i, "[") && mtl_is(t, i + 1, "[")) translate_attribute(t, i);
         else if (mtl_is(t, i, "?") && t->options->arms) translate_condition(t, i);
         else if (mtl_is(t, i, "::")) translate_global(t, i);
-        else if ((mtl_is(t, i, "/") || mtl_is(t, i, "%")) && t->options->target == MTL_TARGET_CPU)
+        else if ((mtl_is(t, i, "/") || mtl_is(t, i, "%")) && t->options->target == MTL_TARGET_CPU && !t->divides)
             translate_division(t, i);
         else if (mtl_is(t, i, "{") && mtl_is(t, mtl_after(t, i), "[") && t->options->target == MTL_TARGET_CUDA)
             translate_designators(t, i);
@@ -764,9 +795,11 @@ static bool begin(translation *t, const char *source) {
     mtl_tokens tokens;
     if (t->region == MTL_REGION_HEADER || !header) {
         name_spaces(t, &t->tokens);
-    } else if (strstr(header, "threadgroup") || strstr(header, "constant")) {
+        t->divides = has_generic_division(t);
+    } else if (strstr(header, "threadgroup") || strstr(header, "constant") || strstr(header, "operator")) {
         if (!mtl_tokenize(&tokens, header, strlen(header))) return false;
         name_spaces(t, &tokens);
+        t->divides = has_generic_division(&(translation){.token = tokens.token, .count = tokens.count});
         mtl_tokens_free(&tokens);
     }
     return true;

@@ -21,6 +21,7 @@ typedef struct translation {
     const mtl_unit_options *options;
     int variables;      /* in threadgroup memory */
     int unions;         /* without a name of their own */
+    bool divides;       /* the user has an operator / or % for anything */
     size_t first_place; /* the number of the first token, among those of header and body */
     block *scratch;
     bool in_condition; /* of #if */

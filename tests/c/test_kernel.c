@@ -163,10 +163,14 @@ static void overloads_are_left_out(void **state) {
          "struct S { S()        : x(1) {}                        };"},
         {"struct S { S() thread = default; S() device = default; int f() const device { return 1; }\n};",
          "struct S { S()        = default;                       int f() const        { return 1; }\n};"},
+        {"struct S { int g() const { return -v; }\nint g() device const { return -S(*this).v; } };",
+         "struct S { int g() const { return -v; }\n                                             };"},
         /* what does something else, stands twice, or in another branch of the preprocessor's */
         {"int f(device T* p) { return 1; } int f(thread T* p) { return 2; }",
          "int f(       T* p) { return 1; } int f(       T* p) { return 2; }"},
         {"int f(device T* p); int f(device T* p);", "int f(       T* p); int f(       T* p);"},
+        {"struct S { int g() const { return v; } int h() device const { return S(*this).v; } };",
+         "struct S { int g() const { return v; } int h()        const { return S(*this).v; } };"},
         {"#if A\nint f(device T* p);\n#else\nint f(thread T* p);\n#endif\n",
          "#if A\nint f(       T* p);\n#else\nint f(       T* p);\n#endif\n"},
         {"int f(device T* p, int q) { return q; } int f(thread T* q, int p) { return q; }",
@@ -189,7 +193,16 @@ static void quotients_do_not_trap(void **state) {
         {"DEFINE(/, %) // a / b", "DEFINE(/, %) // a / b"},
         {"#define D(a, b) (a) / (b)\n#if A / B\n", "#define D(a, b) (a) / !__mtl_trap / (b)\n#if A / B\n"},
     };
+    static const pair generic[] = {
+        {"template <typename T, typename U> D<T> operator/(D<T> a, const U b) { return a.x / b; }",
+         "template <typename T, typename U> D<T> operator/(D<T> a, const U b) { return a.x / b; }"},
+        {"struct M { template <class U> M operator%(thread U &k) const { return v % k; } };",
+         "struct M { template <class U> M operator%(       U &k) const { return v % k; } };"},
+        {"template <typename T> D<T> operator/(D<T> a, D<T> b) { return a.x / b.x; }",
+         "template <typename T> D<T> operator/(D<T> a, D<T> b) { return a.x / !__mtl_trap / b.x; }"},
+    };
     const mtl_unit_options cpu = {.target = MTL_TARGET_CPU}, gpu = {.target = MTL_TARGET_CUDA};
+    expect_translation(generic, sizeof generic / sizeof generic[0], MTL_REGION_HEADER, &cpu);
     expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &cpu);
     expect_translation(&(pair){"a / b", "a / b"}, 1, MTL_REGION_BODY, &gpu);
 }

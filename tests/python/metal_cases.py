@@ -1444,16 +1444,39 @@ case(
     "threadgroup _atomic<int> n[1]; if (thread_position_in_threadgroup.x == 0) clear(n); threadgroup_barrier(mem_flags::mem_threadgroup);"
     "atomic_fetch_add_explicit(n, 1, memory_order_relaxed); threadgroup_barrier(mem_flags::mem_threadgroup);"
     "out0[i] = r.end - r.begin + sum_of(make_index_sequence<5>()) + Range::WHOLE.end + uint(atomic_load_explicit(n, memory_order_relaxed))"
-    " + make_integer_sequence<int, 7>::size() + (a[i] < float(__FLT16_MAX__) ? __LITTLE_ENDIAN__ : 0);"
+    " + make_integer_sequence<int, 7>::size() + TAKEN[i % 2] - LIMBS[i % 2] + (a[i] < float(__FLT16_MAX__) ? __LITTLE_ENDIAN__ : 0);"
     'os_log_default.log("%d", i); logger.log_debug("%f of %u", a[i], i);',
     [X],
-    [(_n + 2 + 10 + 9 + 64 + 7 + 1).astype(u32)],
+    [(_n + 2 + 10 + 9 + 64 + 7 + 1 + 1 + 2 * (_n % 2)).astype(u32)],
     header='#include <metal_logging>\nconstant os_log logger("own", "tests");\n'
+    "constant uint LIMBS[2] = {3, 4}; constant uint2 TAKEN = {LIMBS[1], LIMBS[0] + LIMBS[1]};\n"
     "struct Range { uint begin, end; static const Range WHOLE; };\n"
     "constexpr constant Range Range::WHOLE{.begin = 0, .end = 9};\n"
     "inline Range wider(Range r) { return {.begin = r.begin, .end = r.end + 1}; }\n"
     "template <size_t... I> constexpr uint sum_of(index_sequence<I...>) { return uint((I + ... + 0)); }\n"
     "inline void clear(threadgroup _atomic<int>* n) { atomic_store_explicit(n, 0, memory_order_relaxed); }\n",
+    **FLAT,
+)
+case(
+    "members for each address space",
+    f"{ID} const device Wide* p = (const device Wide*)a; Wide w = p[i] + p[0]; threadgroup Wide t[64]; uint l = thread_position_in_threadgroup.x;"
+    "t[l] = -w; threadgroup_barrier(mem_flags::mem_threadgroup); Wide s = t[l ^ 1] + w; s += p[1]; out0[i] = s.v;",
+    [X],
+    [-(X[_n ^ 1] + X[0]) + X + X[0] + X[1]],
+    header="struct Wide { float v; Wide() = default; explicit Wide(float x) : v(x) {} Wide(Wide const device& o) : v(o.v) {}\n"
+    "Wide operator+(Wide o) const { return Wide(v + o.v); }\nWide operator+(Wide o) const device { return Wide(*this) + o; }\n"
+    "Wide operator+(Wide o) const threadgroup { Wide own = Wide(*this); return own + o; }\nWide operator-() const { return Wide(-v); }\n"
+    "void operator+=(Wide o) { v += o.v; }\nvoid operator+=(Wide o) device { v += o.v; } };\n",
+    **FLAT,
+)
+case(
+    "users' operators for anything",
+    f"{ID} Dual<float> d = {{a[i], 2}}; d = d / int(i + 1); Modulus m = {{int(i)}}; m = m % 3.0f; out0[i] = d.a + d.b + m.v + int(i) / 7;",
+    [X],
+    [(X + 2) / (_n + 1) + _n - 3 + _n // 7],
+    header="template <typename T> struct Dual { T a, b; };\n"
+    "template <typename T, typename U> inline Dual<T> operator/(Dual<T> x, U y) { return {x.a / y, x.b / y}; }\n"
+    "struct Modulus { int v; template <class U> Modulus operator%(const U k) const { return {v - int(k)}; } };\n",
     **FLAT,
 )
 case(

@@ -703,12 +703,6 @@ constexpr os_log os_log_default("", "");
 #define HALF_MAX          ::metal::half(0x1.ffcp15f)
 #define HALF_MIN          ::metal::half(0x1p-14f)
 #define HALF_EPSILON      ::metal::half(0x1p-10f)
-#undef __FLT16_MAX__
-#undef __FLT16_MIN__
-#undef __FLT16_EPSILON__
-#define __FLT16_MAX__     HALF_MAX
-#define __FLT16_MIN__     HALF_MIN
-#define __FLT16_EPSILON__ HALF_EPSILON
 #define HALF_DIG          3
 #define HALF_MANT_DIG     11
 #define HALF_RADIX        2
@@ -740,3 +734,10 @@ constexpr os_log os_log_default("", "");
 #define M_2_SQRTPI_H      ::metal::half(M_2_SQRTPI_F)
 #define M_SQRT2_H         ::metal::half(M_SQRT2_F)
 #define M_SQRT1_2_H       ::metal::half(M_SQRT1_2_F)
+
+#undef __FLT16_MAX__ // a compiler's own are of its own type
+#undef __FLT16_MIN__
+#undef __FLT16_EPSILON__
+#define __FLT16_MAX__     HALF_MAX
+#define __FLT16_MIN__     HALF_MIN
+#define __FLT16_EPSILON__ HALF_EPSILON
