@@ -322,7 +322,7 @@ static metalloid_status attend_hopper(const mtl_cuda_call *call, const mtl_atten
     int64_t items = form == SHORT ? small_items : large_items;
     int rows = kernels[at][form].groups * GROUP_ROWS, blocks = kernels[at][form].blocks;
     int keys = kind == PLAIN ? kernels[at][form].keys : kernels[at][form].keys_masked;
-    /* A counter has to be made and cleared, which short work does not make up for: its items are dealt out, by size. */
+    /* A counter has to be made and cleared, which short work does not make up for: its items are dealt out. */
     int64_t places = (int64_t)multiprocessors * blocks;
     bool counted = items > places && items * (args->kv_len / keys + 1) > places * DEALT_TILES;
     /* Those of a head one after another, so that its keys stay in the cache; where causal makes them unlike, and the

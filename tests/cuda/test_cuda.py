@@ -219,6 +219,16 @@ def attend(q, k, v, **options):
 SIXTEEN = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
+def assert_attends(q, k, v, **options):
+    """As in float64, within what 16 bits allow. Returns what came out."""
+    out, log = attend(q, k, v, **options)
+    ref, ref_log = reference_attention(q, k, v, **options)
+    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
+    assert error <= SIXTEEN[q.dtype], error
+    assert (log.double() - ref_log).abs().max().item() <= 1e-4
+    return out
+
+
 # Whole blocks, blocks with ends, one query, a few: with split keys and without, items of blocks dealt out in rounds, a
 # long stream of keys to each block.
 LENGTHS = [
@@ -244,11 +254,7 @@ def test_attention_on_tensor_cores(form, heads, queries, keys, dims, dtype):
     options = {"causal": {"causal": True}, "window": {"window": 100}}.get(form, {})
     if form == "mask":
         options["mask"] = randn(2, heads[0], queries, keys, seed=3) < 1
-    out, log = attend(q, k, v, **options)
-    ref, ref_log = reference_attention(q, k, v, **options)
-    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
-    assert error <= SIXTEEN[dtype], error
-    assert (log.double() - ref_log).abs().max().item() <= 1e-4
+    assert_attends(q, k, v, **options)
 
 
 def options_of(form, batch, heads, queries, keys, dtype):
@@ -284,11 +290,7 @@ def test_attention_of_few_rows(form, heads, queries, keys, dims, dtype):
     options = options_of(form, 2, heads[0], queries, keys, dtype)
     if form == "key_mask":
         options["key_mask"] = randn(2, keys, seed=3) < 1
-    out, log = attend(q, k, v, **options)
-    ref, ref_log = reference_attention(q, k, v, **options)
-    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
-    assert error <= SIXTEEN[dtype], error
-    assert (log.double() - ref_log).abs().max().item() <= 1e-4
+    assert_attends(q, k, v, **options)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN)
@@ -339,11 +341,7 @@ def test_attention_of_wide_heads(form, heads, queries, keys, dims):
     k = randn(2, heads[1], keys, dims[0], dtype=dtype, seed=1)
     v = randn(2, heads[1], keys, dims[1], dtype=dtype, seed=2)
     options = options_of(form, 2, heads[0], queries, keys, dtype)
-    out, log = attend(q, k, v, **options)
-    ref, ref_log = reference_attention(q, k, v, **options)
-    error = ((out.double() - ref).abs() / (ref.abs() + v.double().abs().max())).max().item()
-    assert error <= SIXTEEN[dtype], error
-    assert (log.double() - ref_log).abs().max().item() <= 1e-4
+    out = assert_attends(q, k, v, **options)
     assert torch.equal(out, attend(q, k, v, **options)[0])
 
 

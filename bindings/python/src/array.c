@@ -278,8 +278,20 @@ static bool open_capsule(mtl_array *opened, module_state *state, PyObject *metho
     return done && (!array_on_cuda(opened) || find_stream(opened, state) || refuse_export(op, name));
 }
 
+/* That a PyTorch tensor is no view of memory that holds its values otherwise, as `method` would say. */
+static bool check_view(PyObject *object, PyObject *method, const char *stored, const char *resolve, const char *op,
+                       const char *name) {
+    PyObject *is_view = PyObject_CallMethodNoArgs(object, method);
+    if (!is_view && !PyErr_ExceptionMatches(PyExc_AttributeError)) return false;
+    if (!is_view) PyErr_Clear();
+    Py_XDECREF(is_view);
+    if (is_view != Py_True) return true;
+    PyErr_Format(PyExc_ValueError, "%s: %s is a view of %s memory: pass %s.%s()", op, name, stored, name, resolve);
+    return false;
+}
+
 /* What a PyTorch tensor says beside its memory: false for one that records gradients, where they would get lost, and for one whose
- * memory holds its values negated or conjugated. */
+ * memory holds its negated values. */
 static bool check_tensor(module_state *state, PyObject *object, PyObject *requires_grad, const char *op,
                          const char *name) {
     if (requires_grad == Py_True) {
@@ -297,21 +309,7 @@ static bool check_tensor(module_state *state, PyObject *object, PyObject *requir
             return false;
         }
     }
-    const struct {
-        PyObject *method;
-        const char *stored, *resolve;
-    } views[] = {{state->is_neg, "negated", "resolve_neg"}, {state->is_conj, "conjugated", "resolve_conj"}};
-    for (size_t i = 0; i < sizeof views / sizeof views[0]; i++) {
-        PyObject *is_view = PyObject_CallMethodNoArgs(object, views[i].method);
-        if (!is_view && !PyErr_ExceptionMatches(PyExc_AttributeError)) return false;
-        if (!is_view) PyErr_Clear();
-        Py_XDECREF(is_view);
-        if (is_view != Py_True) continue;
-        PyErr_Format(PyExc_ValueError, "%s: %s is a view of %s memory: pass %s.%s()", op, name, views[i].stored, name,
-                     views[i].resolve);
-        return false;
-    }
-    return true;
+    return check_view(object, state->is_neg, "negated", "resolve_neg", op, name);
 }
 
 bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool writable, const char *op,
@@ -332,6 +330,8 @@ bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool w
     if (attribute && usable_exchange(attribute)) {
         bool done = open_exchange(opened, attribute, object, writable, op, name);
         Py_DECREF(attribute);
+        if (done && requires_grad && opened->tensor.dtype.code == kDLComplex)
+            done = check_view(object, state->is_conj, "conjugated", "resolve_conj", op, name);
         return done;
     }
     Py_XDECREF(attribute);

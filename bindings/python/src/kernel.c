@@ -248,17 +248,16 @@ static void close_call(opened *o) {
 
 /* The text of a call, in memory of PyMem_Malloc's. */
 static PyObject *source_of(metalloid_kernel *made, const metalloid_kernel_call *call, bool translated) {
-    size_t length;
-    metalloid_status status;
-    /* To translate a long source takes a while. */
-    Py_BEGIN_ALLOW_THREADS status = metalloid_kernel_source(made, call, translated, NULL, 0, &length);
-    Py_END_ALLOW_THREADS if (status) return raise_status(status);
-    char *text = PyMem_Malloc(length + 1);
-    if (!text) return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS status = metalloid_kernel_source(made, call, translated, text, length + 1, &length);
-    Py_END_ALLOW_THREADS PyObject *string =
-        status ? raise_status(status) : PyUnicode_DecodeUTF8(text, (Py_ssize_t)length, "replace");
-    PyMem_Free(text);
+    PyObject *string = NULL;
+    for (size_t size = 1 << 16, length = 0; !string && !PyErr_Occurred(); size = length + 1) {
+        char *text = PyMem_Malloc(size);
+        if (!text) return PyErr_NoMemory();
+        metalloid_status status;
+        /* To translate a long source takes a while. */
+        Py_BEGIN_ALLOW_THREADS status = metalloid_kernel_source(made, call, translated, text, size, &length);
+        Py_END_ALLOW_THREADS if (status) raise_status(status);
+        else if (length < size) string = PyUnicode_DecodeUTF8(text, (Py_ssize_t)length, "replace"); PyMem_Free(text);
+    }
     return string;
 }
 
