@@ -695,7 +695,10 @@ static bool add_barrier(lockstep *l, size_t i, size_t behind) {
     if (!mtl_is(t, end, ";") || mtl_after(t, end) != behind) return false;
     if (of_group && l->if_depth > 0) refuse(l);
     close_region(l);
-    mtl_text_add_string(l->out, of_group ? " __mtl_wait(__mtl_group, __mtl_on);" : " __mtl_turn(__mtl_group);");
+    mtl_text_add_string(l->out, " (void)sizeof((");
+    write(l, l->out, i, end, NULL, 0); /* what does not compile as it is written does not so either */
+    mtl_text_add_string(l->out,
+                        of_group ? ", 0)); __mtl_wait(__mtl_group, __mtl_on);" : ", 0)); __mtl_turn(__mtl_group);");
     return true;
 }
 

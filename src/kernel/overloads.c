@@ -43,9 +43,10 @@ static bool is_const(const translation *t, size_t i) {
 
 /* The next token that counts; r->end behind the last. */
 static size_t read(reader *r) {
+    static const char *const inlines[] = {"inline", "METAL_FUNC", NULL}; /* which say the same */
     while (r->at < r->end) {
         size_t i = r->at++;
-        if (r->t->token[i].kind == MTL_TOKEN_SPACE || is_space(r->t, i)) continue;
+        if (r->t->token[i].kind == MTL_TOKEN_SPACE || is_space(r->t, i) || mtl_is_one_of(r->t, i, inlines)) continue;
         bool is_another = r->was_const && is_const(r->t, i);
         r->was_const = is_const(r->t, i);
         if (!is_another) return i;

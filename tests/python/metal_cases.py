@@ -1401,6 +1401,35 @@ case(
 )
 
 case(
+    "users' own swap, move, ceildiv, array and others of Metal's names",
+    f"{ID} uint l = thread_position_in_threadgroup.x; threadgroup float s[64]; s[l] = a[i]; float x = a[i], y = 2; swap(x, y);"
+    "threadgroup_barrier(mem_flags::mem_threadgroup); if (l == 0) swap(s[0], s[1]); threadgroup_barrier(mem_flags::mem_threadgroup);"
+    "out1[i] = a[i]; out1[256 + i] = 5; swap(out1[i], out1[256 + i]); array<float, 3> p = {x, y, 1};"
+    "out0[i] = s[l] + 1000 * p.v[0] + move(y) + ceildiv(7, 2u) + dot(1.0f, 2.0f) + length(y) + cross(1, 2) + normalize(y) + distance(y, 1.0f)"
+    " + select(1.0f, 2.0f, true) + isnormal(y) + ldexp(y, 1) + modf(y, x) + frexp(y, x) + sincos(y, x) + extract_bits(3u, 0, 1) + reflect(y, y);",
+    [X],
+    [
+        X[np.where(_n % 64 < 2, _n ^ 1, _n)] + 10 * X + 2000 + 9 + 9 + 9 + 10 * 10,
+        np.concatenate([np.full(256, 5, f32), X]),
+    ],
+    header="template <typename T> inline void swap(thread T& a, thread T& b) { T t = a; a = b; b = t; }\n"
+    "template <typename T> inline void swap(threadgroup T& a, threadgroup T& b) { T t = a; a = b; b = t; }\n"
+    "template <typename T> METAL_FUNC void swap(device T& a, device T& b) { T t = a; a = b; b = t; }\n"
+    "template <class T> T move(T x) { return x; }\n"
+    "template <class T, class U> inline T ceildiv(T x, U y) { return T(9); }\n"
+    "template <class A, int N> struct array { A v[N]; };\n"
+    "template <typename T> T dot(T x, T y) { return 9; }\n"
+    "template <class T, class U> int cross(T x, U y) { return 10; }\n"
+    "template <class T, class U, class V> T select(T x, U y, V z) { return 10; }\n"
+    "template <class T> T extract_bits(T x, uint y, uint z) { return 9; }\n"
+    "template <class T, class U> T distance(T x, U y) { return x; }\n"
+    + "".join(f"template <typename T> T {name}(T x) {{ return x + 10; }}\n" for name in ("length", "normalize", "isnormal"))
+    + "".join(f"template <class T, class U> T {name}(T x, U y) {{ return x + 10; }}\n" for name in ("ldexp", "reflect"))
+    + "".join(f"template <class T, class U> T {name}(T x, thread U& y) {{ return x + 10; }}\n" for name in ("modf", "frexp", "sincos")),
+    **FLAT,
+)
+
+case(
     "unions as wholes",
     f"{ID} uint l = thread_position_in_threadgroup.x; U p, q; p.v = float4(a[i], 1, 2, 3); q = p; threadgroup U shared[64]; shared[l] = raised(q);"
     "union { half4 h; uint2 u; ushort s[4]; } n; n.h = half4(i, 1, 2, 3); auto m = n; m = n; Tagged t = {{p}, 7}, s; s.h = half2(1); s.k = 1; s = t;"

@@ -699,6 +699,13 @@ def test_compile_error_in_header():
         run("out[0] = f(out);", {}, out=((1,), F32), grid=(1, 1, 1), header=header)
 
 
+@pytest.mark.parametrize("body", ["", "if (simd_sum(1) > 0) "], ids=["lockstep", "threads"])
+@pytest.mark.parametrize("barrier", ["threadgroup_barrier", "simdgroup_barrier"])
+def test_a_barriers_argument_is_compiled(barrier, body):
+    with pytest.raises(RuntimeError, match=r"source:2:.*'mem_thredgroup'"):
+        run(f"\n{body}{barrier}(mem_flags::mem_thredgroup); out[0] = 1;", {}, out=((1,), F32), grid=(1, 1, 1))
+
+
 def test_textures_are_refused_in_words():
     with pytest.raises(RuntimeError, match=r"source:1.*(not supported|texture)"):
         run("texture2d<float> t; out[0] = 1;", {}, out=((1,), F32), grid=(1, 1, 1))

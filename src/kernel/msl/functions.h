@@ -125,12 +125,14 @@ MSL_ANY_2(mul24, msl_::low24(x) * msl_::low24(y))
 MSL_ANY_3(mad24, msl_::low24(x) * msl_::low24(y) + z)
 MSL_ANY_3(madhi, msl_::mulhi_of(x, y) + z)
 MSL_ANY_3(madsat, msl_::addsat_of(T(x *y), z))
-template <class A> MSL_FN constexpr msl_::number_t<A> extract_bits(A a, uint offset, uint count) {
+template <class A, MSL_REST> MSL_FN constexpr msl_::number_t<A> extract_bits(A a, uint offset, uint count, Rest...) {
+    MSL_NO_REST(extract_bits);
     using V = msl_::number_t<A>;
     return msl_::each<V>([=](auto x) { return msl_::extract_of(x, offset, count); }, V(a));
 }
-template <class A, class B>
-MSL_FN constexpr msl_::common_t<A, B> insert_bits(A base, B insert, uint offset, uint count) {
+template <class A, class B, MSL_REST>
+MSL_FN constexpr msl_::common_t<A, B> insert_bits(A base, B insert, uint offset, uint count, Rest...) {
+    MSL_NO_REST(insert_bits);
     using V = msl_::common_t<A, B>;
     return msl_::each<V>([=](auto x, auto y) { return msl_::insert_of(x, y, offset, count); }, V(base), V(insert));
 }
@@ -151,7 +153,8 @@ MSL_CLASSIFY(isinf, is_inf(x))
 MSL_CLASSIFY(isfinite, (bits(x) & 0x7f800000u) != 0x7f800000u)
 MSL_CLASSIFY(signbit, bits(x) >> 31 != 0)
 #undef MSL_CLASSIFY
-template <class A> MSL_FN constexpr auto isnormal(A a) {
+template <class A, MSL_REST> MSL_FN constexpr auto isnormal(A a, Rest...) {
+    MSL_NO_REST(isnormal);
     using V = msl_::float_t<A>;
     using S = make_scalar_t<V>;
     return msl_::each<msl_::rebind_t<V, bool>>(
@@ -161,11 +164,15 @@ template <class A> MSL_FN constexpr auto isnormal(A a) {
         },
         V(a));
 }
-template <class A, class B> MSL_FN constexpr auto isunordered(A a, B b) {
+template <class A, class B, MSL_REST> MSL_FN constexpr auto isunordered(A a, B b, Rest...) {
+    MSL_NO_REST(isunordered);
     using V = msl_::common_float_t<A, B>;
     return isnan(V(a)) || isnan(V(b));
 }
-template <class A, class B> MSL_FN constexpr auto isordered(A a, B b) { return !isunordered(a, b); }
+template <class A, class B, MSL_REST> MSL_FN constexpr auto isordered(A a, B b, Rest...) {
+    MSL_NO_REST(isordered);
+    return !isunordered(a, b);
+}
 MSL_FN constexpr bool any(bool x) { return x; }
 MSL_FN constexpr bool all(bool x) { return x; }
 MSL_FN constexpr bool any(const bool2 &v) { return v.x || v.y; }
@@ -174,7 +181,8 @@ MSL_FN constexpr bool any(const bool3 &v) { return v.x || v.y || v.z; }
 MSL_FN constexpr bool all(const bool3 &v) { return v.x && v.y && v.z; }
 MSL_FN constexpr bool any(const bool4 &v) { return v.x || v.y || v.z || v.w; }
 MSL_FN constexpr bool all(const bool4 &v) { return v.x && v.y && v.z && v.w; }
-template <class A, class B, class C> MSL_FN constexpr msl_::common_t<A, B> select(A a, B b, C c) {
+template <class A, class B, class C, MSL_REST> MSL_FN constexpr msl_::common_t<A, B> select(A a, B b, C c, Rest...) {
+    MSL_NO_REST(select);
     using V = msl_::common_t<A, B>;
     using S = make_scalar_t<V>;
     return msl_::each<V>(
@@ -199,42 +207,55 @@ template <class V> MSL_FN constexpr auto dot_of(const V &a, const V &b) {
 // The two arguments' vector type, where at least one is a vector.
 template <class A, class B> using vectors_t = vector_t<common_t<A, B>>;
 } // namespace msl_
-template <class A, class B, class V = msl_::vectors_t<A, B>> MSL_FN constexpr typename V::scalar_type dot(A a, B b) {
+template <class A, class B, class V = msl_::vectors_t<A, B>, MSL_REST>
+MSL_FN constexpr typename V::scalar_type dot(A a, B b, Rest...) {
+    MSL_NO_REST(dot);
     return typename V::scalar_type(msl_::dot_of(V(a), V(b)));
 }
-template <class A, class V = msl_::vector_t<A>> MSL_FN constexpr typename V::scalar_type length_squared(A a) {
+template <class A, class V = msl_::vector_t<A>, MSL_REST>
+MSL_FN constexpr typename V::scalar_type length_squared(A a, Rest...) {
+    MSL_NO_REST(length_squared);
     return dot(V(a), V(a));
 }
-template <class A, class V = msl_::vector_t<A>> MSL_FN typename V::scalar_type length(A a) {
+template <class A, class V = msl_::vector_t<A>, MSL_REST> MSL_FN typename V::scalar_type length(A a, Rest...) {
+    MSL_NO_REST(length);
     return typename V::scalar_type(msl_::sqrt(msl_::dot_of(V(a), V(a))));
 }
-template <class A, class B, class V = msl_::vectors_t<A, B>> MSL_FN typename V::scalar_type distance(A a, B b) {
+template <class A, class B, class V = msl_::vectors_t<A, B>, MSL_REST>
+MSL_FN typename V::scalar_type distance(A a, B b, Rest...) {
+    MSL_NO_REST(distance);
     return length(V(a) - V(b));
 }
-template <class A, class B, class V = msl_::vectors_t<A, B>>
-MSL_FN constexpr typename V::scalar_type distance_squared(A a, B b) {
+template <class A, class B, class V = msl_::vectors_t<A, B>, MSL_REST>
+MSL_FN constexpr typename V::scalar_type distance_squared(A a, B b, Rest...) {
+    MSL_NO_REST(distance_squared);
     return length_squared(V(a) - V(b));
 }
-template <class A, class V = msl_::vector_t<A>> MSL_FN V normalize(A a) {
+template <class A, class V = msl_::vector_t<A>, MSL_REST> MSL_FN V normalize(A a, Rest...) {
+    MSL_NO_REST(normalize);
     float scale = msl_::rsqrt(float(msl_::dot_of(V(a), V(a))));
     return msl_::each<V>([=](float x) { return x * scale; }, V(a));
 }
-template <class A, class B, class V = msl_::vectors_t<A, B>> MSL_FN constexpr V cross(A a, B b) {
+template <class A, class B, class V = msl_::vectors_t<A, B>, MSL_REST> MSL_FN constexpr V cross(A a, B b, Rest...) {
+    MSL_NO_REST(cross);
     static_assert(V::width == 3, "cross takes vectors of 3");
     V u(a), v(b);
     return V(u.y * v.z - u.z * v.y, u.z * v.x - u.x * v.z, u.x * v.y - u.y * v.x);
 }
-template <class A, class B, class V = msl_::vectors_t<A, B>> MSL_FN V reflect(A incident, B normal) {
+template <class A, class B, class V = msl_::vectors_t<A, B>, MSL_REST> MSL_FN V reflect(A incident, B normal, Rest...) {
+    MSL_NO_REST(reflect);
     return V(incident) - V(normal) * typename V::scalar_type(2.0f * float(dot(V(normal), V(incident))));
 }
-template <class A, class B, class V = msl_::vectors_t<A, B>>
-MSL_FN V refract(A incident, B normal, typename V::scalar_type eta) {
+template <class A, class B, class V = msl_::vectors_t<A, B>, MSL_REST>
+MSL_FN V refract(A incident, B normal, typename V::scalar_type eta, Rest...) {
+    MSL_NO_REST(refract);
     float c = float(dot(V(normal), V(incident))), e = float(eta), k = 1.0f - e * e * (1.0f - c * c);
     return k < 0.0f ? V(typename V::scalar_type(0))
                     : V(incident) * eta - V(normal) * typename V::scalar_type(e * c + msl_::sqrt(k));
 }
-template <class A, class B, class C, class V = msl_::vectors_t<A, B>>
-MSL_FN V faceforward(A normal, B incident, C reference) {
+template <class A, class B, class C, class V = msl_::vectors_t<A, B>, MSL_REST>
+MSL_FN V faceforward(A normal, B incident, C reference, Rest...) {
+    MSL_NO_REST(faceforward);
     return float(dot(V(reference), V(incident))) < 0.0f ? V(normal) : -V(normal);
 }
 

@@ -418,10 +418,6 @@ template <class T> MSL_FN constexpr T abs_of(T a) {
     };
 } // namespace msl_
 
-// A user's function template of the same name is the one that is called: its like without a trailing pack is more specialized.
-#define MSL_REST          class... Rest
-#define MSL_NO_REST(name) static_assert(sizeof...(Rest) == 0, "too many arguments of " #name)
-
 // Functions of floating point with one, two, three arguments, on scalars and vectors; integers count as float.
 #define MSL_MATH_1(name, body)                                                          \
     namespace msl_ {                                                                    \
@@ -550,7 +546,8 @@ MSL_ANY_3(min3, msl_::min_of(x, msl_::min_of(y, z)))
 MSL_ANY_3(median3, msl_::max_of(msl_::min_of(x, y), msl_::min_of(msl_::max_of(x, y), z)))
 MSL_ANY_3(clamp, msl_::min_of(msl_::max_of(x, y), z))
 
-template <class A, class B> MSL_FN msl_::float_t<A> ldexp(A a, B k) {
+template <class A, class B, MSL_REST> MSL_FN msl_::float_t<A> ldexp(A a, B k, Rest...) {
+    MSL_NO_REST(ldexp);
     using V = msl_::float_t<A>;
     return msl_::each<V>([](float x, int n) { return msl_::ldexp(x, n); }, V(a), msl_::rebind_t<V, int>(k));
 }
@@ -572,11 +569,13 @@ template <class V, class I, class F> MSL_FN void each_component(V &v, I &i, F f)
     }
 }
 } // namespace msl_
-template <class A> MSL_FN msl_::rebind_t<msl_::float_t<A>, int> ilogb(A a) {
+template <class A, MSL_REST> MSL_FN msl_::rebind_t<msl_::float_t<A>, int> ilogb(A a, Rest...) {
+    MSL_NO_REST(ilogb);
     using V = msl_::float_t<A>;
     return msl_::each<msl_::rebind_t<V, int>>(msl_::ilogb_f(), V(a));
 }
-template <class A, class E> MSL_FN msl_::float_t<A> frexp(A a, E &exponent) {
+template <class A, class E, MSL_REST> MSL_FN msl_::float_t<A> frexp(A a, E &exponent, Rest...) {
+    MSL_NO_REST(frexp);
     msl_::float_t<A> v(a);
     msl_::each_component(v, exponent, [](auto &x, auto &e) {
         float f = float(x);
@@ -586,7 +585,8 @@ template <class A, class E> MSL_FN msl_::float_t<A> frexp(A a, E &exponent) {
     });
     return v;
 }
-template <class A, class V> MSL_FN V modf(A a, V &whole) {
+template <class A, class V, MSL_REST> MSL_FN V modf(A a, V &whole, Rest...) {
+    MSL_NO_REST(modf);
     whole = trunc(V(a));
     V fraction(a);
     msl_::each_component(fraction, whole, [](auto &x, auto &w) {
@@ -595,7 +595,8 @@ template <class A, class V> MSL_FN V modf(A a, V &whole) {
     });
     return fraction;
 }
-template <class A, class V> MSL_FN V sincos(A a, V &cosine) {
+template <class A, class V, MSL_REST> MSL_FN V sincos(A a, V &cosine, Rest...) {
+    MSL_NO_REST(sincos);
     V v(a);
     cosine = cos(v);
     return sin(v);

@@ -143,7 +143,10 @@ template <int DIM, class OffsetT = size_t, bool General = true> struct LoopedEle
 
 #define MLX_MTL_PRAGMA_UNROLL _Pragma("unroll")
 template <class T> struct WorkPerThread { static constexpr int n = 8 / sizeof(T); };
-template <class T, class U> MSL_FN constexpr T ceildiv(T n, U m) { return (n + m - 1) MSL_OVER m; }
+template <class T, class U, MSL_REST> MSL_FN constexpr T ceildiv(T n, U m, Rest...) {
+    MSL_NO_REST(ceildiv);
+    return (n + m - 1) MSL_OVER m;
+}
 MSL_MATH_1(log1p, msl_::log1p(x))
 MSL_MATH_1(expm1, msl_::expm1(x))
 MSL_MATH_1(erf, msl_::erf(x))
@@ -153,7 +156,8 @@ MSL_FN complex64_t log1p(complex64_t z) {
     return {0.5f * msl_::log1p(r), msl_::atan2(y, x + 1.0f)};
 }
 template <bool Condition, class T, class U> struct ConditionalType { using type = conditional_t<Condition, T, U>; };
-template <class U, class T> MSL_FN constexpr U cast_to(T x) {
+template <class U, class T, MSL_REST> MSL_FN constexpr U cast_to(T x, Rest...) {
+    MSL_NO_REST(cast_to);
     if constexpr (is_same_v<U, bool> && is_complex_v<T>) return x.real != 0 || x.imag != 0;
     else return static_cast<U>(x);
 }

@@ -128,7 +128,13 @@ template <class T> struct add_pointer { using type = remove_reference_t<T> *; };
 template <class T> using add_pointer_t = typename add_pointer<T>::type;
 
 template <class T> T &&declval() noexcept;
-template <class T> MSL_FN constexpr remove_reference_t<T> &&move(T &&x) {
+// A user's function template of the same name is the one that is called: its like without a trailing pack is more specialized, and no
+// redefinition.
+#define MSL_REST          class... Rest
+#define MSL_NO_REST(name) static_assert(sizeof...(Rest) == 0, "too many arguments of " #name)
+
+template <class T, MSL_REST> MSL_FN constexpr remove_reference_t<T> &&move(T &&x, Rest...) {
+    MSL_NO_REST(move);
     return static_cast<remove_reference_t<T> &&>(x);
 }
 
@@ -645,7 +651,8 @@ template <class T, T N> using make_integer_sequence = typename msl_::counted<T, 
 template <size_t... I> using index_sequence = integer_sequence<size_t, I...>;
 template <size_t N> using make_index_sequence = make_integer_sequence<size_t, N>;
 
-template <class T> MSL_FN constexpr void swap(T &a, T &b) {
+template <class T, MSL_REST> MSL_FN constexpr void swap(T &a, T &b, Rest...) {
+    MSL_NO_REST(swap);
     T old = a;
     a = b;
     b = old;
