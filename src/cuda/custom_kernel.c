@@ -9,6 +9,7 @@
 #include "kernel/cache.h"
 #include "kernel/cuda_source.h"
 #include "kernel/kernel.h"
+#include "kernel/messages.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -108,13 +109,14 @@ static mtl_digest key_of(const mtl_text *unit, int arch, const char *const *opti
 }
 
 /* The unit's kernel `symbol`, from the cache or compiled. */
-static metalloid_status build(const mtl_cuda_call *call, const char *name, const mtl_text *unit,
+static metalloid_status build(const mtl_cuda_call *call, const mtl_definition *definition, const mtl_text *unit,
                               metalloid_math_mode mode, bool metal, const mtl_mentions *mentions, bool include,
                               const char *symbol, int shared_memory, CUfunction *function) {
     const char *why, *options[MOST_OPTIONS];
     if (unit->failed) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
     if (!mtl_nvrtc_available(&why))
-        return mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s has to be compiled, but %s", op, name, why);
+        return mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s has to be compiled, but %s", op, definition->name,
+                        why);
     int arch = call->device->major * 10 + call->device->minor;
     int count = options_of(mode, metal, mentions, options);
     mtl_digest key = key_of(unit, arch, options, count);
@@ -132,8 +134,11 @@ static metalloid_status build(const mtl_cuda_call *call, const char *name, const
     if (code) {
         status = load(call, &key, code, symbol, shared_memory, function);
     } else if (!*function) {
-        status =
-            mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op, name, mtl_text_string(&log));
+        mtl_text text = {0};
+        mtl_explain(&text, definition, mtl_text_string(&log));
+        status = mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op, definition->name,
+                          mtl_text_string(&text));
+        mtl_text_free(&text);
     }
     pthread_mutex_unlock(&building);
     free(code);
@@ -165,7 +170,7 @@ static metalloid_status make_function(const mtl_cuda_call *call, const metalloid
         .target = MTL_TARGET_CUDA, .math_mode = kernel->math_mode, .most_threads = most_threads, .line = line};
     if (metal) mtl_translation_unit(&unit, definition, &kernel->mentions, &launch->types, &options);
     else mtl_cuda_unit(&unit, definition, &kernel->mentions, &launch->types, &include);
-    metalloid_status status = build(call, definition->name, &unit, kernel->math_mode, metal, &kernel->mentions, include,
+    metalloid_status status = build(call, definition, &unit, kernel->math_mode, metal, &kernel->mentions, include,
                                     "mtl_kernel", kernel->shared_memory, function);
     mtl_text_free(&unit);
     return status;
@@ -249,7 +254,8 @@ static metalloid_status copy_to_rows(const mtl_cuda_call *call, mtl_view *view, 
     if (!function) {
         mtl_text unit = {0};
         mtl_text_add_string(&unit, copy_source);
-        metalloid_status status = build(call, "copy", &unit, METALLOID_MATH_SAFE, false, &(mtl_mentions){0}, false,
+        const mtl_definition definition = {.name = "copy", .source = "", .header = ""};
+        metalloid_status status = build(call, &definition, &unit, METALLOID_MATH_SAFE, false, &(mtl_mentions){0}, false,
                                         names[which], 0, &function);
         mtl_text_free(&unit);
         if (status) return status;

@@ -7,6 +7,7 @@
 #include "kernel/cache.h"
 #include "kernel/fiber.h"
 #include "kernel/kernel.h"
+#include "kernel/messages.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -225,10 +226,29 @@ static void *build_with_stacks(const metalloid_kernel *kernel, const mtl_types *
     return build_object(kernel, types, larger, &lockstep, compiler, log);
 }
 
-static metalloid_status refuse(const metalloid_kernel *kernel, const mtl_text *log) {
-    if (log->failed) return mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
-    return mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op, kernel->definition.name,
-                    mtl_text_string(log));
+/* Whether it is one that METALLOID_CXX names and says of itself that it is another. */
+static bool is_other_compiler(const mtl_compiler *compiler) {
+    static const char *const arguments[] = {"-dM", "-E", "-x",
+                                            "c++", "-",  NULL}; /* the macros that it has from the start */
+    const char *wanted = getenv("METALLOID_CXX");
+    mtl_text macros = {0};
+    bool other = wanted && *wanted && mtl_compiler_run(compiler, arguments, "/", &macros) && macros.data &&
+                 strstr(macros.data, "#define __cplusplus") && !strstr(macros.data, "#define __clang__");
+    mtl_text_free(&macros);
+    return other;
+}
+
+static metalloid_status refuse(const metalloid_kernel *kernel, const mtl_compiler *compiler, const mtl_text *log) {
+    mtl_text text = {.failed = log->failed};
+    if (is_other_compiler(compiler))
+        mtl_text_format(&text, "METALLOID_CXX=%s is not clang, which kernels are compiled with\n",
+                        getenv("METALLOID_CXX"));
+    mtl_explain(&text, &kernel->definition, mtl_text_string(log));
+    metalloid_status status = text.failed ? mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op)
+                                          : mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op,
+                                                     kernel->definition.name, mtl_text_string(&text));
+    mtl_text_free(&text);
+    return status;
 }
 
 static metalloid_status build(const metalloid_kernel *kernel, const mtl_types *types, mtl_variant *variant) {
@@ -263,8 +283,8 @@ static metalloid_status build(const metalloid_kernel *kernel, const mtl_types *t
         handle = build_with_stacks(kernel, types, bits, false, &compiler, &log);
     }
     pthread_mutex_unlock(&objects.mutex);
+    metalloid_status status = handle ? METALLOID_OK : refuse(kernel, &compiler, &log);
     mtl_compiler_free(&compiler);
-    metalloid_status status = handle ? METALLOID_OK : refuse(kernel, &log);
     mtl_text_free(&log);
     if (status) return status;
     void *run = dlsym(handle, "mtl_kernel_run");

@@ -2,6 +2,7 @@
  * SPDX-License-Identifier: MIT */
 #include "support.h"
 
+#include "kernel/messages.h"
 #include "kernel/sha256.h"
 #include "kernel/source.h"
 #include "kernel/tokenizer.h"
@@ -416,6 +417,94 @@ static void blocks_with_threads_that_leave_do_one_threadgroup(void **state) {
 }
 
 /* FIPS 180-4's examples. */
+/* As clang 14, later versions of clang, and NVRTC quote a line that is not the user's. */
+static void messages_quote_the_users_lines(void **state) {
+    (void)state;
+    static const mtl_definition definition = {
+        .name = "k",
+        .header = "\ndevice float* f() { return a / b / c; }\n",
+        .source = "uint i = 1;\r\n\ty[i] = 7 / n / zz + (n);\r\nfloat z = 1.0h\n",
+    };
+    static const pair pairs[] = {
+        {"source:2:38: error: no 'zz'\n        y[i] = 7 / !__mtl_trap / n / zz + (n);\n"
+         "                                     ^~\n                                     yy\n1 error generated.\n",
+         "source:2:17: error: no 'zz'\n\ty[i] = 7 / n / zz + (n);\n\t               ^\n1 error generated.\n"},
+        {"source:2:38: error: no 'zz'\n    1 | uint i = 1;\n    2 |         y[i] = 7 / !__mtl_trap / n / zz + (n);\n"
+         "      |                                      ^~\n      |                                      yy\n",
+         "source:2:17: error: no 'zz'\n    2 | \ty[i] = 7 / n / zz + (n);\n      | \t               ^\n"},
+        {"source(2): error: there is\n          no zz\n          y[i] = 7 / !__mtl_trap / n / zz + (n);\n"
+         "                                       ^\n\n1 error detected\n",
+         "source(2): error: there is\n          no zz\n  \ty[i] = 7 / n / zz + (n);\n  \t               ^\n\n"
+         "1 error detected\n"},
+        /* A slash that is there three times in one and twice in the other; what only the translation has. */
+        {"source:2:19: error: no\n        y[i] = 7 / !__mtl_trap / n / zz + (n);\n                  ^\n",
+         "source:2: error: no\n\ty[i] = 7 / n / zz + (n);\n"},
+        {"source:2:20: error: no\n        y[i] = 7 / !__mtl_trap / n / zz + (n);\n                    ^\nheader:9:1: "
+         "note: no\n",
+         "source:2: error: no\n\ty[i] = 7 / n / zz + (n);\nheader:9:1: note: no\n"},
+        /* At the end of a line. */
+        {"source:3:30: error: no ;\nfloat z = ::metal::half(1.0f)\n                             ^\n                    "
+         "         ;\n",
+         "source:3:15: error: no ;\nfloat z = 1.0h\n              ^\n"},
+        {"header:2:20: note: no 'a'\n       float* f() { return a / b / c; }\n                           ^\n",
+         "header:2:28: note: no 'a'\ndevice float* f() { return a / b / c; }\n                           ^\n"},
+        /* The user's own line stays as it was quoted; so do others', and lines that there are not. */
+        {"source:2:38: error: no\n        y[i] = 7 / n / zz + (n);\n               ^~~~~\n",
+         "source:2:38: error: no\n        y[i] = 7 / n / zz + (n);\n               ^~~~~\n"},
+        {"metalloid/math.h:2:1: note: here\n__mtl_at\n^\nsource:4:2: error: no }\n}\n ^\n",
+         "metalloid/math.h:2:1: note: here\n__mtl_at\n^\nsource:4:2: error: no }\n}\n ^\n"},
+        {"", ""},
+        {"source:", "source:"},
+        {"source:2:1", "source:2:1"},
+        {"source(2): error\n^", "source(2): error\n^"},
+        {"source:2:1: no\n__\n^", "source:2: no\n\ty[i] = 7 / n / zz + (n);\n"},
+    };
+    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
+        mtl_text out = {0};
+        mtl_explain(&out, &definition, pairs[i].metal);
+        assert_string_equal(mtl_text_string(&out), pairs[i].expected);
+        mtl_text_free(&out);
+    }
+}
+
+static void hints_say_what_compilers_do_not(void **state) {
+    (void)state;
+    static const char *const outputs[] = {"x", "y"};
+    static const struct {
+        const char *header, *source, *hint; /* what the text begins with */
+        bool atomic;
+    } examples[] = {
+        {"", "\nkernel void f(device float* y) { y[0] = 1; }", "source:2: source is a kernel's body alone", false},
+        {"", "\n\n[[kernel]]\nvoid f() {}", "source:3: source is a kernel's body alone", false},
+        {"", "float kernel[3]; /* kernel void */", "", false},
+        {"", "\natomic_fetch_add_explicit(&y[i], 1, memory_order_relaxed);",
+         "source:2: atomic_fetch_add_explicit needs an atomic, and y is none", false},
+        {"", "atomic_store_explicit(x + i, 1, memory_order_relaxed);", "source:1: atomic_store_explicit needs", false},
+        {"", "atomic_store_explicit(x + i, 1, memory_order_relaxed);", "", true},
+        {"", "atomic_store_explicit((device atomic_int*)x, 1, memory_order_relaxed);", "", false},
+        {"", "if (a) {\nif (b) {\n}", "source:1: the braces do not balance: no } closes the {", false},
+        {"", "if (a) {\nif (b) {\n '}'; // }\n", "source:2: the braces do not balance", false},
+        {"", "if (a) {\n}\n}\n", "source:3: the braces do not balance: } closes none", false},
+        {"struct S {\n int a;\n", "", "header:1: the braces do not balance", false},
+        {"", "#if A\nif (a) {\n#if B\n#endif\n#else\n#ifdef C\n#endif\nif (b) {\n#endif\n}", "", false},
+        {"", "}\nvoid g() {", "", false},
+        {"#define OPEN {\n", "a();", "", false},
+    };
+    for (size_t i = 0; i < sizeof examples / sizeof examples[0]; i++) {
+        const mtl_definition definition = {.name = "k",
+                                           .header = examples[i].header,
+                                           .source = examples[i].source,
+                                           .output_names = outputs,
+                                           .output_count = 2,
+                                           .atomic_outputs = examples[i].atomic};
+        mtl_text out = {0};
+        mtl_explain(&out, &definition, "");
+        size_t length = examples[i].hint[0] ? strlen(examples[i].hint) : out.length + 1;
+        assert_int_equal(strncmp(mtl_text_string(&out), examples[i].hint, length), 0);
+        mtl_text_free(&out);
+    }
+}
+
 static void digests_are_the_standards(void **state) {
     (void)state;
     static const struct {
@@ -453,6 +542,8 @@ int main(void) {
         cmocka_unit_test(parameters_of_a_launch_fit),
         cmocka_unit_test(threads_of_a_gpu_do_several_positions),
         cmocka_unit_test(blocks_with_threads_that_leave_do_one_threadgroup),
+        cmocka_unit_test(messages_quote_the_users_lines),
+        cmocka_unit_test(hints_say_what_compilers_do_not),
         cmocka_unit_test(digests_are_the_standards),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

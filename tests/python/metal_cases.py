@@ -1423,9 +1423,14 @@ case(
     "template <class T, class U, class V> T select(T x, U y, V z) { return 10; }\n"
     "template <class T> T extract_bits(T x, uint y, uint z) { return 9; }\n"
     "template <class T, class U> T distance(T x, U y) { return x; }\n"
-    + "".join(f"template <typename T> T {name}(T x) {{ return x + 10; }}\n" for name in ("length", "normalize", "isnormal"))
+    + "".join(
+        f"template <typename T> T {name}(T x) {{ return x + 10; }}\n" for name in ("length", "normalize", "isnormal")
+    )
     + "".join(f"template <class T, class U> T {name}(T x, U y) {{ return x + 10; }}\n" for name in ("ldexp", "reflect"))
-    + "".join(f"template <class T, class U> T {name}(T x, thread U& y) {{ return x + 10; }}\n" for name in ("modf", "frexp", "sincos")),
+    + "".join(
+        f"template <class T, class U> T {name}(T x, thread U& y) {{ return x + 10; }}\n"
+        for name in ("modf", "frexp", "sincos")
+    ),
     **FLAT,
 )
 

@@ -706,6 +706,43 @@ def test_a_barriers_argument_is_compiled(barrier, body):
         run(f"\n{body}{barrier}(mem_flags::mem_thredgroup); out[0] = 1;", {}, out=((1,), F32), grid=(1, 1, 1))
 
 
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("int n = 7 / int(i + 1) / missing; out[i] = n;", "missing"),
+        ("out[i] = simd_sum(out[i]) + missing;", "missing"),
+        ("threadgroup float s[4]; s[i] = 1.0h; out[i] = s[i] +  missing;", "missing"),
+        ("\tout[i] = 1 / i + missing; // of one", "missing"),
+    ],
+)
+def test_compile_errors_quote_the_users_line(line, wrong):
+    source = f"uint i = thread_position_in_grid.x;\n{line}\n"
+    with pytest.raises(RuntimeError) as raised:
+        metal_kernel("quoted", [], ["out"], source)(
+            inputs=[], output_shapes=[(4,)], output_dtypes=[F32], grid=(4, 1, 1), threadgroup=(4, 1, 1)
+        )
+    message = str(raised.value)
+    assert f"source:2:{line.index(wrong) + 1}: error: use of undeclared identifier" in message
+    assert line in message.expandtabs() or line in message
+    assert "__mtl" not in message
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("kernel void f(device float* out) {\n  out[0] = 1;\n}", "source:1: source is a kernel's body alone"),
+        ("out[0] = 1;\nif (out[0]) {\n  out[0] = 2;\n", "source:2: the braces do not balance"),
+        (
+            "\natomic_fetch_add_explicit(&out[0], 1.0f, memory_order_relaxed);",
+            "source:2: atomic_fetch_add_explicit needs an atomic, and out is none: .* with atomic_outputs=True",
+        ),
+    ],
+)
+def test_compile_errors_say_what_is_meant(source, hint):
+    with pytest.raises(RuntimeError, match=f"does not compile\n{hint}"):
+        run(source, {}, out=((1,), F32), grid=(1, 1, 1))
+
+
 def test_textures_are_refused_in_words():
     with pytest.raises(RuntimeError, match=r"source:1.*(not supported|texture)"):
         run("texture2d<float> t; out[0] = 1;", {}, out=((1,), F32), grid=(1, 1, 1))
@@ -1106,6 +1143,12 @@ def test_compiler_with_blanks_and_arguments(tmp_path):
 def test_compiler_that_fails_without_a_word(tmp_path):
     done = program(tmp_path, check=False, METALLOID_CXX=shutil.which("false"))
     assert "RuntimeError: metal_kernel: kernel cached does not compile" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_a_compiler_that_is_not_clang(tmp_path):
+    done = program(tmp_path, check=False, METALLOID_CXX="g++")
+    assert "does not compile\nMETALLOID_CXX=g++ is not clang, which kernels are compiled with\n" in done.stderr
 
 
 def test_full_disk(tmp_path):
