@@ -63,7 +63,7 @@ static bool read_heading(heading *h, const mtl_definition *definition, span line
     return true;
 }
 
-/* Spaces, ~ and a ^, behind the | of newer versions of clang. The place of the ^ is from the beginning. */
+/* Blanks, ~ and a ^, behind the | of newer versions of clang. The place of the ^ is from the beginning. */
 static bool is_caret(span line, size_t *at) {
     size_t i = 0;
     bool found = false;
@@ -73,7 +73,7 @@ static bool is_caret(span line, size_t *at) {
         if (line.text[i] == '^' && !found) {
             *at = i;
             found = true;
-        } else if (line.text[i] != ' ' && line.text[i] != '~' && line.text[i] != '^') {
+        } else if (line.text[i] != ' ' && line.text[i] != '\t' && line.text[i] != '~' && line.text[i] != '^') {
             return false;
         }
     }

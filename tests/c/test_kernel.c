@@ -432,8 +432,8 @@ static void messages_quote_the_users_lines(void **state) {
         {"source:2:38: error: no 'zz'\n    1 | uint i = 1;\n    2 |         y[i] = 7 / !__mtl_trap / n / zz + (n);\n"
          "      |                                      ^~\n      |                                      yy\n",
          "source:2:17: error: no 'zz'\n    2 | \ty[i] = 7 / n / zz + (n);\n      | \t               ^\n"},
-        {"source(2): error: there is\n          no zz\n          y[i] = 7 / !__mtl_trap / n / zz + (n);\n"
-         "                                       ^\n\n1 error detected\n",
+        {"source(2): error: there is\n          no zz\n  \ty[i] = 7 / !__mtl_trap / n / zz + (n);\n"
+         "  \t                             ^\n\n1 error detected\n",
          "source(2): error: there is\n          no zz\n  \ty[i] = 7 / n / zz + (n);\n  \t               ^\n\n"
          "1 error detected\n"},
         /* A slash that is there three times in one and twice in the other; what only the translation has. */

@@ -2,6 +2,7 @@
  * the translation keeps its lines; a kernel that is made gives its source, whatever it is made of. SPDX-License-Identifier: MIT */
 #include "calls.h"
 
+#include "kernel/messages.h"
 #include "kernel/source.h"
 #include "kernel/tokenizer.h"
 
@@ -43,6 +44,19 @@ static void translate_for_a_gpu(const char *text) {
     mtl_text_free(&out);
 }
 
+/* The text as what a compiler says, and as what it speaks of. */
+static void explain(const char *text) {
+    static const char *const outputs[] = {"y"};
+    const mtl_definition definition = {
+        .name = "k", .output_names = outputs, .output_count = 1, .source = text, .header = text};
+    mtl_text log = {0}, out = {0};
+    mtl_text_format(&log, "%s\nsource:1:3: error: no\n%s\n  ^\nheader(2): error: no\n  %s\n   ^\n", text, text, text);
+    mtl_explain(&out, &definition, mtl_text_string(&log));
+    expect(!log.failed && !out.failed, "no memory");
+    mtl_text_free(&log);
+    mtl_text_free(&out);
+}
+
 static void translate(const char *text, mtl_region region, bool count_iterations) {
     const mtl_definition definition = {.name = "k",
                                        .source = region == MTL_REGION_BODY ? text : "",
@@ -58,6 +72,7 @@ static void translate(const char *text, mtl_region region, bool count_iterations
     free(meeting.name);
     if (region == MTL_REGION_BODY) translate_in_lockstep(text);
     if (region == MTL_REGION_BODY) translate_for_a_gpu(text);
+    if (region == MTL_REGION_BODY) explain(text);
 
     mtl_tokens tokens;
     expect(mtl_tokenize(&tokens, text, strlen(text)), "no memory");
