@@ -1,8 +1,8 @@
 /* What a compiler says of a kernel, in terms of the user's text. SPDX-License-Identifier: MIT
  *
- * Lines keep their numbers in the translation, but not their text: marks stand in them, and what C++ does not know is left out. Where
- * a message quotes such a line, the user's own takes its place. The column is that of the token that the caret points to, if
- * both lines have as many of it; else it is left out, since a wrong one is worse than none. */
+ * Lines keep their numbers in the translation, but not their text: marks stand in them, and what C++ does not know is
+ * left out. Where a message quotes such a line, the user's own takes its place. The column is that of the token that the
+ * caret points to, if both lines have as many of it; else it is left out, since a wrong one is worse than none. */
 #include "kernel/messages.h"
 
 #include <ctype.h>
@@ -35,7 +35,7 @@ static span numbered_line(const char *text, unsigned long number) {
     return *text && number ? line_at(text) : (span){NULL, 0};
 }
 
-/* ---- quoted lines ------------------------------------------------------------------------------------------------------ */
+/* ---- quoted lines ------------------------------------------------------------------------------------------------ */
 
 typedef struct heading {
     const char *text;     /* of the file that it is about; NULL: another one */
@@ -168,7 +168,7 @@ static void add_message(mtl_text *out, const heading *h, span first, const char 
     mtl_text_add(out, rest, (size_t)(end - rest));
 }
 
-/* ---- what a compiler does not know ------------------------------------------------------------------------------------------ */
+/* ---- what a compiler does not know ------------------------------------------------------------------------------- */
 
 static unsigned long line_of(const char *text, const char *at) {
     unsigned long line = 1;

@@ -4,7 +4,7 @@
 
 #include "kernel/source.h"
 
-/* The compiler's messages, about the translation, as ones about `source` and `header`; before them what it cannot know of. */
+/* The compiler's messages about the translation as ones about `source` and `header`, behind what it cannot know. */
 void mtl_explain(mtl_text *out, const mtl_definition *definition, const char *log);
 
 #endif

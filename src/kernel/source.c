@@ -840,8 +840,8 @@ static void add_swizzles(mtl_text *out, const mtl_definition *definition) {
     }
 }
 
-/* Class templates of Metal's that users have their own of: ours then get another name, as functions give way by themselves (MSL_REST).
- * Those in a namespace or class of the user's hide ours. */
+/* Class templates of Metal's that users have their own of: ours then get another name, as functions give way by themselves
+ * (MSL_REST). Those in a namespace or class of the user's hide ours. */
 static void rename_classes(mtl_text *out, const char *header, bool begin) {
     static const char *const names[] = {"array",  "conditional", "enable_if", "integer_sequence", "integral_constant",
                                         "is_same"};

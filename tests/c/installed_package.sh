@@ -35,10 +35,16 @@ objdump -p by_pkg_config | grep -q 'NEEDED *libmetalloid.so.0$'
 says_five cmake/consumer_shared
 LD_LIBRARY_PATH= says_five cmake/consumer_static
 
-# The C example of the README, word for word.
-awk '/^```c$/ { on = 1; next } /^```/ { on = 0 } on' "$here/../../README.md" >readme.c
-cc $warn readme.c $(pkg-config --cflags --libs metalloid) -o readme
-[ "$(./readme)" = "ok: 0.8485 1.1314" ] || { ./readme; exit 1; }
+# The C examples of the README and of the page on C, word for word, shared and static.
+for page in README.md docs/quickstart/c.md; do
+    awk '/^```c$/ { on = 1; next } on && /^```/ { exit } on' "$here/../../$page" >example.c
+    cc $warn example.c $(pkg-config --cflags --libs metalloid) -o example
+    [ "$(./example)" = "ok: 0.8485 1.1314" ] || { ./example; exit 1; }
+    grep -Fq 'LD_LIBRARY_PATH=$HOME/.local/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}' "$here/../../$page"
+    grep -Fq 'metalloid) $HOME/.local/lib/libmetalloid.a -pthread -lm' <<<"$(tr '\n' ' ' <"$here/../../$page")"
+    cc $warn example.c $(pkg-config --cflags metalloid) "$lib/libmetalloid.a" -pthread -lm -o example
+    [ "$(LD_LIBRARY_PATH= ./example)" = "ok: 0.8485 1.1314" ] || { ./example; exit 1; }
+done
 
 [ "$(LD_LIBRARY_PATH= prefix/bin/metalloid --version)" = "metalloid $(pkg-config --modversion metalloid)" ]
 echo "installed package: pkg-config and CMake, shared and static, C and C++"

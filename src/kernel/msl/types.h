@@ -128,8 +128,8 @@ template <class T> struct add_pointer { using type = remove_reference_t<T> *; };
 template <class T> using add_pointer_t = typename add_pointer<T>::type;
 
 template <class T> T &&declval() noexcept;
-// A user's function template of the same name is the one that is called: its like without a trailing pack is more specialized, and no
-// redefinition.
+// A user's function template of the same name is the one that is called: its like without a trailing pack is more
+// specialized, and no redefinition.
 #define MSL_REST          class... Rest
 #define MSL_NO_REST(name) static_assert(sizeof...(Rest) == 0, "too many arguments of " #name)
 
