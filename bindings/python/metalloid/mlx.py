@@ -93,8 +93,14 @@ _DTYPE_OF = {name: dtype for dtype, name in _DTYPES.items()}
 def _cache_folder() -> Path:
     """A folder of the user's own: code is loaded from it."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(os.environ.get("METALLOID_CACHE") or os.path.join(base, "metalloid"))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    given = os.environ.get("METALLOID_CACHE")
+    folder = Path(given or os.path.join(base, "metalloid"))
+    if given and not folder.is_absolute():
+        raise RuntimeError(f"METALLOID_CACHE={given} must be an absolute path")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"the cache folder {folder} (METALLOID_CACHE) cannot be made: {error.strerror}") from error
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RuntimeError(f"{folder} can be written by others: nothing is loaded from it")
