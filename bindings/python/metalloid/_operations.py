@@ -112,6 +112,13 @@ def is_array(value: object) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
 
 
+def check_unmasked(op: str, name: str, array: Any) -> None:
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{op}: {name} is a masked array, whose mask would be lost: pass {name}.filled(value) or {name}.data"
+        )
+
+
 def check_start(op: str, start: int, q: Any, k_cache: Any) -> None:
     """Where the new keys go, once it is known."""
     if is_array(k_cache) and is_array(q) and len(k_cache.shape) == len(q.shape) == 4:

@@ -279,6 +279,7 @@ class _Operations(_operations.Operations[jax.Array]):
                 continue
             if not isinstance(array, (jax.Array, np.ndarray)):
                 raise TypeError(f"{operation}: {name} must be an array of JAX or NumPy, got {type(array).__name__}")
+            _operations.check_unmasked(operation, name, array)
             if not isinstance(array, jax.Array) and array.dtype.kind not in "fiubV":
                 raise ValueError(f"{operation}: {name} has the dtype {array.dtype}, which no operation takes")
             present |= 1 << place

@@ -416,6 +416,7 @@ def _array(op: str, name: str, array: Any) -> mx.array:
         return array
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{op}: {name} must be an array of MLX or NumPy, got {type(array).__name__}")
+    _operations.check_unmasked(op, name, array)
     if array.dtype.kind not in "fiubV":
         raise ValueError(f"{op}: {name} has the dtype {array.dtype}, which no operation takes")
     return mx.array(array)
@@ -566,6 +567,7 @@ def _compiled(
 def _input(value: Any, place: int) -> mx.array:
     if isinstance(value, mx.array):
         return value
+    _operations.check_unmasked("metal_kernel", f"inputs[{place}]", value)
     array = _kernel._scalar(value, place)
     if isinstance(array, np.ndarray) and array.dtype.kind not in "fiubcV":
         raise ValueError(f"metal_kernel: inputs[{place}] has the dtype {array.dtype}, which kernels do not have")
