@@ -172,6 +172,17 @@ def _deliver(library: str, like: Any, memory: Any) -> Any:
     return namespace.asarray(memory)
 
 
+def _check_memory(array: Any, place: int) -> None:
+    """That it has memory, which a tracer of JAX's or a deleted array has not."""
+    try:
+        array.__dlpack_device__()
+    except Exception as error:
+        raise ValueError(
+            f"metal_kernel: the memory of inputs[{place}] ({type(array).__name__}) cannot be shared: "
+            f"{' '.join(str(error).split()):.200}"
+        ) from error
+
+
 def _leads(array: Any) -> bool:
     """Whether the outputs go where this array is: scalars of the host's may stand beside it."""
     return bool(getattr(array, "is_cuda", False)) or _library(array) == "cupy"
@@ -281,6 +292,8 @@ class MetalKernel:
                 raise TypeError(
                     f"metal_kernel: inputs[{place}] must be an array or a number, got {type(array).__name__}"
                 )
+            if _library(array) not in (*_OUTPUTS_OF, "numpy"):
+                _check_memory(array, place)
             if array is value and (like is None or (_leads(array) and not _leads(like))):
                 like, library = array, _library(array)
             arrays.append(array)

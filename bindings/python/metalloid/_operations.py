@@ -261,6 +261,7 @@ class Operations(ABC, Generic[A]):
             raise ValueError(f"{op}: base must be finite and positive, got 0")
         offsets, start = None, 0
         if is_array(offset):
+            check_unmasked(op, "offset", offset)
             offsets = offset
             if offset.shape in ((), (1,)) and is_array(first) and len(first.shape) > 0:
                 offsets = self._broadcast(offset, (first.shape[0],))
@@ -601,6 +602,7 @@ class Operations(ABC, Generic[A]):
         """
         op = "kv_cache_sdpa_update"
         at: Any = offset
+        check_unmasked(op, "offset", at)
         if not is_array(at):
             check_start(op, integer(op, "offset", at), q, k_cache)
         elif at.shape not in ((), (1,)) or "int" not in str(at.dtype):

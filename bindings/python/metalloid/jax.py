@@ -274,7 +274,8 @@ class _Operations(_operations.Operations[jax.Array]):
         results: int = 1,
     ) -> tuple[jax.Array, ...]:
         present, arrays = 0, []
-        for place, (name, array) in enumerate(zip(_NAMES[operation][0], inputs, strict=True)):
+        names = _NAMES[operation][0]
+        for place, (name, array) in enumerate(zip(names, inputs, strict=True)):
             if array is None and place > 0:
                 continue
             if not isinstance(array, (jax.Array, np.ndarray)):
@@ -284,7 +285,13 @@ class _Operations(_operations.Operations[jax.Array]):
                 raise ValueError(f"{operation}: {name} has the dtype {array.dtype}, which no operation takes")
             present |= 1 << place
             arrays.append(array)
-        return _apply(_Call(operation, present, reals, integers, results), *arrays)
+        try:
+            return _apply(_Call(operation, present, reals, integers, results), *arrays)
+        except RuntimeError:
+            for name, array in zip(names, inputs, strict=True):
+                if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
+                    raise ValueError(f"{operation}: {name} has been deleted or donated") from None
+            raise
 
     def _broadcast(self, array: Any, shape: tuple[int, ...]) -> jax.Array:
         return jnp.broadcast_to(array, shape)

@@ -497,6 +497,7 @@ class _Operations(_operations.Operations[mx.array]):
     def _start(op: str, offset: Any) -> int:
         if not _operations.is_array(offset):
             return _operations.integer(op, "offset", offset)
+        _operations.check_unmasked(op, "offset", offset)
         if offset.shape not in ((), (1,)) or "int" not in str(offset.dtype):
             raise ValueError(f"{op}: offset must be an integer or an integer array {{}} or {{1}}")
         return int(offset.item())
