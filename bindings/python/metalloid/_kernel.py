@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import operator
 import os
 import sys
@@ -14,6 +15,7 @@ from metalloid import _native
 
 _ON_CUDA = (2, 13)  # DLPack's device types of it, managed memory too
 _OUTPUTS_OF = ("torch", "mlx", "cupy")  # libraries that allocate outputs themselves
+_MOST_AXES = 64
 _MATH_MODES = {"safe": 0, "relaxed": 1, "fast": 2}
 
 # Inputs, outputs, grid, threadgroup, template arguments, initial value: what the extension's Kernel takes.
@@ -103,6 +105,7 @@ def _template(argument: Any) -> tuple[str, int | str]:
     if not isinstance(argument, (tuple, list)) or len(argument) != 2 or not isinstance(argument[0], str):
         raise TypeError(f"metal_kernel: template must consist of pairs (name, value), got {_shown(argument)}")
     name, value = argument
+    _check_string("metal_kernel", "the name of a template argument", name)
     if isinstance(value, (bool, np.bool_)):
         return name, bool(value)
     if isinstance(value, (int, np.integer)):
@@ -203,6 +206,10 @@ def _shape(value: Sequence[int] | int) -> tuple[int, ...]:
         raise ValueError(f"metal_kernel: output_shapes must consist of integers, got {_shown(value)}") from None
     if any(not 0 <= extent < 2**63 for extent in shape):
         raise ValueError(f"metal_kernel: output_shapes must lie in 0..2^63 - 1, got {_shown(value)}")
+    if (
+        len(shape) > _MOST_AXES or math.prod(extent or 1 for extent in shape) >= 2**60
+    ):  # of 8 bytes, as NumPy counts them
+        raise ValueError(f"metal_kernel: output_shapes must have at most {_MOST_AXES} axes and 2^60 - 1 elements")
     return shape
 
 
@@ -563,6 +570,8 @@ def precompiled_cuda_kernel(
                 f"precompiled_cuda_kernel: scalars[{place}] must be a bool, an int or a float, "
                 f"got {type(value).__name__}"
             )
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{maker}: scalars[{place}] must fit in 64 bits, got {value:#x}"[:200])
     contiguous = _flag(maker, "ensure_row_contiguous", ensure_row_contiguous)
     shared, outputs = _size(maker, "shared_memory", shared_memory, 2**31), len(output_shapes)
     kernel = _precompiled(name, bytes(compiled_source), len(inputs), outputs, contiguous, shared)

@@ -550,6 +550,7 @@ class Operations(ABC, Generic[A]):
             raise ValueError(f"{op}: softcap must be finite and positive, got 0")
         offset = CAUSAL_OFFSET_DEFAULT if causal_offset is None else integer(op, "causal_offset", causal_offset)
         given: Any = mask
+        check_unmasked(op, "mask", given)
         if is_array(given) and len(given.shape) < 4:
             mask = self._broadcast(given, (1,) * (4 - len(given.shape)) + tuple(given.shape))
         results = self._call(
