@@ -349,6 +349,7 @@ class MetalKernel:
             stream: accepted for MLX's sake; work on a GPU goes to the stream that the arrays' library has current.
 
         Raises:
+            TypeError: an input that is no array and no number, or a masked one; what should be a list and is not.
             ValueError: arguments that do not fit. Nothing is compiled.
             RuntimeError: the kernel does not compile, with what the compiler said, its lines counted in ``source`` and
                 ``header``; or it was stopped: a barrier that only part of a threadgroup reaches.
@@ -431,6 +432,7 @@ def metal_kernel(
             thread of which goes through more iterations of its loops.
 
     Raises:
+        TypeError: a name or a source that is no string, names that are no list, a flag that is no bool.
         ValueError: a name that is no identifier, no output, an option that is not known. Nothing is compiled yet.
 
     >>> import numpy as np

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metalloid import _formulas as formulas
 from metalloid import _native, _operations
@@ -289,7 +290,7 @@ class _Operations(_operations.Operations[jax.Array]):
             return _apply(_Call(operation, present, reals, integers, results), *arrays)
         except RuntimeError:
             for name, array in zip(names, inputs, strict=True):
-                if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
+                if isinstance(array, jax.Array) and not isinstance(array, Tracer) and array.is_deleted():
                     raise ValueError(f"{operation}: {name} has been deleted or donated") from None
             raise
 
