@@ -34,14 +34,14 @@ void mtl_setting_ignored(const char *name, const char *value, const char *format
     if (!is_first(name)) return;
     int saved = errno;
     char shown[MOST_SHOWN + 1], words[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(words, sizeof words, format, arguments); // NOLINT: clang-tidy 14 takes the list for uninitialized
+    va_end(arguments);
     snprintf(shown, sizeof shown, "%s", value);
     for (char *at = shown; *at; at++) { /* one line, and nothing that a terminal obeys */
         if ((unsigned char)*at < ' ' || *at == 0x7f) *at = '?';
     }
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(words, sizeof words, format, arguments);
-    va_end(arguments);
     fprintf(stderr, "metalloid: %s=%s is ignored: %s\n", name, shown, words);
     errno = saved;
 }
