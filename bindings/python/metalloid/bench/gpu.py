@@ -69,7 +69,7 @@ def find_mlx():
     return mlx.core if mlx.core.cuda.is_available() else None
 
 
-MLX = find_mlx()
+MLX = None  # until peers are asked for
 MLX_TOGETHER = 0.02  # seconds of MLX's calls that are evaluated together, at least
 
 
@@ -405,6 +405,8 @@ def time_row(ops, name, work, unit, sets, make, peers):
 
 def main(ops, chosen, peers=True):
     """chosen: whether a case of this name is wanted. Returns [(case, unit, {who: value})]."""
+    global MLX  # noqa: PLW0603 (one a process)
+    MLX = find_mlx() if peers else None
     print(torch.cuda.get_device_name(), "PyTorch", torch.__version__)
     if peers and not importlib.util.find_spec("fla"):
         print("flash-linear-attention is not installed: gated_delta_update has no peer")
