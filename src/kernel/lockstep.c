@@ -27,9 +27,9 @@ enum { MOST_VARIABLES = 256, MOST_DECLARED = 16, MOST_LOOPS = 32, DEEPEST = 256,
 typedef struct variable {
     const char *name;
     size_t length;
-    mtl_word *word; /* of its name; NULL: nothing in the text is called so */
+    mtl_word *word;       /* of its name; NULL: nothing in the text is called so */
     int hides, hidden_by; /* the ones before and behind it of that name, from 1 */
-    int number, index; /* index: among those that its statement declares */
+    int number, index;    /* index: among those that its statement declares */
     const char *remade;
 } variable;
 
@@ -360,7 +360,8 @@ static void declare(lockstep *l, size_t type, size_t type_end, size_t begin, siz
         has_space |= mtl_is_one_of(t, i, spaces);
     }
     for (int i = 0; i < count; i++) {
-        declared[i] = (variable){.name = t->token[names[i]].text, .length = t->token[names[i]].length, .number = number, .index = i};
+        declared[i] = (variable){
+            .name = t->token[names[i]].text, .length = t->token[names[i]].length, .number = number, .index = i};
         is_reference |= mtl_is(t, mtl_before(t, names[i]), "&");
     }
     if (is_reference && !has_space) refuse(l); /* it may be to a value that ends with its region */

@@ -16,9 +16,9 @@ typedef struct declaration {
     size_t begin, end;                 /* its tokens */
     size_t parameters, parameters_end; /* the first brackets that are no template's */
     size_t scope, branch;              /* branch: of the preprocessor's conditions */
-    size_t hash, head_hash;            /* the same for declarations that read the same; of what stands before the body */
-    size_t next, next_head;            /* of those in one slot, from 1 */
-    bool has_spaces;                   /* address spaces are in it */
+    size_t hash, head_hash; /* the same for declarations that read the same; of what stands before the body */
+    size_t next, next_head; /* of those in one slot, from 1 */
+    bool has_spaces;        /* address spaces are in it */
 } declaration;
 
 typedef struct overloads {
@@ -213,7 +213,7 @@ static size_t hash_of(overloads *o, const declaration *d, size_t i, size_t next)
 static void measure(overloads *o, declaration *d) {
     const translation *t = o->t;
     reader r = {.t = t, .at = d->begin, .end = d->end};
-    size_t body = d->parameters_end;
+    size_t body = d->parameters_end ? d->parameters_end : d->end;
     while (body < d->end && !mtl_is(t, body, "{")) body = mtl_after(t, body);
     for (size_t i = d->begin; i < d->end; i++) d->has_spaces |= is_space(t, i) || mtl_is(t, i, "constant");
     o->marks++;
@@ -230,8 +230,9 @@ static void measure(overloads *o, declaration *d) {
  * the member without an address space does. */
 static size_t body_on_a_copy(const translation *t, const declaration *d) {
     size_t body = d->parameters_end;
+    if (!d->has_spaces || !d->parameters_end) return d->end;
     while (body < d->end && !mtl_is(t, body, "{") && !mtl_is(t, body, ":")) body = mtl_after(t, body);
-    if (!mtl_is(t, body, "{") || !d->has_spaces || !d->parameters_end) return d->end;
+    if (!mtl_is(t, body, "{")) return d->end;
     for (size_t i = body; i < d->end; i = mtl_after(t, i)) {
         size_t copied = mtl_after(t, mtl_after(t, i));
         if ((mtl_is(t, i, "(") || mtl_is(t, i, "{")) && mtl_is(t, mtl_after(t, i), "*") && mtl_is(t, copied, "this") &&
@@ -248,11 +249,13 @@ static bool is_done_already(const overloads *o, const declaration *d) {
     if (head.end == d->end) return false;
     for (size_t at = o->head_slot[d->head_hash & (o->slots - 1)]; at; at = o->declarations[at - 1].next_head) {
         declaration other = o->declarations[at - 1];
-        if (other.head_hash != d->head_hash || other.scope != d->scope || other.branch != d->branch) continue;
+        if (other.head_hash != d->head_hash || other.scope != d->scope || other.branch != d->branch ||
+            !other.parameters_end)
+            continue;
         size_t body = other.parameters_end;
         while (body < other.end && !mtl_is(t, body, "{")) body = mtl_after(t, body);
         other.end = body;
-        if (other.parameters_end && read_the_same(t, &other, &head) && !are_one_text(t, &other, &head)) return true;
+        if (read_the_same(t, &other, &head) && !are_one_text(t, &other, &head)) return true;
     }
     return false;
 }

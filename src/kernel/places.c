@@ -201,7 +201,8 @@ static void mark_places(translation *t, const surroundings *around) {
             mark_loop(t, i, loops, around);
     }
     for (size_t i = 0; i < t->count; i++) {
-        while (body != MTL_NONE && mtl_behind_bracket(t, body) <= i) body = around->body[body]; /* to the one around it */
+        while (body != MTL_NONE && mtl_behind_bracket(t, body) <= i)
+            body = around->body[body]; /* to the one around it */
         around->body[i] = body;
         if (t->token[i].directive || !mtl_is_body(t, i, &name)) continue;
         mark_body(t, i, name, around);

@@ -156,7 +156,9 @@ static size_t find_declarators(const translation *t, size_t i) {
 }
 
 static void write_translated(translation *t, mtl_text *out, size_t i) {
-    translate_token(t, i);
+    enum { DEEPEST = 16 }; /* lambdas in initializers of variables in lambdas: each is copied */
+    if (t->depth++ < DEEPEST) translate_token(t, i);
+    t->depth--;
     if (t->token[i].kind == MTL_TOKEN_SPACE) mtl_text_add_string(out, " ");
     else mtl_write_token(out, &t->token[i]);
 }
@@ -352,8 +354,9 @@ static void find_widths(translation *t, size_t i) {
                                            "uint64_t", "int64_t",  "int16_t", "int8_t", "ptrdiff_t", NULL};
     size_t open = mtl_after(t, i), behind = mtl_is(t, open, "<") ? mtl_behind_angle(t, open) : open;
     if (behind == open) return;
-    for (size_t at = open; at < behind; at = mtl_after(t, at)) {
+    for (size_t at = mtl_after(t, open), inner; at<behind; at = inner> at ? inner : mtl_after(t, at)) {
         size_t name = mtl_after(t, at), next = mtl_after(t, name);
+        inner = mtl_behind_angle(t, at);
         if (!mtl_is_one_of(t, at, integers) || !mtl_is_identifier(t, name)) continue;
         if (!mtl_is(t, mtl_before(t, at), "<") && !mtl_is(t, mtl_before(t, at), ",")) continue;
         if (!mtl_is(t, next, ",") && !mtl_is(t, next, ">") && !mtl_is(t, next, "=")) continue;

@@ -45,8 +45,8 @@ unsigned mtl_add_word(translation *t, const mtl_token *token) {
     if (!*slot) {
         *slot = (unsigned)++t->words;
         bool exchanges = mtl_is_exchange(token);
-        t->word[*slot] = (mtl_word){
-            .text = token->text, .length = token->length, .exchanges = exchanges, .meets = exchanges};
+        t->word[*slot] =
+            (mtl_word){.text = token->text, .length = token->length, .exchanges = exchanges, .meets = exchanges};
     }
     return *slot;
 }
@@ -80,7 +80,8 @@ static bool is_changed_at(const translation *t, size_t i) {
 
 bool mtl_index(translation *t) {
     size_t uses = 0, changes = 0;
-    for (unsigned word = 0; word <= t->words; word++) t->word[word].uses = t->word[word].changes = t->word[word].mark = 0;
+    for (unsigned word = 0; word <= t->words; word++)
+        t->word[word].uses = t->word[word].changes = t->word[word].mark = 0;
     for (size_t i = 0; i < t->count; i++) {
         if (!mtl_is_identifier(t, i)) continue;
         mtl_word *word = mtl_word_at(t, i);

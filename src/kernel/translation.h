@@ -15,8 +15,8 @@ typedef struct mtl_link {
     size_t after, before; /* the next tokens that are no space; the count, and MTL_NONE, where there is none */
     size_t match;         /* of a bracket, of < and >: the other one, or MTL_NONE */
     size_t around;        /* the bracket that it is directly in, or MTL_NONE; of one that closes, the one that opens */
-    size_t angle;         /* the < before it, in the same brackets and statement, that no > has closed yet, or MTL_NONE */
-    size_t statement;     /* behind the statement that begins with it */
+    size_t angle;     /* the < before it, in the same brackets and statement, that no > has closed yet, or MTL_NONE */
+    size_t statement; /* behind the statement that begins with it */
     unsigned word;
 } mtl_link;
 
@@ -55,9 +55,9 @@ typedef struct translation {
     mtl_tokens tokens;
     mtl_token *token; /* of tokens */
     size_t count;
-    mtl_link *link;   /* one for each token, and one behind the last */
-    mtl_word *word;   /* from 1 */
-    unsigned *table;  /* words by hash; of a power of two */
+    mtl_link *link;  /* one for each token, and one behind the last */
+    mtl_word *word;  /* from 1 */
+    unsigned *table; /* words by hash; of a power of two */
     size_t words, slots;
     size_t *use, *change;
     mtl_arms *arms;
@@ -71,6 +71,7 @@ typedef struct translation {
     block *scratch;
     bool in_condition; /* of #if */
     bool failed;
+    int depth; /* of translations of a part in another place */
 } translation;
 
 /* ---- the tokens of a source, and what stands around each ---- */
@@ -148,7 +149,6 @@ bool mtl_is_statement_macro(const translation *t, size_t i);
 bool mtl_is_body(const translation *t, size_t i, size_t *name);
 
 size_t mtl_behind_statement(const translation *t, size_t i);
-
 
 /* Finds the functions of a header and a body at which lanes meet. False: no memory. */
 bool mtl_find_meeting(translation *header, translation *body, mtl_names *names);

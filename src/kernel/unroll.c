@@ -23,7 +23,7 @@ enum { MOST_ROUNDS = 16, DEEPEST = 8, MOST_NAMES = 64 };
 typedef struct reader {
     const translation *t;
     size_t at, end;
-    int depth, *names; /* names: how many more are looked up */
+    int depth, *names;  /* names: how many more are looked up */
     bool known, is_cut; /* is_cut: that it is not known comes from a limit */
 } reader;
 
