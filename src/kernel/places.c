@@ -114,9 +114,10 @@ static bool is_meeting_call(const translation *t, size_t i) {
 
 /* What tokens are in: how many marked loops, those of the function alone; and which function, as its bracket. `meetings`: how many
  * calls at which lanes meet stand before each token. */
+#define UNKNOWN (SIZE_MAX - 1)
 typedef struct surroundings {
     long *loops;
-    size_t *body, *meetings;
+    size_t *body, *meetings, *begin; /* begin: of the expression that ends with the name of a call */
 } surroundings;
 
 static bool any_meeting(const surroundings *around, size_t begin, size_t end) {
@@ -144,8 +145,9 @@ static void mark_loop(translation *t, size_t i, long loops, const surroundings *
 }
 
 /* The beginning of the expression that ends with the name at `i`: a::b.c[1].name */
-static size_t postfix_begin(const translation *t, size_t i) {
+static size_t postfix_begin(const translation *t, size_t i, const surroundings *around) {
     for (;;) {
+        if (around->begin[i] != UNKNOWN) return around->begin[i];
         size_t before = mtl_before(t, i);
         if (before == SIZE_MAX || !(mtl_is(t, before, "::") || mtl_is(t, before, ".") || mtl_is(t, before, "->")))
             return i;
@@ -161,9 +163,10 @@ static size_t postfix_begin(const translation *t, size_t i) {
     }
 }
 
-static void mark_call(translation *t, size_t i, size_t open, long loops) {
+static void mark_call(translation *t, size_t i, size_t open, long loops, const surroundings *around) {
     static const char *const before_expressions[] = {"return", "else", "case", "do", NULL};
-    size_t begin = postfix_begin(t, i), behind = mtl_behind_bracket(t, open);
+    size_t begin = postfix_begin(t, i, around), behind = mtl_behind_bracket(t, open);
+    around->begin[i] = begin;
     if (begin == SIZE_MAX || (behind >= t->count && !mtl_is(t, mtl_before(t, behind), ")"))) return;
     size_t before = mtl_before(t, begin);
     if (before != SIZE_MAX && !mtl_is_one_of(t, before, before_expressions) &&
@@ -212,7 +215,7 @@ static void mark_places(translation *t, const surroundings *around) {
         bool code = t->region == MTL_REGION_BODY || around->body[i] != MTL_NONE || t->token[i].directive;
         /* A function's own levels begin with it. */
         long outside = around->body[i] == MTL_NONE ? 0 : around->loops[around->body[i]];
-        if (code && is_meeting(t, i, &open)) mark_call(t, i, open, around->loops[i] - outside);
+        if (code && is_meeting(t, i, &open)) mark_call(t, i, open, around->loops[i] - outside, around);
     }
 }
 
@@ -223,10 +226,12 @@ void mtl_mark_places(translation *t) {
         if (word) word->meets = true;
     }
     surroundings around = {calloc(t->count + 1, sizeof *around.loops), malloc((t->count + 1) * sizeof *around.body),
-                           mtl_count(t, is_meeting_call)};
-    if (around.loops && around.body && around.meetings) mark_places(t, &around);
-    else t->failed = true;
+                           mtl_count(t, is_meeting_call), malloc((t->count + 1) * sizeof *around.begin)};
+    t->failed |= !around.loops || !around.body || !around.meetings || !around.begin;
+    for (size_t i = 0; i <= t->count && !t->failed; i++) around.begin[i] = UNKNOWN;
+    if (!t->failed) mark_places(t, &around);
     free(around.loops);
     free(around.body);
     free(around.meetings);
+    free(around.begin);
 }

@@ -64,11 +64,10 @@ static const char *const plain_spaces[] = {"device", "thread", "ray_data", "obje
 /* Whether a const stands in the same specifiers, before or behind: C++ takes it once. */
 static bool is_const_already(const translation *t, size_t i) {
     static const char *const ends[] = {"(", ")", ",", ";", "{", "}", "=", "*", "&", "[", "]", NULL};
-    long angles = 0;
     for (size_t at = mtl_before(t, i); at != SIZE_MAX && !mtl_is_one_of(t, at, ends); at = mtl_before(t, at)) {
-        if (mtl_is(t, at, ">")) angles++;
-        if (mtl_is(t, at, "<") && --angles < 0) break; /* the argument list that this is in */
-        if (angles == 0 && (mtl_is(t, at, "const") || mtl_is(t, at, "constant"))) return true;
+        if (mtl_is(t, at, "<")) break; /* the argument list that this is in */
+        if (mtl_is(t, at, ">")) at = mtl_opening_angle(t, at);
+        if (mtl_is(t, at, "const") || mtl_is(t, at, "constant")) return true;
     }
     for (size_t at = mtl_after(t, i); at < t->count && !mtl_is_one_of(t, at, ends); at = mtl_after(t, at)) {
         if (mtl_is(t, at, "<")) {
@@ -95,7 +94,7 @@ static bool is_constant_expression(const translation *t, size_t i) {
     for (size_t at = mtl_after(t, i); at != SIZE_MAX && mtl_is_one_of(t, at, specifiers); at = mtl_after(t, at))
         found |= mtl_is(t, at, "static");
     if (!found) return false;
-    for (size_t at = i; at < t->count; at = mtl_after(t, at)) {
+    for (size_t at = mtl_after(t, i); at < t->count && !mtl_is(t, at, "constant"); at = mtl_after(t, at)) {
         if (mtl_is(t, at, "=") || mtl_is(t, at, "{")) return true;
         if (mtl_is(t, at, ";") || mtl_is(t, at, "(") || mtl_is(t, at, "*") || mtl_is(t, at, "&")) return false;
     }
