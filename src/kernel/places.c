@@ -225,7 +225,7 @@ void mtl_mark_places(translation *t) {
         mtl_word *word = mtl_find_word(t, meeting->name[i].text, meeting->name[i].length);
         if (word) word->meets = true;
     }
-    surroundings around = {calloc(t->count + 1, sizeof *around.loops), malloc((t->count + 1) * sizeof *around.body),
+    surroundings around = {calloc(t->count + 1, sizeof *around.loops), calloc(t->count + 1, sizeof *around.body),
                            mtl_count(t, is_meeting_call), malloc((t->count + 1) * sizeof *around.begin)};
     t->failed |= !around.loops || !around.body || !around.meetings || !around.begin;
     for (size_t i = 0; i <= t->count && !t->failed; i++) around.begin[i] = UNKNOWN;

@@ -453,7 +453,10 @@ static void translate_alignment(translation *t, size_t i) {
     if (end >= t->count || close >= t->count || !mtl_is(t, close, "}")) return;
     mtl_text member = {0};
     mtl_text_add_string(&member, "alignas(");
-    for (size_t of = begin; of < end; of++) mtl_write_token(&member, &t->token[of]);
+    for (size_t of = begin; of < end; of++) {
+        if (t->token[of].kind == MTL_TOKEN_SPACE) mtl_text_add_string(&member, " "); /* lines stay where they are */
+        else mtl_write_token(&member, &t->token[of]);
+    }
     mtl_text_add_string(&member, is_union ? ") char __mtl_aligned[0]; " : ") char __mtl_aligned[0] = {}; ");
     mtl_add_before(t, close, mtl_keep(t, &member));
     mtl_text_free(&member);

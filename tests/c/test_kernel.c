@@ -408,7 +408,7 @@ static void long_sources_are_translated_in_linear_time(void **state) {
 /* Nested as deep as a text can be: what goes down into it stops somewhere. */
 static void deep_sources_are_translated(void **state) {
     (void)state;
-    enum { DEPTH = 200000 };
+    enum { DEPTH = 50000 };
     static const char *const parts[][3] = {{"{", "s = simd_sum(s);", "}"},
                                            {"simd_sum(", "x", ")"},
                                            {"if (a) s = simd_sum(s); else ", "s = 1;", ""},
