@@ -1,6 +1,7 @@
 /* metalloid info: what a bug report needs. SPDX-License-Identifier: MIT */
 #include "cli.h"
 #include "core/context.h"
+#include "core/environment.h"
 #include "core/threads.h"
 #include "cpu/features.h"
 #include "cpu/kernels.h"
@@ -17,8 +18,7 @@
 
 /* What compiles custom kernels: for the CPU as the library would find it, for GPUs NVRTC. */
 static void print_compilers(void) {
-    const char *named = getenv("METALLOID_CXX");
-    bool is_named = named && *named;
+    const char *named = mtl_setting("METALLOID_CXX");
     mtl_compiler compiler;
     if (mtl_compiler_find(&compiler, NULL)) {
         static const char *const arguments[] = {"--version", NULL};
@@ -30,7 +30,7 @@ static void print_compilers(void) {
         printf(": %.*s%s\n", (int)strcspn(line, "\n"), line, runs ? "" : " (--version failed)");
         mtl_text_free(&output);
         mtl_compiler_free(&compiler);
-    } else if (is_named) {
+    } else if (named) {
         printf("compiler      none: METALLOID_CXX=%s is no program that can be run\n", named);
     } else {
         printf("compiler      none found: clang, or the program that METALLOID_CXX names, \"zig c++\" say; from Python "
@@ -79,15 +79,12 @@ int metalloid_cli_info(int count, char **arguments) {
     printf("cpu kernels   %s (of", metalloid_cpu_isa());
     for (int i = 0; i < isa_count; i++) printf("%s %s", i ? "," : "", isas[i]->name);
     printf(")");
-    const char *wanted = getenv("METALLOID_CPU_ISA");
+    const char *wanted = mtl_setting("METALLOID_CPU_ISA");
     if (wanted)
-        printf(", METALLOID_CPU_ISA=%s%s", wanted,
-               strcmp(wanted, metalloid_cpu_isa()) == 0 ? "" : " is not among them");
+        printf(", METALLOID_CPU_ISA=%s%s", wanted, strcmp(wanted, metalloid_cpu_isa()) == 0 ? "" : " is ignored");
     printf("\nthreads       %d", metalloid_get_num_threads());
-    const char *threads = getenv("METALLOID_NUM_THREADS");
-    if (threads)
-        printf(", METALLOID_NUM_THREADS=%s%s", threads,
-               mtl_environment_threads() ? "" : " is ignored: it is not a number from 1 to 1024");
+    const char *threads = mtl_setting("METALLOID_NUM_THREADS");
+    if (threads) printf(", METALLOID_NUM_THREADS=%s%s", threads, mtl_environment_threads() ? "" : " is ignored");
     print_gpus();
 
     print_compilers();

@@ -21,6 +21,8 @@
 #endif
 #include "core/threads.h"
 
+#include "core/environment.h"
+
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -337,10 +339,20 @@ void mtl_parallel_run(int threads, int parts, mtl_job_fn fn, void *argument) {
 }
 
 int mtl_environment_threads(void) {
-    const char *text = getenv("METALLOID_NUM_THREADS");
+    static const char name[] = "METALLOID_NUM_THREADS";
+    const char *text = mtl_setting(name);
+    if (text == NULL) {
+        return 0;
+    }
     char *end = NULL;
-    long threads = text != NULL ? strtol(text, &end, 10) : 0;
-    return end != text && *end == '\0' && threads >= 1 && threads <= MTL_MOST_THREADS ? (int)threads : 0;
+    long threads = strtol(text, &end, 10);
+    if (end != text && *end == '\0' && threads >= 1 && threads <= MTL_MOST_THREADS) {
+        return (int)threads;
+    }
+    mtl_setting_ignored(name, text,
+                        "it must be an integer from 1 to %d; there is a thread for each CPU of the process instead",
+                        (int)MTL_MOST_THREADS);
+    return 0;
 }
 
 int mtl_default_threads(void) {

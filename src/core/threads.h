@@ -14,7 +14,7 @@ void mtl_parallel_run(int threads, int parts, mtl_job_fn fn, void *argument);
 
 enum { MTL_MOST_THREADS = 1024 }; /* that may be asked for, by a call or by the environment */
 
-int mtl_environment_threads(void); /* METALLOID_NUM_THREADS if it is an integer in 1..1024, else 0 */
+int mtl_environment_threads(void); /* METALLOID_NUM_THREADS if it is an integer in 1..1024, else 0, of which it warns */
 
 /* mtl_environment_threads (read once a process) if that is not 0, else the number of CPUs that the calling thread may run
  * on now. */

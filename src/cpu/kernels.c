@@ -1,9 +1,10 @@
 /* The kernels of this processor: every instruction set is one table, filled here. SPDX-License-Identifier: MIT */
 #include "cpu/kernels.h"
+#include "core/environment.h"
 #include "cpu/features.h"
 
 #include <pthread.h>
-#include <stdlib.h>
+#include <stdio.h>
 #include <string.h>
 
 /* The table of an instruction set, from its kernels' names. */
@@ -48,10 +49,18 @@ static void choose(void) {
     offer(&neon_bf16, features & MTL_NEON_BF16);
 #endif
     chosen = available[available_count - 1];
-    const char *wanted = getenv("METALLOID_CPU_ISA");
+    static const char name[] = "METALLOID_CPU_ISA";
+    const char *wanted = mtl_setting(name);
+    char names[64] = "";
     for (int i = 0; wanted && i < available_count; i++) {
-        if (strcmp(wanted, available[i]->name) == 0) chosen = available[i];
+        if (strcmp(wanted, available[i]->name) == 0) {
+            chosen = available[i];
+            return;
+        }
+        size_t length = strlen(names);
+        snprintf(names + length, sizeof names - length, "%s%s", i ? ", " : "", available[i]->name);
     }
+    if (wanted) mtl_setting_ignored(name, wanted, "this processor has %s; %s is used instead", names, chosen->name);
 }
 
 int mtl_cpu_isas(const mtl_cpu_isa *const **isas) {

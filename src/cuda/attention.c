@@ -221,7 +221,7 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
     enum { ROWS = 16, KEYS = 64, TEAM = 4, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8 };
-    enum { FEW_TILES = 32, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
+    enum { FEW_TILES = 32, LARGE_CLUSTER = 4, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
 #define MASKED_FORMS(op, dims) \
     { FORMS(op, dims), FORMS(op "_masked", dims) }
 #define DECODE_FORMS(dims) \
@@ -271,6 +271,9 @@ static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_atten
     attention->splits = splits > 1 ? (int)splits : 1;
     grid.blocks = grid.cluster * attention->splits;
     if (args->key_mask.data && (tiles + grid.blocks - 1) / grid.blocks > MOST_TILES) return METALLOID_OK;
+    /* Beside an earlier call's large clusters others find places where they can, two in one group of multiprocessors
+     * and none in another: a long call loses more by that than it saves by starting earlier. */
+    grid.overlaps = grid.cluster < LARGE_CLUSTER || tiles <= (int64_t)FEW_TILES * grid.blocks;
 
     *done = true;
     CUdeviceptr memory = 0;

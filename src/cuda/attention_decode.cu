@@ -153,7 +153,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     wait_for_earlier();
-    let_next_start();
+    if (!MASKED) let_next_start(); // else at the end: blocks that wait beside slow those of masked calls
     if (MASKED && key_mask) {
         switch (p.key_mask.dtype) {
         case I16:
@@ -363,6 +363,7 @@ __device__ inline void attention_decode(const mtl_cuda_attention_hopper_args &ar
         joined->values[row][column] = x;
         if (column == 0) joined->largest[row] = top, joined->sum[row] = total;
     }
+    if (MASKED) let_next_start();
     int place_in_cluster = (int)cluster_rank(), blocks = (int)cluster_size();
     cluster_sync();
 

@@ -53,10 +53,11 @@ static metalloid_status launch(const mtl_cuda_call *call, mtl_cuda_image image, 
         return mtl_cuda_launch(call, kernel_of(image, ANY), grid, norm);
     }
     int64_t vectors = args->length * mtl_dtype_size(args->x.dtype) / VECTOR;
-    /* Few threads for many rows, many for few: the sum over a row is quicker the fewer hold it, its reading the more
-     * do. */
+    /* Few threads for many rows of layer_norm, many for few: the sum over a row is quicker the fewer hold it, its reading
+     * the more do. */
     bool many = rows >= (int64_t)call->device->multiprocessors * MANY;
-    int preferred = many && !args->residual.data ? 4 : 2, threads = 32, each = 1, step = 0;
+    bool few_threads = many && image == MTL_CUDA_IMAGE_layer_norm && !args->residual.data;
+    int preferred = few_threads ? 4 : 2, threads = 32, each = 1, step = 0;
     while (threads < MOST_THREADS && threads * preferred < vectors) threads *= 2;
     while (threads * each < vectors) each *= 2, step++;
     mtl_cuda_grid grid = {.threads = threads, .rows = threads == 32 ? ROWS_OF_WARPS : 1, .overlaps = true};

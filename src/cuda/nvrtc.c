@@ -3,6 +3,7 @@
  * It comes with a CUDA installation, or from PyPI as nvidia-cuda-nvrtc, which frameworks bring along. Its errors, and the library
  * that lists its built-in names, are its own affair: five functions are all that is called. */
 #include "cuda/nvrtc.h"
+#include "core/environment.h"
 
 #include <dlfcn.h>
 #include <limits.h>
@@ -71,8 +72,6 @@ static void *open_beside(void) {
 }
 
 static void *open_anywhere(void) {
-    const char *given = secure_getenv("METALLOID_NVRTC");
-    if (given && *given) return dlopen(given, RTLD_NOW | RTLD_LOCAL);
     void *library = open_in(NULL); /* also one that a framework has loaded */
     static const char *const variables[] = {"CUDA_HOME", "CUDA_PATH"};
     for (size_t i = 0; i < 2 && !library; i++) {
@@ -123,7 +122,12 @@ static void find_include(void *function) {
 }
 
 static void open_nvrtc(void) {
-    void *library = open_anywhere();
+    const char *given = mtl_setting("METALLOID_NVRTC");
+    void *library = given ? dlopen(given, RTLD_NOW | RTLD_LOCAL) : open_anywhere();
+    if (!library && given) {
+        snprintf(why_closed, sizeof why_closed, "METALLOID_NVRTC=%.200s cannot be opened: %s", given, dlerror());
+        return;
+    }
     if (!library) {
         snprintf(
             why_closed, sizeof why_closed,

@@ -6,6 +6,7 @@
  * compile the same kernel at once all succeed. Whoever adds an entry removes those that were not used for longest,
  * as many as are beyond a size. A process that has one open keeps it; one that is about to open it makes it anew. */
 #include "kernel/cache.h"
+#include "core/environment.h"
 
 #include <dirent.h>
 #include <dlfcn.h>
@@ -119,17 +120,6 @@ static void key_in_hex(char hex[65], const mtl_digest *key) {
 
 /* ---- directories ------------------------------------------------------------------------------------------------------------- */
 
-bool mtl_cache_path(mtl_text *path) {
-    const char *given = secure_getenv("METALLOID_CACHE"), *cache = secure_getenv("XDG_CACHE_HOME");
-    const char *home = secure_getenv("HOME");
-    if (given && *given == '/') mtl_text_add_string(path, given);
-    else if (given && *given) return false;
-    else if (cache && *cache == '/') mtl_text_format(path, "%s/metalloid", cache);
-    else if (home && *home == '/') mtl_text_format(path, "%s/.cache/metalloid", home);
-    else return false;
-    return !path->failed && path->length < PATH_MAX - 128;
-}
-
 /* Makes the directory, its parents too, and sees that nobody but the user writes there. */
 static bool prepare_directory(const char *path) {
     char made[PATH_MAX];
@@ -151,6 +141,23 @@ static bool prepare_directory(const char *path) {
     if (ours && status.st_mode & 022) ours = fchmod(directory, 0700) == 0;
     close(directory);
     return ours;
+}
+
+/* Where entries are, ready for them; false where there is no such place. */
+static bool open_directory(mtl_text *path) {
+    const char *given = mtl_setting("METALLOID_CACHE"), *cache = secure_getenv("XDG_CACHE_HOME");
+    const char *home = secure_getenv("HOME");
+    if (given) mtl_text_add_string(path, given);
+    else if (cache && *cache == '/') mtl_text_format(path, "%s/metalloid", cache);
+    else if (home && *home == '/') mtl_text_format(path, "%s/.cache/metalloid", home);
+    else return false;
+    if (path->failed) return false;
+    if (*path->data == '/' && path->length < PATH_MAX - 128 && prepare_directory(path->data)) return true;
+    if (given)
+        mtl_setting_ignored("METALLOID_CACHE", given,
+                            "it must be the absolute path of a directory that only this user may write to, or that can "
+                            "be made; compiled kernels are not kept");
+    return false;
 }
 
 /* All files of a directory that has no others below, and the directory. */
@@ -214,10 +221,15 @@ static int compare_use(const void *a, const void *b) {
 }
 
 static double most_bytes(void) {
-    const char *given = secure_getenv("METALLOID_CACHE_MIB");
+    static const char name[] = "METALLOID_CACHE_MIB";
+    const char *given = mtl_setting(name);
     char *end = NULL;
-    double mebibytes = given && *given ? strtod(given, &end) : MOST_MEBIBYTES;
-    if (end && (*end || !(mebibytes >= 0))) mebibytes = MOST_MEBIBYTES;
+    double mebibytes = given ? strtod(given, &end) : MOST_MEBIBYTES;
+    if (end && (end == given || *end || !(mebibytes >= 0))) {
+        mtl_setting_ignored(name, given, "it must be a number of MiB, 0 or more; %d are kept instead",
+                            (int)MOST_MEBIBYTES);
+        mebibytes = MOST_MEBIBYTES;
+    }
     return mebibytes * (1 << 20);
 }
 
@@ -381,7 +393,7 @@ void *mtl_cache_get(const mtl_build *build, mtl_text *log) {
     mtl_text path = {0}, entry = {0}, debug = {0};
     void *handle = NULL;
     outcome result = NO_ROOM;
-    if (mtl_cache_path(&path) && prepare_directory(path.data)) {
+    if (open_directory(&path)) {
         mtl_text_format(&entry, "%s/%s.so", path.data, hex);
         mtl_text_format(&debug, "%s/%s.debug", path.data, hex);
         if (!entry.failed && !debug.failed) {
@@ -418,7 +430,7 @@ void *mtl_cache_get(const mtl_build *build, mtl_text *log) {
 static bool bytes_path(const mtl_digest *key, mtl_text *directory, mtl_text *entry) {
     char hex[65];
     key_in_hex(hex, key);
-    if (!mtl_cache_path(directory) || !prepare_directory(directory->data)) return false;
+    if (!open_directory(directory)) return false;
     mtl_text_format(entry, "%s/%s.bin", directory->data, hex);
     return !entry->failed;
 }

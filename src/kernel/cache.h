@@ -27,7 +27,4 @@ void *mtl_cache_get(const mtl_build *build, mtl_text *log);
 bool mtl_cache_load(const mtl_digest *key, char **bytes, size_t *length);
 void mtl_cache_store(const mtl_digest *key, const char *bytes, size_t length);
 
-/* Where it is: an absolute path; false where the environment names none. */
-bool mtl_cache_path(mtl_text *path);
-
 #endif

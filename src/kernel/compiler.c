@@ -2,6 +2,7 @@
  *
  * No shell is involved: words are passed as they are. */
 #include "kernel/compiler.h"
+#include "core/environment.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -82,8 +83,8 @@ bool mtl_compiler_find(mtl_compiler *compiler, const char *fallback) {
     static const char *const names[] = {"clang++",    "clang",      "clang++-20", "clang++-19", "clang++-18",
                                         "clang++-17", "clang++-16", "clang++-15", "clang++-14"};
     *compiler = (mtl_compiler){0};
-    const char *wanted = getenv("METALLOID_CXX");
-    if (wanted && *wanted) return take(compiler, wanted);
+    const char *wanted = mtl_setting("METALLOID_CXX");
+    if (wanted) return take(compiler, wanted);
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         if (take(compiler, names[i])) return true;
     }

@@ -3,6 +3,7 @@
  * A kernel becomes a shared object whose one function runs a range of threadgroups. Threadgroups are independent of each other:
  * the range is cut into parts for the thread pool. What a threadgroup costs is not known beforehand, so the caller does the
  * first few by the clock, and asks for help where a wake-up of other threads is worth it. */
+#include "core/environment.h"
 #include "core/threads.h"
 #include "kernel/cache.h"
 #include "kernel/fiber.h"
@@ -260,8 +261,8 @@ static metalloid_status build(const metalloid_kernel *kernel, const mtl_types *t
     }
     mtl_compiler compiler;
     if (!mtl_compiler_find(&compiler, kernel->fallback_compiler)) {
-        const char *wanted = getenv("METALLOID_CXX");
-        if (wanted && *wanted) {
+        const char *wanted = mtl_setting("METALLOID_CXX");
+        if (wanted) {
             return mtl_fail(METALLOID_COMPILE_FAILED,
                             "%s: METALLOID_CXX=%.200s is no program that can be run, and kernel %s has to be compiled",
                             op, wanted, kernel->definition.name);

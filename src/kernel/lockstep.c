@@ -20,14 +20,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_VARIABLES = 256, MOST_DECLARED = 16, MOST_LOOPS = 32 };
+enum { MOST_VARIABLES = 256, MOST_DECLARED = 16, MOST_LOOPS = 32, DEEPEST = 256, MOST_TEXT = 4 << 20 };
 
 /* What every lane has one of: a variable of the body, or a parameter that it changes. `remade`: its declaration,
  * where every region can compute it anew; else lanes keep theirs in an array. */
 typedef struct variable {
     const char *name;
     size_t length;
-    int number, index; /* index: among those that its statement declares */
+    mtl_word *word;       /* of its name; NULL: nothing in the text is called so */
+    int hides, hidden_by; /* the ones before and behind it of that name, from 1 */
+    int number, index;    /* index: among those that its statement declares */
     const char *remade;
 } variable;
 
@@ -53,6 +55,8 @@ typedef struct lockstep {
     int loops[MOST_LOOPS], loop_count, if_depth;
     int number; /* the last one used in a name */
     call *calls;
+    size_t *meetings; /* before each token */
+    int depth;        /* of this file's functions that call each other */
     bool refused;
     bool moves, moved_by_lane; /* buffers that are moved are moved for all lanes at once; that was wrong */
     size_t pragma, pragma_end; /* before the next statement */
@@ -65,23 +69,18 @@ static void refuse(lockstep *l) { l->refused = true; }
 /* Whether lanes meet in the call whose name is at `i`. */
 static bool is_meeting(const translation *t, size_t i) {
     if (t->token[i].kind != MTL_TOKEN_IDENTIFIER) return false;
-    if (!mtl_is_exchange(&t->token[i]) && !mtl_is(t, i, "threadgroup_barrier")) return false;
+    if (!mtl_word_at(t, i)->exchanges && !mtl_is(t, i, "threadgroup_barrier")) return false;
     size_t open = mtl_after(t, i);
     return mtl_is(t, open, "(") || mtl_is(t, open, "<");
 }
 
-static bool any_meeting(const translation *t, size_t begin, size_t end) {
-    for (size_t i = begin; i < end; i++) {
-        if (is_meeting(t, i)) return true;
-    }
-    return false;
+static bool any_meeting(const lockstep *l, size_t begin, size_t end) {
+    return begin < end && l->meetings[end] > l->meetings[begin];
 }
 
-static const variable *find_variable(const lockstep *l, const mtl_token *token) {
-    for (int i = l->variable_count - 1; i >= 0; i--) {
-        if (mtl_is_named(token, l->variables[i].name, l->variables[i].length)) return &l->variables[i];
-    }
-    return NULL;
+static const variable *find_variable(const lockstep *l, size_t i) {
+    int top = mtl_is_identifier(l->t, i) ? mtl_word_at(l->t, i)->top : 0;
+    return top ? &l->variables[top - 1] : NULL;
 }
 
 /* ---- writing ----------------------------------------------------------------------------------------------------- */
@@ -125,16 +124,16 @@ static void add_lanes(lockstep *l, const char *text, int variables, bool whole) 
     mtl_lane_attributes(l->out, l->mentions, "__mtl_here.first + __mtl_lane");
     for (int i = 0; i < variables; i++) {
         const variable *v = &l->variables[i];
-        bool hidden = false;
-        for (int later = i + 1; later < variables; later++)
-            hidden |=
-                v->length == l->variables[later].length && memcmp(v->name, l->variables[later].name, v->length) == 0;
-        if (!hidden && v->remade) mtl_text_add_string(l->out, v->remade);
-        else if (!hidden)
+        if (v->hidden_by && v->hidden_by <= variables) continue;
+        if (v->remade) mtl_text_add_string(l->out, v->remade);
+        else
             mtl_text_format(l->out, "auto &%.*s = __mtl_of_%d_%d[__mtl_lane]; ", (int)v->length, v->name, v->number,
                             v->index);
     }
-    mtl_text_format(l->out, "{ %s }", text);
+    mtl_text_add_string(l->out, "{ ");
+    mtl_text_add_string(l->out, text);
+    mtl_text_add_string(l->out, " }");
+    if (l->out->length > MOST_TEXT) refuse(l); /* a compiler would take minutes */
     if (l->jumps) mtl_text_format(l->out, " __mtl_next_%d:;", l->label);
     mtl_text_add_string(l->out, " }\n");
 }
@@ -149,8 +148,26 @@ static void close_region(lockstep *l) {
 }
 
 static void add_variable(lockstep *l, variable v) {
-    if (l->variable_count == MOST_VARIABLES) refuse(l);
-    else l->variables[l->variable_count++] = v;
+    if (l->variable_count == MOST_VARIABLES) {
+        refuse(l);
+        return;
+    }
+    v.word = mtl_find_word(l->t, v.name, v.length);
+    l->variables[l->variable_count++] = v;
+    if (!v.word) return;
+    variable *added = &l->variables[l->variable_count - 1];
+    added->hides = v.word->top;
+    if (added->hides) l->variables[added->hides - 1].hidden_by = l->variable_count;
+    v.word->top = l->variable_count;
+}
+
+/* Those of a block that ends. */
+static void remove_variables(lockstep *l, int count) {
+    while (l->variable_count > count) {
+        const variable *last = &l->variables[--l->variable_count];
+        if (last->hides) l->variables[last->hides - 1].hidden_by = 0;
+        if (last->word) last->word->top = last->hides;
+    }
 }
 
 /* ---- exchanges --------------------------------------------------------------------------------------------------- */
@@ -159,9 +176,10 @@ static void add_variable(lockstep *l, variable v) {
  * then. */
 static void meet(lockstep *l, size_t begin, size_t end) {
     translation *t = l->t;
+    if (++l->depth > DEEPEST) refuse(l);
     bool conditional = false;
     for (size_t i = begin; i < end && !l->refused; i++) {
-        if (t->token[i].in_directive) refuse(l);
+        if (t->token[i].directive) refuse(l);
         conditional |= mtl_is(t, i, "?") || mtl_is_pair(t, i, "&", "&") || mtl_is_pair(t, i, "|", "|");
         if (!is_meeting(t, i)) continue;
         size_t open = mtl_after(t, i), behind = mtl_behind_bracket(t, open), first = i;
@@ -195,6 +213,7 @@ static void meet(lockstep *l, size_t begin, size_t end) {
         l->calls[first] = (call){close + 1, number};
         i = close;
     }
+    l->depth--;
 }
 
 /* ---- declarations ------------------------------------------------------------------------------------------------ */
@@ -264,38 +283,34 @@ static int find_declared(const lockstep *l, size_t begin, size_t end, size_t nam
     return count;
 }
 
-/* Whether it names a variable in threadgroup memory, whose declaration has become a type. */
-static bool is_in_threadgroup(const translation *t, const mtl_token *token) {
+/* Marks what names a variable in threadgroup memory: its declaration has become a type. */
+static void find_shared(const translation *t) {
     static const char type[] = "__mtl_";
     for (size_t i = 0; i < t->count; i++) {
-        const mtl_token *other = &t->token[i];
-        if (other->kind == MTL_TOKEN_IDENTIFIER && other->replacement &&
-            mtl_is_named(other, token->text, token->length) && strncmp(other->replacement, type, sizeof type - 1) == 0)
-            return true;
+        const char *replacement = t->token[i].replacement;
+        if (mtl_is_identifier(t, i) && replacement && strncmp(replacement, type, sizeof type - 1) == 0)
+            mtl_word_at(t, i)->is_shared = true;
     }
-    return false;
 }
 
-/* Whether the token names a buffer that the body changes by statements x += ...; outside of all braces alone. */
-static bool is_moved(const lockstep *l, const mtl_token *name) {
+/* Whether it names a buffer that the body changes by statements x += ...; outside of all braces alone. */
+static bool find_moved(const lockstep *l, const mtl_word *name) {
     const translation *t = l->t;
-    const mtl_definition *definition = l->definition;
-    bool is_buffer = false, found = false;
-    for (int i = 0; i < definition->input_count; i++) is_buffer |= mtl_token_is(name, definition->input_names[i]);
-    for (int i = 0; i < definition->output_count; i++) is_buffer |= mtl_token_is(name, definition->output_names[i]);
-    if (!is_buffer || !l->moves) return false;
-    long depth = 0;
-    for (size_t i = 0; i < t->count; i++) {
-        depth += mtl_is(t, i, "{") || mtl_is(t, i, "(");
-        depth -= mtl_is(t, i, "}") || mtl_is(t, i, ")");
-        if (!mtl_is_named(&t->token[i], name->text, name->length)) continue;
-        size_t before = mtl_before(t, i), plus = mtl_after(t, i);
-        if (depth == 0 && mtl_is_pair(t, plus, "+", "=") &&
+    bool found = false;
+    for (size_t use = name->first_use; use < name->first_use + name->uses; use++) {
+        size_t i = t->use[use], before = mtl_before(t, i), plus = mtl_after(t, i);
+        size_t around = t->link[i].around; /* brackets of arrays aside */
+        while (around != MTL_NONE && mtl_is(t, around, "[")) around = t->link[around].around;
+        if (around == MTL_NONE && mtl_is_pair(t, plus, "+", "=") &&
             (before == SIZE_MAX || mtl_is(t, before, ";") || mtl_is(t, before, "}")))
             found = true;
         else if (mtl_is_changed(t, i, i + 1, name->text, name->length)) return false;
     }
     return found;
+}
+
+static bool is_moved(const lockstep *l, size_t i) {
+    return l->moves && mtl_is_identifier(l->t, i) && mtl_word_at(l->t, i)->is_moved;
 }
 
 /* What the tokens [begin, end) of an initializer say: no memory is read that could change, nothing is called that
@@ -309,7 +324,7 @@ static kind kind_of(const lockstep *l, size_t begin, size_t end, const mtl_token
     for (size_t at = begin; at < end; at++) {
         const mtl_token *token = &t->token[at];
         size_t before = mtl_before(t, at), behind = mtl_after(t, at);
-        if (l->calls[at].behind || token->in_directive) return KEPT;
+        if (l->calls[at].behind || token->directive) return KEPT;
         bool compares = mtl_is(t, at, "=") && at > begin && mtl_is_one_of(t, at - 1, comparisons);
         if (mtl_is(t, at, "[") || mtl_is(t, at, "->") || mtl_is(t, at, "&") || (!compares && mtl_is_assignment(t, at)))
             return KEPT;
@@ -323,10 +338,10 @@ static kind kind_of(const lockstep *l, size_t begin, size_t end, const mtl_token
         if (token->kind != MTL_TOKEN_IDENTIFIER || (before != SIZE_MAX && mtl_is(t, before, "."))) continue;
         if (mtl_is(t, behind, "(") && !is_builtin_type(t, at) && !mtl_is_one_of(t, at, pure)) return KEPT;
         if (own && mtl_is_named(token, own->text, own->length)) continue;
-        const variable *v = find_variable(l, token);
-        if (is_in_threadgroup(t, token) || (v && !v->remade)) return KEPT;
+        const variable *v = find_variable(l, at);
+        if (mtl_word_at(t, at)->is_shared || (v && !v->remade)) return KEPT;
         if (v || mtl_is_lane_attribute(token)) found = REMADE;
-        moves |= is_moved(l, token);
+        moves |= is_moved(l, at);
     }
     return found == REMADE && (moves || divides) ? KEPT : found; /* moves: the buffer may move on */
 }
@@ -341,11 +356,12 @@ static void declare(lockstep *l, size_t type, size_t type_end, size_t begin, siz
     bool has_space = false, is_reference = false;
     if (count < 1) return;
     for (size_t i = type; i < end; i++) {
-        if (t->token[i].in_directive) refuse(l);
+        if (t->token[i].directive) refuse(l);
         has_space |= mtl_is_one_of(t, i, spaces);
     }
     for (int i = 0; i < count; i++) {
-        declared[i] = (variable){t->token[names[i]].text, t->token[names[i]].length, number, i, NULL};
+        declared[i] = (variable){
+            .name = t->token[names[i]].text, .length = t->token[names[i]].length, .number = number, .index = i};
         is_reference |= mtl_is(t, mtl_before(t, names[i]), "&");
     }
     if (is_reference && !has_space) refuse(l); /* it may be to a value that ends with its region */
@@ -358,7 +374,7 @@ static void declare(lockstep *l, size_t type, size_t type_end, size_t begin, siz
 
     const variable *first = &declared[0];
     size_t equals = mtl_after(t, names[0]);
-    kind found = count > 1 || is_reference || !mtl_is(t, equals, "=") || find_variable(l, &t->token[names[0]]) ||
+    kind found = count > 1 || is_reference || !mtl_is(t, equals, "=") || find_variable(l, names[0]) ||
                          mtl_is(t, type, "static") || mtl_is_changed(t, equals, t->count, first->name, first->length)
                      ? KEPT
                      : kind_of(l, equals + 1, end, NULL);
@@ -411,26 +427,24 @@ static void declare_all(lockstep *l, size_t begin, size_t behind, const size_t *
 
 /* ---- statements -------------------------------------------------------------------------------------------------- */
 
-/* Whether the token at `i`, in the statement [begin, end), is in a lambda or in a loop (`or_switch`: or a switch) of
- * that statement. */
-static bool is_within(const translation *t, size_t begin, size_t i, bool loops, bool or_switch) {
-    size_t name;
-    for (size_t at = begin; at < i; at++) {
-        if (mtl_is_body(t, at, &name) && mtl_behind_bracket(t, at) > i) return true;
-        if (loops &&
-            (mtl_is(t, at, "for") || mtl_is(t, at, "while") || mtl_is(t, at, "do") ||
-             (or_switch && mtl_is(t, at, "switch"))) &&
-            mtl_behind_statement(t, at) > i)
-            return true;
-    }
-    return false;
+/* Where the lambdas, loops and switches that were seen in a statement end: the last of each kind. */
+typedef struct inner_ends {
+    size_t lambda, loop, choice;
+} inner_ends;
+
+static void look_into(const translation *t, size_t i, inner_ends *ends) {
+    size_t name, behind = mtl_behind_statement(t, i);
+    bool is_loop = mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do");
+    if (mtl_is_body(t, i, &name) && mtl_behind_bracket(t, i) > ends->lambda) ends->lambda = mtl_behind_bracket(t, i);
+    if (is_loop && behind > ends->loop) ends->loop = behind;
+    if (mtl_is(t, i, "switch") && behind > ends->choice) ends->choice = behind;
 }
 
 /* x += row * N; which moves a buffer for every lane alike. */
 static bool add_move(lockstep *l, size_t begin, size_t end) {
     const translation *t = l->t;
     size_t plus = mtl_after(t, begin), semicolon = mtl_before(t, end);
-    if (!is_moved(l, &t->token[begin]) || !mtl_is_pair(t, plus, "+", "=")) return false;
+    if (!is_moved(l, begin) || !mtl_is_pair(t, plus, "+", "=")) return false;
     if (kind_of(l, plus + 2, semicolon, NULL) != UNIFORM) {
         l->moved_by_lane = true;
         refuse(l);
@@ -472,7 +486,7 @@ static bool add_strided_loop(lockstep *l, size_t begin, size_t behind) {
     if (mtl_is_changed(t, body, behind, name->text, name->length)) return false;
     size_t nothing;
     for (size_t at = body; at < behind; at++) {
-        if (mtl_is_one_of(t, at, others) || t->token[at].in_directive || mtl_is_body(t, at, &nothing)) return false;
+        if (mtl_is_one_of(t, at, others) || t->token[at].directive || mtl_is_body(t, at, &nothing)) return false;
     }
     close_region(l);
     l->jumps = false;
@@ -523,12 +537,13 @@ static void add_leaf(lockstep *l, size_t begin, size_t end) {
         write(l, &l->region, l->pragma, begin, NULL, 0);
         mtl_text_add_string(&l->region, "\n");
     }
+    inner_ends ends = {0};
     for (size_t i = begin; i < end; i++) {
         bool is_return = mtl_is(t, i, "return"), is_break = mtl_is(t, i, "break"), is_next = mtl_is(t, i, "continue");
-        if (mtl_is(t, i, "goto") || mtl_is(t, i, "case") || mtl_is(t, i, "default")) {
-            if (mtl_is(t, i, "goto") || !is_within(t, begin, i, true, true)) refuse(l);
-        }
-        if ((!is_return && !is_break && !is_next) || is_within(t, begin, i, !is_return, is_break)) continue;
+        bool in_lambda = ends.lambda > i, in_loop = in_lambda || ends.loop > i, in_switch = in_loop || ends.choice > i;
+        look_into(t, i, &ends);
+        if (mtl_is(t, i, "goto") || ((mtl_is(t, i, "case") || mtl_is(t, i, "default")) && !in_switch)) refuse(l);
+        if ((!is_return || in_lambda) && (!is_break || in_switch) && (!is_next || in_loop)) continue;
         mtl_text text = {0};
         if (is_return) {
             if (!mtl_is(t, mtl_after(t, i), ";")) refuse(l);
@@ -554,6 +569,7 @@ static size_t add_statement(lockstep *l, size_t i);
 /* A statement of the simdgroup in braces. */
 static size_t add_block(lockstep *l, size_t i) {
     int variables = l->variable_count;
+    l->depth++;
     mtl_text_add_string(l->out, " {");
     size_t behind;
     if (mtl_is(l->t, i, "{")) {
@@ -565,7 +581,8 @@ static size_t add_block(lockstep *l, size_t i) {
     }
     close_region(l);
     mtl_text_add_string(l->out, " }");
-    l->variable_count = variables;
+    remove_variables(l, variables);
+    l->depth--;
     return behind;
 }
 
@@ -639,7 +656,7 @@ static size_t add_loop(lockstep *l, size_t i) {
             at = mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{") ? mtl_behind_bracket(t, at)
                                                                                 : mtl_after(t, at);
         }
-        if (found != 2 || any_meeting(t, open, ends[0]) || any_meeting(t, ends[1], close)) {
+        if (found != 2 || any_meeting(l, open, ends[0]) || any_meeting(l, ends[1], close)) {
             refuse(l);
             return t->count;
         }
@@ -680,7 +697,7 @@ static size_t add_loop(lockstep *l, size_t i) {
         behind = mtl_after(t, behind); /* ; */
     }
     mtl_text_format(l->out, " } __mtl_on = __mtl_all_%d & __mtl_alive; }", number);
-    l->variable_count = variables;
+    remove_variables(l, variables);
     return behind;
 }
 
@@ -723,7 +740,7 @@ static bool is_common(lockstep *l, size_t i, size_t behind) {
         const char *replacement = t->token[at].replacement;
         found |= mtl_is(t, at, "threadgroup") && replacement && strcmp(replacement, "typedef") == 0;
         if (mtl_is(t, at, "=") || mtl_is(t, at, "(") || mtl_is(t, at, "{")) break;
-        hides |= mtl_is_identifier(t, at) && find_variable(l, &t->token[at]);
+        hides |= mtl_is_identifier(t, at) && find_variable(l, at);
     }
     if (hides && (found || is_constant))
         refuse(l); /* what lanes have of that name would come back in the next region */
@@ -755,14 +772,14 @@ static bool is_unordered(const translation *t, size_t begin, size_t end, const s
 static size_t add_statement(lockstep *l, size_t i) {
     translation *t = l->t;
     size_t names[MOST_DECLARED] = {0};
-    if (i >= t->count) refuse(l); /* the text ends in the middle of something */
+    if (i >= t->count || l->depth > DEEPEST) refuse(l); /* the text ends in the middle of something */
     if (l->refused) return t->count;
-    if (t->token[i].in_directive) { /* a pragma stays before a loop of single lanes */
+    if (t->token[i].directive) { /* a pragma stays before a loop of single lanes */
         if (!mtl_is(t, mtl_after(t, i), "pragma")) refuse(l);
         size_t next = i;
-        while (next < t->count && t->token[next].in_directive) next++;
+        while (next < t->count && t->token[next].directive) next++;
         if (next < t->count && t->token[next].kind == MTL_TOKEN_SPACE) next = mtl_after(t, next);
-        if (next >= t->count || t->token[next].in_directive) refuse(l);
+        if (next >= t->count || t->token[next].directive) refuse(l);
         l->pragma = i;
         l->pragma_end = next;
         return next;
@@ -773,7 +790,7 @@ static size_t add_statement(lockstep *l, size_t i) {
         refuse(l);
         return t->count;
     }
-    bool meets = any_meeting(t, i, behind);
+    bool meets = any_meeting(l, i, behind);
     if (is_common(l, i, behind)) {
         if (meets) refuse(l);
         write(l, &l->storage, i, behind, NULL, 0);
@@ -820,16 +837,26 @@ static void add_buffer(lockstep *l, int pointer, const char *name, const char *s
     mtl_text_free(&joined);
     if (!mtl_is_changed(l->t, 0, l->t->count, kept, length)) {
         mtl_text_format(l->out, " const auto &%s = __mtl_%d;", kept, pointer);
-    } else if (is_moved(l, &(mtl_token){.kind = MTL_TOKEN_IDENTIFIER, .text = kept, .length = length})) {
+    } else if (l->moves && mtl_find_word(l->t, kept, length)->is_moved) {
         mtl_text_format(l->out, " auto __mtl_moved_%s = __mtl_%d; const auto &%s = __mtl_moved_%s;", kept, pointer,
                         kept, kept);
     } else {
-        variable v = {kept, length, ++l->number, 0, NULL};
+        variable v = {.name = kept, .length = length, .number = ++l->number};
         open_region(l);
         mtl_text_format(&l->storage, " __mtl_lanes<decltype(__mtl_%d)> __mtl_of_%d_0; auto &%s = __mtl_of_%d_0[0];",
                         pointer, v.number, kept, v.number);
         mtl_text_format(&l->region, " auto &%s = __mtl_of_%d_0.keep(__mtl_lane, __mtl_%d);", kept, v.number, pointer);
         add_variable(l, v);
+    }
+}
+
+static void find_moved_buffers(const lockstep *l) {
+    const mtl_definition *definition = l->definition;
+    for (int i = 0; i < definition->input_count + definition->output_count; i++) {
+        int output = i - definition->input_count;
+        const char *name = output < 0 ? definition->input_names[i] : definition->output_names[output];
+        mtl_word *word = mtl_find_word(l->t, name, strlen(name));
+        if (word) word->is_moved = find_moved(l, word);
     }
 }
 
@@ -848,13 +875,12 @@ static void add_buffers(lockstep *l) {
 
 static bool write_body(lockstep *l) {
     translation *t = l->t;
-    size_t name, i = 0;
+    size_t name, i = mtl_after(t, SIZE_MAX);
     for (size_t at = 0; at < t->count; at++) { /* in a lambda, a macro */
-        if (mtl_is_body(t, at, &name) && any_meeting(t, at, mtl_behind_bracket(t, at))) refuse(l);
-        if (t->token[at].in_directive && is_meeting(t, at)) refuse(l);
+        if (mtl_is_body(t, at, &name) && any_meeting(l, at, mtl_behind_bracket(t, at))) refuse(l);
+        if (t->token[at].directive && is_meeting(t, at)) refuse(l);
     }
     add_buffers(l);
-    if (t->count && t->token[0].kind == MTL_TOKEN_SPACE) i = mtl_after(t, 0);
     while (i < t->count && !l->refused) i = add_statement(l, i);
     close_region(l);
     return !l->refused && !t->failed;
@@ -864,17 +890,23 @@ bool mtl_write_lockstep(translation *t, mtl_text *out, const mtl_definition *def
     bool done = false, again = false;
     lockstep *l = malloc(sizeof *l);
     call *calls = malloc((t->count + 1) * sizeof *calls);
-    for (int moves = 1; moves >= 0 && (moves || again) && l && calls; moves--) {
+    size_t *meetings = mtl_count(t, is_meeting);
+    find_shared(t);
+    for (int moves = 1; moves >= 0 && (moves || again) && l && calls && meetings; moves--) {
         memset(calls, 0, (t->count + 1) * sizeof *calls);
         *l = (lockstep){
             .t = t, .out = out, .definition = definition, .mentions = mentions, .calls = calls, .moves = moves};
+        l->meetings = meetings;
+        for (size_t word = 0; word <= t->words; word++) t->word[word].top = 0;
+        find_moved_buffers(l);
         mtl_text_free(out);
         done = write_body(l);
         again = l->moved_by_lane;
         mtl_text_free(&l->storage);
         mtl_text_free(&l->region);
     }
-    out->failed |= !l || !calls;
+    out->failed |= !l || !calls || !meetings;
+    free(meetings);
     free(calls);
     free(l);
     return done;

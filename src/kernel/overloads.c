@@ -15,14 +15,20 @@ enum { DEEPEST_SCOPE = 16, MOST_RENAMED = 32 };
 typedef struct declaration {
     size_t begin, end;                 /* its tokens */
     size_t parameters, parameters_end; /* the first brackets that are no template's */
-    unsigned long punctuation;         /* the same for declarations that read the same */
-    bool has_spaces;                   /* address spaces are in it */
+    size_t scope, branch;              /* branch: of the preprocessor's conditions */
+    size_t hash, head_hash; /* the same for declarations that read the same; of what stands before the body */
+    size_t next, next_head; /* of those in one slot, from 1 */
+    bool has_spaces;        /* address spaces are in it */
 } declaration;
 
-typedef struct scope {
+typedef struct overloads {
+    translation *t;
     declaration *declarations;
     size_t count, capacity;
-} scope;
+    size_t *slot, *head_slot, slots; /* by hash; of a power of two */
+    size_t *branch;                  /* of each token */
+    size_t scopes, marks;
+} overloads;
 
 /* ---- reading a declaration without its address spaces ------------------------------------------------------------------ */
 
@@ -109,18 +115,26 @@ static bool are_one_text(const translation *t, const declaration *x, const decla
     return a >= x->end && b >= y->end;
 }
 
-/* Whether nothing of the preprocessor's conditions stands between two tokens: else only one of them may be there. */
-static bool are_in_one_branch(const translation *t, size_t a, size_t b) {
+/* Numbers the branches of the preprocessor's conditions: of declarations in different ones only one may be there. */
+static bool find_branches(overloads *o) {
     static const char *const opening[] = {"if", "ifdef", "ifndef", NULL};
-    long depth = 0;
-    for (; a < b; a = mtl_after(t, a)) {
-        if (!t->token[a].in_directive || !mtl_is(t, a, "#")) continue;
-        size_t name = mtl_after(t, a);
-        if (mtl_is_one_of(t, name, opening)) depth++;
-        if (depth == 0 && (mtl_is(t, name, "else") || mtl_is(t, name, "elif"))) return false;
-        if (mtl_is(t, name, "endif") && depth-- == 0) return false;
+    const translation *t = o->t;
+    size_t *outer = malloc((t->count + 1) * sizeof *outer), depth = 0, now = 0, branches = 0;
+    for (size_t i = 0; outer && i < t->count; i++) {
+        o->branch[i] = now;
+        if (!t->token[i].directive || !mtl_is(t, i, "#")) continue;
+        size_t name = mtl_after(t, i);
+        if (mtl_is_one_of(t, name, opening)) {
+            outer[depth++] = now;
+            now = ++branches;
+        } else if (mtl_is(t, name, "else") || mtl_is(t, name, "elif")) {
+            now = ++branches;
+        } else if (mtl_is(t, name, "endif")) {
+            now = depth > 0 ? outer[--depth] : ++branches;
+        }
     }
-    return depth == 0;
+    free(outer);
+    return outer != NULL;
 }
 
 /* ---- scopes ---------------------------------------------------------------------------------------------------------------- */
@@ -142,9 +156,10 @@ static size_t members_of(const translation *t, size_t i) {
 }
 
 static bool is_initializer(const translation *t, size_t i) {
+    int longest = 3; /* <<= */
     for (i = mtl_before(t, i); i != SIZE_MAX && t->token[i].kind == MTL_TOKEN_PUNCTUATION; i = mtl_before(t, i)) {
         static const char *const operators[] = {"=", "!", "<", ">", "+", "-", "*", "/", "%", "&", "|", "^", NULL};
-        if (!mtl_is_one_of(t, i, operators)) return true;
+        if (--longest < 0 || !mtl_is_one_of(t, i, operators)) return true;
     }
     return !mtl_is(t, i, "operator");
 }
@@ -153,7 +168,7 @@ static bool is_initializer(const translation *t, size_t i) {
 static size_t behind_declaration(const translation *t, declaration *d, size_t end, bool is_class) {
     bool initialized = false;
     for (size_t at = d->begin; at < end;) {
-        if (t->token[at].in_directive) {
+        if (t->token[at].directive) {
             at = mtl_after(t, at);
         } else if (mtl_is(t, at, "template") && mtl_is(t, mtl_after(t, at), "<")) {
             size_t open = mtl_after(t, at), behind = mtl_behind_angle(t, open);
@@ -180,13 +195,35 @@ static size_t behind_declaration(const translation *t, declaration *d, size_t en
     return end;
 }
 
-static void measure(const translation *t, declaration *d) {
+/* What the token at `i` adds to a hash. Names that may be those of parameters, which may differ, are all alike: in the brackets of
+ * the parameters, before `next`, the next token that is read, and from then on. */
+static size_t hash_of(overloads *o, const declaration *d, size_t i, size_t next) {
+    static const char *const behind[] = {",", ")", "[", "=", NULL};
+    const translation *t = o->t;
+    if (is_const(t, i)) return 1;
+    if (mtl_is_identifier(t, i)) {
+        mtl_word *word = mtl_word_at(t, i);
+        if (i > d->parameters && i < d->parameters_end && mtl_is_one_of(t, next, behind)) word->mark = o->marks;
+        return word->mark == o->marks ? 2 : 3 + t->link[i].word;
+    }
+    size_t hash = 0;
+    for (size_t at = 0; at < t->token[i].length; at++) hash = hash * 257 + (unsigned char)t->token[i].text[at];
+    return hash;
+}
+
+static void measure(overloads *o, declaration *d) {
+    const translation *t = o->t;
     reader r = {.t = t, .at = d->begin, .end = d->end};
+    size_t body = d->parameters_end ? d->parameters_end : d->end;
+    while (body < d->end && !mtl_is(t, body, "{")) body = mtl_after(t, body);
     for (size_t i = d->begin; i < d->end; i++) d->has_spaces |= is_space(t, i) || mtl_is(t, i, "constant");
-    d->punctuation = 1;
-    for (size_t i = read(&r); i < r.end; i = read(&r)) {
-        bool counts = t->token[i].kind == MTL_TOKEN_PUNCTUATION;
-        d->punctuation = d->punctuation * 31 + (counts ? (unsigned char)t->token[i].text[0] : 1);
+    o->marks++;
+    size_t i = read(&r);
+    while (i < r.end) {
+        size_t next = read(&r);
+        d->hash = (d->hash ^ hash_of(o, d, i, next)) * (1099511628211u & SIZE_MAX);
+        if (i < body) d->head_hash = d->hash;
+        i = next;
     }
 }
 
@@ -194,8 +231,9 @@ static void measure(const translation *t, declaration *d) {
  * the member without an address space does. */
 static size_t body_on_a_copy(const translation *t, const declaration *d) {
     size_t body = d->parameters_end;
+    if (!d->has_spaces || !d->parameters_end) return d->end;
     while (body < d->end && !mtl_is(t, body, "{") && !mtl_is(t, body, ":")) body = mtl_after(t, body);
-    if (!mtl_is(t, body, "{") || !d->has_spaces || !d->parameters_end) return d->end;
+    if (!mtl_is(t, body, "{")) return d->end;
     for (size_t i = body; i < d->end; i = mtl_after(t, i)) {
         size_t copied = mtl_after(t, mtl_after(t, i));
         if ((mtl_is(t, i, "(") || mtl_is(t, i, "{")) && mtl_is(t, mtl_after(t, i), "*") && mtl_is(t, copied, "this") &&
@@ -205,83 +243,104 @@ static size_t body_on_a_copy(const translation *t, const declaration *d) {
     return d->end;
 }
 
-static bool is_done_already(const translation *t, const scope *s, const declaration *d) {
+static bool is_done_already(const overloads *o, const declaration *d) {
+    const translation *t = o->t;
     declaration head = *d;
     head.end = body_on_a_copy(t, d);
     if (head.end == d->end) return false;
-    for (size_t i = 0; i < s->count; i++) {
-        declaration other = s->declarations[i];
+    for (size_t at = o->head_slot[d->head_hash & (o->slots - 1)]; at; at = o->declarations[at - 1].next_head) {
+        declaration other = o->declarations[at - 1];
+        if (other.head_hash != d->head_hash || other.scope != d->scope || other.branch != d->branch ||
+            !other.parameters_end)
+            continue;
         size_t body = other.parameters_end;
         while (body < other.end && !mtl_is(t, body, "{")) body = mtl_after(t, body);
         other.end = body;
-        if (other.parameters_end && are_in_one_branch(t, other.begin, head.begin) && read_the_same(t, &other, &head) &&
-            !are_one_text(t, &other, &head))
-            return true;
+        if (read_the_same(t, &other, &head) && !are_one_text(t, &other, &head)) return true;
     }
     return false;
 }
 
-static bool is_there_already(const translation *t, const scope *s, const declaration *d) {
-    for (size_t i = 0; i < s->count; i++) {
-        const declaration *other = &s->declarations[i];
-        if (other->punctuation == d->punctuation && (other->has_spaces || d->has_spaces) &&
-            are_in_one_branch(t, other->begin, d->begin) && read_the_same(t, other, d) && !are_one_text(t, other, d))
-            return true;
+/* `*known`: a declaration that reads the same stands for it from now on. */
+static bool is_there_already(const overloads *o, const declaration *d, bool *known) {
+    for (size_t at = o->slot[d->hash & (o->slots - 1)]; at; at = o->declarations[at - 1].next) {
+        const declaration *other = &o->declarations[at - 1];
+        if (other->hash != d->hash || other->scope != d->scope || other->branch != d->branch) continue;
+        if (!read_the_same(o->t, other, d)) continue;
+        *known = true;
+        return (other->has_spaces || d->has_spaces) && !are_one_text(o->t, other, d);
     }
     return false;
 }
 
-static void remember(translation *t, scope *s, const declaration *d) {
-    if (s->count == s->capacity) {
-        size_t capacity = s->capacity ? 2 * s->capacity : 32;
-        declaration *grown = realloc(s->declarations, capacity * sizeof *grown);
+static void remember(overloads *o, declaration *d) {
+    if (o->count == o->capacity) {
+        size_t capacity = o->capacity ? 2 * o->capacity : 32;
+        declaration *grown = realloc(o->declarations, capacity * sizeof *grown);
         if (!grown) {
-            t->failed = true;
+            o->t->failed = true;
             return;
         }
-        s->declarations = grown;
-        s->capacity = capacity;
+        o->declarations = grown;
+        o->capacity = capacity;
     }
-    s->declarations[s->count++] = *d;
+    size_t *slot = &o->slot[d->hash & (o->slots - 1)], *head_slot = &o->head_slot[d->head_hash & (o->slots - 1)];
+    d->next = *slot;
+    d->next_head = *head_slot;
+    o->declarations[o->count++] = *d;
+    *slot = *head_slot = o->count;
 }
 
 /* As if it were blanks; its lines stay. */
 static void leave_out(translation *t, const declaration *d) {
+    size_t before = mtl_before(t, d->begin);
     for (size_t i = d->begin; i < d->end; i++) {
         t->token[i].kind = MTL_TOKEN_SPACE;
         mtl_blank(t, i);
+        t->link[i].after = d->end;
     }
+    for (size_t i = d->begin; i <= d->end; i++) t->link[i].before = before;
+    for (size_t i = before == MTL_NONE ? 0 : before; i < d->begin; i++) t->link[i].after = d->end;
 }
 
 /* Statements are not declarations: only the classes among them are looked into. */
-static void go_through(translation *t, size_t at, size_t end, bool statements, int depth) {
+static void go_through(overloads *o, size_t at, size_t end, bool statements, int depth) {
     static const char *const labels[] = {"public", "private", "protected", NULL};
-    scope s = {0};
+    translation *t = o->t;
+    size_t scope = o->scopes++;
     while (at < end && !t->failed) {
-        if (t->token[at].in_directive || (mtl_is_one_of(t, at, labels) && mtl_is(t, mtl_after(t, at), ":"))) {
+        if (t->token[at].directive || (mtl_is_one_of(t, at, labels) && mtl_is(t, mtl_after(t, at), ":"))) {
             at = mtl_after(t, at);
             if (mtl_is(t, at, ":")) at = mtl_after(t, at);
             continue;
         }
-        declaration d = {.begin = at};
+        declaration d = {.begin = at, .scope = scope, .branch = o->branch[at]};
         size_t members = members_of(t, at);
-        bool is_namespace = members < end && mtl_is(t, at, "namespace");
+        bool is_namespace = members < end && mtl_is(t, at, "namespace"), known = false;
         d.end = behind_declaration(t, &d, end, members < end && !is_namespace);
         if (members < d.end && depth < DEEPEST_SCOPE) {
             size_t close = mtl_before(t, mtl_behind_bracket(t, members));
-            if (close > members) go_through(t, mtl_after(t, members), close, false, depth + 1);
+            if (close > members) go_through(o, mtl_after(t, members), close, false, depth + 1);
         }
         if (!statements && !is_namespace) {
-            measure(t, &d);
-            if (is_there_already(t, &s, &d) || is_done_already(t, &s, &d)) leave_out(t, &d);
-            else remember(t, &s, &d);
+            measure(o, &d);
+            if (is_there_already(o, &d, &known) || is_done_already(o, &d)) leave_out(t, &d);
+            else if (!known) remember(o, &d);
         }
         at = d.end;
     }
-    free(s.declarations);
 }
 
 void mtl_leave_out_overloads(translation *t) {
-    size_t first = t->count > 0 && t->token[0].kind == MTL_TOKEN_SPACE ? mtl_after(t, 0) : 0;
-    go_through(t, first, t->count, t->region == MTL_REGION_BODY, 0);
+    overloads o = {.t = t, .slots = 8, .scopes = 1, .marks = t->count}; /* others' marks are numbers of tokens */
+    while (o.slots < t->count / 8) o.slots *= 2;
+    o.slot = calloc(o.slots, sizeof *o.slot);
+    o.head_slot = calloc(o.slots, sizeof *o.head_slot);
+    o.branch = malloc((t->count + 1) * sizeof *o.branch);
+    if (!o.slot || !o.head_slot || !o.branch || !find_branches(&o)) t->failed = true;
+    else go_through(&o, mtl_after(t, SIZE_MAX), t->count, t->region == MTL_REGION_BODY, 0);
+    free(o.declarations);
+    free(o.slot);
+    free(o.head_slot);
+    free(o.branch);
 }

@@ -11,42 +11,24 @@
 #include <stdlib.h>
 #include <string.h>
 
-static bool has_name(const mtl_names *names, const mtl_token *token) {
-    for (size_t i = 0; i < names->count; i++) {
-        if (names->name[i].length == token->length && memcmp(names->name[i].text, token->text, token->length) == 0)
-            return true;
-    }
-    return false;
-}
-
 /* Whether the token is the name in a call at which lanes meet; `*open` is its parenthesis. */
 static bool is_meeting(const translation *t, size_t i, size_t *open) {
     const mtl_token *token = &t->token[i];
-    if (token->kind != MTL_TOKEN_IDENTIFIER) return false;
-    if (!mtl_is_exchange(token) && !has_name(t->options->meeting, token)) return false;
+    if (token->kind != MTL_TOKEN_IDENTIFIER || !mtl_word_at(t, i)->meets) return false;
     *open = mtl_after(t, i);
     if (mtl_is(t, *open, "<")) *open = mtl_behind_angle(t, *open);
     return mtl_is(t, *open, "(");
-}
-
-static bool is_macro_with_parameters(const translation *t, const mtl_token *name) {
-    for (size_t i = 0; i < t->count; i++) {
-        if (!t->token[i].in_directive || !mtl_is(t, i, "define")) continue;
-        size_t defined = mtl_after(t, i);
-        if (mtl_is(t, defined + 1, "(") && mtl_is_named(&t->token[defined], name->text, name->length)) return true;
-    }
-    return false;
 }
 
 bool mtl_is_statement_macro(const translation *t, size_t i) {
     static const char *const ends[] = {";", "{", "}", ")", "else", "do", NULL};
     static const char *const statements[] = {"if", "for", "while", "switch", "catch", NULL};
     size_t open = mtl_after(t, i), before = mtl_before(t, i);
-    if (!mtl_is_identifier(t, i) || t->token[i].in_directive || mtl_is_one_of(t, i, statements)) return false;
+    if (!mtl_is_identifier(t, i) || t->token[i].directive || mtl_is_one_of(t, i, statements)) return false;
     if (!mtl_is(t, open, "(") || !mtl_is(t, mtl_behind_bracket(t, open), "{")) return false;
     if (before != SIZE_MAX && !mtl_is_one_of(t, before, ends)) return false;
     /* A body has no functions in it, but a class in it may: a constructor. The header's macros stand elsewhere then. */
-    return is_macro_with_parameters(t, &t->token[i]) || t->region == MTL_REGION_BODY;
+    return mtl_word_at(t, i)->is_macro || t->region == MTL_REGION_BODY;
 }
 
 bool mtl_is_body(const translation *t, size_t i, size_t *name) {
@@ -76,77 +58,73 @@ bool mtl_is_body(const translation *t, size_t i, size_t *name) {
     return mtl_is_identifier(t, before) && !mtl_is_one_of(t, before, statements) && !mtl_is_statement_macro(t, before);
 }
 
-static bool any_meeting(const translation *t, size_t begin, size_t end) {
-    size_t open;
-    for (size_t i = begin; i < end; i++) {
-        if (is_meeting(t, i, &open)) return true;
-    }
-    return false;
-}
-
-bool mtl_find_meeting(const translation *t, mtl_names *names, bool *found) {
-    *found = false;
-    for (size_t i = 0; i < t->count; i++) {
-        size_t name;
-        if (!mtl_is_body(t, i, &name) || name == SIZE_MAX) continue;
+/* Adds the functions of `t` that have the call at `i` in their bodies. `seen`: brackets that were looked at. */
+static bool add_callers(translation *t, size_t i, bool *seen, translation *const both[2], mtl_names *names) {
+    for (size_t at = t->link[i].around, name; at != MTL_NONE && !seen[at]; at = t->link[at].around) {
+        seen[at] = true;
+        if (!mtl_is_body(t, at, &name) || name == SIZE_MAX || mtl_word_at(t, name)->meets) continue;
         const mtl_token *token = &t->token[name];
-        if (mtl_is_exchange(token) || has_name(names, token) || !any_meeting(t, i, mtl_behind_bracket(t, i))) continue;
         mtl_name *grown = realloc(names->name, (names->count + 1) * sizeof *grown);
         if (!grown) return false;
         names->name = grown;
         names->name[names->count++] = (mtl_name){token->text, token->length};
-        *found = true;
+        for (int of = 0; of < 2; of++) {
+            mtl_word *word = mtl_find_word(both[of], token->text, token->length);
+            if (word) word->meets = true;
+        }
     }
     return true;
 }
 
-size_t mtl_behind_statement(const translation *t, size_t i) {
-    static const char *const with_condition[] = {"for", "while", "if", "switch", NULL};
-    int nested = 0, ifs = 0; /* do, each with a while to come; if, each with an else, perhaps */
-    for (;;) {
-        if (i >= t->count) return t->count;
-        if (mtl_is(t, i, "do")) {
-            nested++;
-            i = mtl_after(t, i);
-            continue;
-        }
-        if (mtl_is_one_of(t, i, with_condition)) {
-            size_t open = mtl_after(t, i);
-            if (mtl_is(t, i, "if")) ifs++;
-            if (mtl_is_identifier(t, open)) open = mtl_after(t, open); /* constexpr, or a macro for it */
-            if (!mtl_is(t, open, "(")) return t->count;
-            i = mtl_behind_bracket(t, open);
-            continue;
-        }
-        if (mtl_is(t, i, "{")) {
-            i = mtl_behind_bracket(t, i);
-        } else {
-            while (i < t->count && !mtl_is(t, i, ";") && !mtl_is(t, i, "}"))
-                i = mtl_is(t, i, "(") || mtl_is(t, i, "[") || mtl_is(t, i, "{") ? mtl_behind_bracket(t, i)
-                                                                                : mtl_after(t, i);
-            if (mtl_is(t, i, ";")) i = mtl_after(t, i);
-        }
-        if (ifs > 0 && mtl_is(t, i, "else")) {
-            ifs--;
-            i = mtl_after(t, i);
-        } else if (nested > 0 && mtl_is(t, i, "while")) {
-            nested--;
-            i = mtl_behind_bracket(t, mtl_after(t, i));
-            if (mtl_is(t, i, ";")) i = mtl_after(t, i);
-            if (nested == 0) return i;
-        } else {
-            return i;
-        }
+static bool add_callers_of(translation *t, const mtl_word *word, bool *seen, translation *const both[2],
+                           mtl_names *names) {
+    size_t open;
+    for (size_t at = word->first_use; at < word->first_use + word->uses; at++) {
+        if (is_meeting(t, t->use[at], &open) && !add_callers(t, t->use[at], seen, both, names)) return false;
     }
+    return true;
 }
 
-/* What every token is in: how many marked loops, and whether it is code. */
+/* From exchanges to the functions that make them, to those that call these, and so on: every call is looked at once. */
+bool mtl_find_meeting(translation *header, translation *body, mtl_names *names) {
+    translation *const both[2] = {header, body};
+    bool *seen[2] = {calloc(header->count + 1, sizeof(bool)), calloc(body->count + 1, sizeof(bool))};
+    bool done = seen[0] && seen[1];
+    for (int of = 0; of < 2; of++) {
+        for (size_t word = 1; done && word <= both[of]->words; word++) {
+            if (both[of]->word[word].exchanges)
+                done = add_callers_of(both[of], &both[of]->word[word], seen[of], both, names);
+        }
+    }
+    for (size_t name = 0; done && name < names->count; name++) {
+        for (int of = 0; of < 2 && done; of++) {
+            const mtl_word *word = mtl_find_word(both[of], names->name[name].text, names->name[name].length);
+            done = !word || add_callers_of(both[of], word, seen[of], both, names);
+        }
+    }
+    free(seen[0]);
+    free(seen[1]);
+    return done;
+}
+
+static bool is_meeting_call(const translation *t, size_t i) {
+    size_t open;
+    return is_meeting(t, i, &open);
+}
+
+/* What tokens are in: how many marked loops, those of the function alone; and which function, as its bracket. `meetings`: how many
+ * calls at which lanes meet stand before each token. */
+#define UNKNOWN (SIZE_MAX - 1)
 typedef struct surroundings {
-    unsigned short *loops;
-    bool *code;
+    long *loops;
+    size_t *body, *meetings, *begin; /* begin: of the expression that ends with the name of a call */
 } surroundings;
 
-static void mark_loop(translation *t, size_t i, const surroundings *around) {
+static bool any_meeting(const surroundings *around, size_t begin, size_t end) {
+    return begin < end && around->meetings[end] > around->meetings[begin];
+}
+
+static void mark_loop(translation *t, size_t i, long loops, const surroundings *around) {
     size_t body;
     mtl_text mark = {0};
     if (mtl_is(t, i, "do")) {
@@ -158,16 +136,18 @@ static void mark_loop(translation *t, size_t i, const surroundings *around) {
         if (mtl_is(t, i, "while") && mtl_is(t, body, ";")) return; /* of do, or of nothing */
     }
     size_t end = mtl_behind_statement(t, body);
-    if (body >= t->count || !any_meeting(t, body, end)) return;
-    mtl_text_format(&mark, " if (__mtl_loop(%d, %zu)); else ", around->loops[i], t->first_place + i);
+    if (body >= t->count || !any_meeting(around, body, end)) return;
+    mtl_text_format(&mark, " if (__mtl_loop(%ld, %zu)); else ", loops, t->first_place + i);
     mtl_add_behind(t, mtl_before(t, body), mtl_keep(t, &mark));
     mtl_text_free(&mark);
-    for (size_t at = body; at < end; at++) around->loops[at]++;
+    around->loops[body]++;
+    around->loops[end]--;
 }
 
 /* The beginning of the expression that ends with the name at `i`: a::b.c[1].name */
-static size_t postfix_begin(const translation *t, size_t i) {
+static size_t postfix_begin(const translation *t, size_t i, const surroundings *around) {
     for (;;) {
+        if (around->begin[i] != UNKNOWN) return around->begin[i];
         size_t before = mtl_before(t, i);
         if (before == SIZE_MAX || !(mtl_is(t, before, "::") || mtl_is(t, before, ".") || mtl_is(t, before, "->")))
             return i;
@@ -183,9 +163,10 @@ static size_t postfix_begin(const translation *t, size_t i) {
     }
 }
 
-static void mark_call(translation *t, size_t i, size_t open, const surroundings *around) {
+static void mark_call(translation *t, size_t i, size_t open, long loops, const surroundings *around) {
     static const char *const before_expressions[] = {"return", "else", "case", "do", NULL};
-    size_t begin = postfix_begin(t, i), behind = mtl_behind_bracket(t, open);
+    size_t begin = postfix_begin(t, i, around), behind = mtl_behind_bracket(t, open);
+    around->begin[i] = begin;
     if (begin == SIZE_MAX || (behind >= t->count && !mtl_is(t, mtl_before(t, behind), ")"))) return;
     size_t before = mtl_before(t, begin);
     if (before != SIZE_MAX && !mtl_is_one_of(t, before, before_expressions) &&
@@ -194,21 +175,14 @@ static void mark_call(translation *t, size_t i, size_t open, const surroundings 
         if (mtl_is_identifier(t, before) || mtl_is(t, before, ">")) return;
     }
     mtl_text mark = {0};
-    mtl_text_format(&mark, "(__mtl_at(%d, %zu), ", around->loops[i], t->first_place + i);
+    mtl_text_format(&mark, "(__mtl_at(%ld, %zu), ", loops, t->first_place + i);
     mtl_add_before(t, begin, mtl_keep(t, &mark));
     mtl_text_free(&mark);
     mtl_add_behind(t, mtl_before(t, behind), ")");
 }
 
-/* A function's own levels begin with it. */
 static void mark_body(translation *t, size_t i, size_t name, const surroundings *around) {
-    size_t end = mtl_behind_bracket(t, i);
-    unsigned short outside = around->loops[i];
-    for (size_t at = i; at < end; at++) {
-        around->loops[at] = (unsigned short)(around->loops[at] - outside);
-        around->code[at] = true;
-    }
-    if (!any_meeting(t, i, end)) return;
+    if (!any_meeting(around, i, mtl_behind_bracket(t, i))) return;
     mtl_add_behind(t, i, " __mtl_frame __mtl_here; ");
     if (name == SIZE_MAX) return;
     /* Which no constexpr function can have. */
@@ -219,25 +193,45 @@ static void mark_body(translation *t, size_t i, size_t name, const surroundings 
     }
 }
 
-void mtl_mark_places(translation *t) {
-    surroundings around = {calloc(t->count + 1, sizeof *around.loops), calloc(t->count + 1, sizeof *around.code)};
-    if (!around.loops || !around.code) {
-        t->failed = true;
-    } else {
-        size_t name, open;
-        for (size_t i = 0; i < t->count; i++) {
-            if (t->token[i].in_directive) continue;
-            if (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do") || mtl_is_statement_macro(t, i))
-                mark_loop(t, i, &around);
-        }
-        for (size_t i = 0; i < t->count; i++) {
-            if (!t->token[i].in_directive && mtl_is_body(t, i, &name)) mark_body(t, i, name, &around);
-        }
-        for (size_t i = 0; i < t->count; i++) {
-            bool code = t->region == MTL_REGION_BODY || around.code[i] || t->token[i].in_directive;
-            if (code && is_meeting(t, i, &open)) mark_call(t, i, open, &around);
-        }
+static void mark_places(translation *t, const surroundings *around) {
+    size_t name, open, body = MTL_NONE;
+    long loops = 0;
+    for (size_t i = 0; i < t->count; i++) { /* a change of the number, made behind its head, becomes the number */
+        loops += around->loops[i];
+        around->loops[i] = loops;
+        if (t->token[i].directive) continue;
+        if (mtl_is(t, i, "for") || mtl_is(t, i, "while") || mtl_is(t, i, "do") || mtl_is_statement_macro(t, i))
+            mark_loop(t, i, loops, around);
     }
+    for (size_t i = 0; i < t->count; i++) {
+        while (body != MTL_NONE && mtl_behind_bracket(t, body) <= i)
+            body = around->body[body]; /* to the one around it */
+        around->body[i] = body;
+        if (t->token[i].directive || !mtl_is_body(t, i, &name)) continue;
+        mark_body(t, i, name, around);
+        body = i;
+    }
+    for (size_t i = 0; i < t->count; i++) {
+        bool code = t->region == MTL_REGION_BODY || around->body[i] != MTL_NONE || t->token[i].directive;
+        /* A function's own levels begin with it. */
+        long outside = around->body[i] == MTL_NONE ? 0 : around->loops[around->body[i]];
+        if (code && is_meeting(t, i, &open)) mark_call(t, i, open, around->loops[i] - outside, around);
+    }
+}
+
+void mtl_mark_places(translation *t) {
+    const mtl_names *meeting = t->options->meeting;
+    for (size_t i = 0; i < meeting->count; i++) {
+        mtl_word *word = mtl_find_word(t, meeting->name[i].text, meeting->name[i].length);
+        if (word) word->meets = true;
+    }
+    surroundings around = {calloc(t->count + 1, sizeof *around.loops), calloc(t->count + 1, sizeof *around.body),
+                           mtl_count(t, is_meeting_call), malloc((t->count + 1) * sizeof *around.begin)};
+    t->failed |= !around.loops || !around.body || !around.meetings || !around.begin;
+    for (size_t i = 0; i <= t->count && !t->failed; i++) around.begin[i] = UNKNOWN;
+    if (!t->failed) mark_places(t, &around);
     free(around.loops);
-    free(around.code);
+    free(around.body);
+    free(around.meetings);
+    free(around.begin);
 }

@@ -254,7 +254,7 @@ bool mtl_find_mentions(mtl_mentions *mentions, const mtl_definition *definition)
         mentions->no_contraction |= forbids_contraction(&tokens.token[t]);
         mentions->halves |= is_16_bit_literal(&tokens.token[t]);
         if (tokens.token[t].kind != MTL_TOKEN_IDENTIFIER) continue;
-        mentions->returns |= tokens.token[t].in_directive && mtl_token_is(&tokens.token[t], "return");
+        mentions->returns |= tokens.token[t].directive && mtl_token_is(&tokens.token[t], "return");
         if (mtl_token_is(&tokens.token[t], "threadgroup")) mentions->relative = true; /* perhaps in a macro */
         if (is_meeting_point(&tokens.token[t])) mentions->lanes_meet = true;
         find_types(mentions, &tokens.token[t]);
@@ -793,27 +793,28 @@ static bool is_part_of(const char *name, const mtl_mentions *mentions, const mtl
     return true;
 }
 
-static void add_swizzle(mtl_text lists[3], const mtl_token *token) {
+/* `seen`: by the letters of the set, how many, and which. */
+static void add_swizzle(mtl_text lists[3], bool seen[2][5][256], const mtl_token *token) {
     int component[4];
     unsigned used;
-    int count = mtl_read_swizzle(token, component, &used);
+    int count = mtl_read_swizzle(token, component, &used), which = 0;
     if (!count) return;
-    mtl_text entry = {0};
-    mtl_text_format(&entry, " S%d(%.*s", count, (int)token->length, token->text);
-    for (int i = 0; i < count; i++) mtl_text_format(&entry, ", %d", component[i]);
-    mtl_text_add_string(&entry, ")");
-    for (int width = 2; width <= 4; width++) {
+    for (int i = 0; i < count; i++) which = which * 4 + component[i];
+    bool *is_there = &seen[strchr("rgba", token->text[0]) != NULL][count][which];
+    for (int width = 2; width <= 4 && !*is_there; width++) {
         mtl_text *list = &lists[width - 2];
-        if (used >> width || strstr(mtl_text_string(list), mtl_text_string(&entry))) continue;
-        if (entry.failed) list->failed = true;
-        else mtl_text_add(list, entry.data, entry.length);
+        if (used >> width) continue;
+        mtl_text_format(list, " S%d(%.*s", count, (int)token->length, token->text);
+        for (int i = 0; i < count; i++) mtl_text_format(list, ", %d", component[i]);
+        mtl_text_add_string(list, ")");
     }
-    mtl_text_free(&entry);
+    *is_there = true;
 }
 
 /* A vector has the swizzles that the source mentions: all of them would be 680 members. */
 static void add_swizzles(mtl_text *out, const mtl_definition *definition) {
     mtl_text lists[3] = {{0}, {0}, {0}};
+    bool seen[2][5][256] = {0};
     const char *const sources[] = {definition->header, definition->source};
     for (int s = 0; s < 2; s++) {
         mtl_tokens tokens;
@@ -827,7 +828,7 @@ static void add_swizzles(mtl_text *out, const mtl_definition *definition) {
             if (token->kind == MTL_TOKEN_SPACE) continue;
             /* ## may put one together from letters, or come behind the point */
             if (member || mtl_token_is(token, "xy") || mtl_token_is(token, "zw") || mtl_token_is(token, "xyz"))
-                add_swizzle(lists, token);
+                add_swizzle(lists, seen, token);
             member = mtl_token_is(token, ".") || mtl_token_is(token, "->");
         }
         mtl_tokens_free(&tokens);

@@ -9,9 +9,9 @@
 
 typedef struct scanner {
     const char *at, *end;
-    bool line_start, in_directive;
+    bool line_start;
     mtl_tokens *tokens;
-    size_t capacity;
+    size_t capacity, directive; /* as in mtl_token */
     bool failed;
 } scanner;
 
@@ -46,7 +46,7 @@ static void emit(scanner *s, mtl_token_kind kind, const char *begin) {
         s->capacity = capacity;
     }
     tokens->token[tokens->count++] =
-        (mtl_token){.kind = kind, .in_directive = s->in_directive, .text = begin, .length = (size_t)(s->at - begin)};
+        (mtl_token){.kind = kind, .directive = s->directive, .text = begin, .length = (size_t)(s->at - begin)};
 }
 
 /* Up to the end of the line, which is left, over continued lines. */
@@ -70,10 +70,10 @@ static void space(scanner *s) {
         if (spliced) {
             s->at += spliced;
         } else if (*s->at == '\n') {
-            if (s->in_directive) { /* the line's end is the first that is not part of it */
+            if (s->directive) { /* the line's end is the first that is not part of it */
                 emit(s, MTL_TOKEN_SPACE, begin);
                 begin = s->at;
-                s->in_directive = false;
+                s->directive = 0;
             }
             s->at++;
             s->line_start = true;
@@ -161,7 +161,7 @@ static void directive(scanner *s) {
     for (size_t i = 0; i < sizeof with_tokens / sizeof with_tokens[0]; i++) {
         if (strlen(with_tokens[i]) == length && memcmp(with_tokens[i], begin, length) == 0) return;
     }
-    if (!s->in_directive) return; /* the line is over */
+    if (!s->directive) return; /* the line is over */
     bool include =
         (length == 7 && memcmp(begin, "include", 7) == 0) || (length == 6 && memcmp(begin, "import", 6) == 0);
     begin = s->at;
@@ -181,7 +181,7 @@ bool mtl_tokenize(mtl_tokens *tokens, const char *source, size_t length) {
         char c = *s.at;
         if (c == '#' && starts_line) {
             s.at++;
-            s.in_directive = true;
+            s.directive = tokens->count + 1;
             emit(&s, MTL_TOKEN_PUNCTUATION, begin);
             directive(&s);
         } else if (is_letter(c)) {

@@ -15,13 +15,20 @@ typedef enum mtl_token_kind {
     MTL_TOKEN_VERBATIM,    /* what follows #pragma, #error, #line and the like */
 } mtl_token_kind;
 
+/* Texts that follow each other, as a ring: the last of them knows the first. NULL: none. */
+typedef struct mtl_piece {
+    struct mtl_piece *next;
+    const char *text;
+} mtl_piece;
+
 /* `text` points into the source. What takes its place, and stands before and behind it, is NULL where nothing does. */
 typedef struct mtl_token {
     mtl_token_kind kind;
-    bool in_directive;
+    size_t directive; /* 0: in none; else behind the number of its # */
     const char *text;
     size_t length;
-    const char *replacement, *before, *behind;
+    const char *replacement;
+    mtl_piece *before, *behind; /* the last ones */
 } mtl_token;
 
 typedef struct mtl_tokens {

@@ -15,13 +15,8 @@ static size_t behind_arguments(const translation *t, size_t i) {
 
 /* The bracket that the token at `i` is directly in: '(', '[', '{', or NUL at the top. */
 static char enclosing_bracket(const translation *t, size_t i) {
-    long depth = 0;
-    for (size_t at = mtl_before(t, i); at != SIZE_MAX; at = mtl_before(t, at)) {
-        if (mtl_is(t, at, ")") || mtl_is(t, at, "]") || mtl_is(t, at, "}")) depth++;
-        if ((mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{")) && depth-- == 0)
-            return t->token[at].text[0];
-    }
-    return '\0';
+    size_t open = t->link[i].around;
+    return open == MTL_NONE ? '\0' : t->token[open].text[0];
 }
 
 /* ---- literals --------------------------------------------------------------------------------------------------------------- */
@@ -69,11 +64,10 @@ static const char *const plain_spaces[] = {"device", "thread", "ray_data", "obje
 /* Whether a const stands in the same specifiers, before or behind: C++ takes it once. */
 static bool is_const_already(const translation *t, size_t i) {
     static const char *const ends[] = {"(", ")", ",", ";", "{", "}", "=", "*", "&", "[", "]", NULL};
-    long angles = 0;
     for (size_t at = mtl_before(t, i); at != SIZE_MAX && !mtl_is_one_of(t, at, ends); at = mtl_before(t, at)) {
-        if (mtl_is(t, at, ">")) angles++;
-        if (mtl_is(t, at, "<") && --angles < 0) break; /* the argument list that this is in */
-        if (angles == 0 && (mtl_is(t, at, "const") || mtl_is(t, at, "constant"))) return true;
+        if (mtl_is(t, at, "<")) break; /* the argument list that this is in */
+        if (mtl_is(t, at, ">")) at = mtl_opening_angle(t, at);
+        if (mtl_is(t, at, "const") || mtl_is(t, at, "constant")) return true;
     }
     for (size_t at = mtl_after(t, i); at < t->count && !mtl_is_one_of(t, at, ends); at = mtl_after(t, at)) {
         if (mtl_is(t, at, "<")) {
@@ -100,7 +94,7 @@ static bool is_constant_expression(const translation *t, size_t i) {
     for (size_t at = mtl_after(t, i); at != SIZE_MAX && mtl_is_one_of(t, at, specifiers); at = mtl_after(t, at))
         found |= mtl_is(t, at, "static");
     if (!found) return false;
-    for (size_t at = i; at < t->count; at = mtl_after(t, at)) {
+    for (size_t at = mtl_after(t, i); at < t->count && !mtl_is(t, at, "constant"); at = mtl_after(t, at)) {
         if (mtl_is(t, at, "=") || mtl_is(t, at, "{")) return true;
         if (mtl_is(t, at, ";") || mtl_is(t, at, "(") || mtl_is(t, at, "*") || mtl_is(t, at, "&")) return false;
     }
@@ -139,6 +133,8 @@ static size_t find_declarators(const translation *t, size_t i) {
             at = mtl_after(t, at);
             if (mtl_is(t, at, "(")) at = mtl_behind_bracket(t, at);
             name = t->count;
+        } else if (mtl_is(t, at, "threadgroup")) {
+            return t->count; /* the specifiers of another */
         } else if (mtl_is_identifier(t, at)) {
             name = at;
             words++;
@@ -159,7 +155,9 @@ static size_t find_declarators(const translation *t, size_t i) {
 }
 
 static void write_translated(translation *t, mtl_text *out, size_t i) {
-    translate_token(t, i);
+    enum { DEEPEST = 16 }; /* lambdas in initializers of variables in lambdas: each is copied */
+    if (t->depth++ < DEEPEST) translate_token(t, i);
+    t->depth--;
     if (t->token[i].kind == MTL_TOKEN_SPACE) mtl_text_add_string(out, " ");
     else mtl_write_token(out, &t->token[i]);
 }
@@ -235,7 +233,7 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
         if (!mtl_is_identifier(t, at)) break;
         mtl_token *declared = &t->token[at];
         mtl_text type = {0}, number = {0};
-        if (t->token[keyword].in_directive) { /* a macro, whose parameter this may be, in use more than once */
+        if (t->token[keyword].directive) { /* a macro, whose parameter this may be, in use more than once */
             mtl_text_format(&type, "__mtl_##%.*s", (int)declared->length, declared->text);
             mtl_text_format(&number, "%d + __COUNTER__", (int)MACROS_VARIABLES);
         } else {
@@ -270,7 +268,7 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
     }
     if (mtl_is(t, at, ";")) {
         mtl_add_behind(t, at, mtl_keep(t, &references));
-    } else if (t->token[keyword].in_directive && references.length && !references.failed) { /* a macro that ends here */
+    } else if (t->token[keyword].directive && references.length && !references.failed) { /* a macro that ends here */
         references.data[references.length - 1] = '\0';
         mtl_add_behind(t, mtl_before(t, at), ";");
         mtl_add_behind(t, mtl_before(t, at), mtl_keep(t, &references));
@@ -349,27 +347,31 @@ static void translate_coherent(translation *t, size_t i) {
 
 /* template <class T, uint N> void f(vec<T, N>): a width is found out from an argument if it has the type that it has in vec, which
  * Metal does not ask for. */
-static void translate_widths(translation *t, size_t i) {
+static void find_widths(translation *t, size_t i) {
     static const char *const integers[] = {"uint",     "unsigned", "ushort",  "short",  "size_t",    "uint32_t",
                                            "uint16_t", "uint8_t",  "uchar",   "char",   "long",      "ulong",
                                            "uint64_t", "int64_t",  "int16_t", "int8_t", "ptrdiff_t", NULL};
     size_t open = mtl_after(t, i), behind = mtl_is(t, open, "<") ? mtl_behind_angle(t, open) : open;
     if (behind == open) return;
-    for (size_t at = open; at < behind; at = mtl_after(t, at)) {
+    for (size_t at = mtl_after(t, open), inner; at<behind; at = inner> at ? inner : mtl_after(t, at)) {
         size_t name = mtl_after(t, at), next = mtl_after(t, name);
+        inner = mtl_behind_angle(t, at);
         if (!mtl_is_one_of(t, at, integers) || !mtl_is_identifier(t, name)) continue;
         if (!mtl_is(t, mtl_before(t, at), "<") && !mtl_is(t, mtl_before(t, at), ",")) continue;
         if (!mtl_is(t, next, ",") && !mtl_is(t, next, ">") && !mtl_is(t, next, "=")) continue;
-        for (size_t use = behind; use < t->count && !mtl_is(t, use, ";") && !mtl_is(t, use, "{");
-             use = mtl_after(t, use)) {
-            if (!mtl_is(t, use, "vec") || !mtl_is(t, mtl_after(t, use), "<")) continue;
-            size_t close = mtl_before(t, mtl_behind_angle(t, mtl_after(t, use)));
-            size_t width = close < t->count ? mtl_before(t, close) : t->count;
-            if (width < t->count && mtl_is_identifier(t, width) && mtl_is(t, mtl_before(t, width), ",") &&
-                mtl_is_named(&t->token[width], t->token[name].text, t->token[name].length))
-                t->token[at].replacement = "int";
-        }
+        mtl_word_at(t, name)->mark = at + 1;
     }
+}
+
+/* vec<T, N> in the declaration that such a list belongs to. */
+static void translate_width(translation *t, size_t i) {
+    size_t list = mtl_after(t, i);
+    if (!mtl_is(t, list, "<")) return;
+    size_t close = mtl_before(t, mtl_behind_angle(t, list));
+    size_t width = close < t->count ? mtl_before(t, close) : t->count;
+    if (width >= t->count || !mtl_is_identifier(t, width) || !mtl_is(t, mtl_before(t, width), ",")) return;
+    size_t type = mtl_word_at(t, width)->mark;
+    if (type > t->declaration) t->token[type - 1].replacement = "int";
 }
 
 /* T a[4] = {[0 ... 2] = x, [3] = y};   becomes   T a[4]; for (...) a[...] = x; ...   which clang alone reads as it is. */
@@ -432,10 +434,12 @@ static size_t behind_alignment(const translation *t, size_t i, size_t *begin, si
 static void translate_alignment(translation *t, size_t i) {
     size_t before = mtl_before(t, i);
     if (before != SIZE_MAX && mtl_is(t, before, "enum")) return;
+    static const char *const classes[] = {"struct", "class", "union", NULL};
     bool is_union = mtl_is(t, i, "union");
     size_t at = mtl_after(t, i), begin = 0, end = 0, behind = behind_alignment(t, at, &begin, &end);
     size_t open = behind;
     while (open < t->count && (mtl_is_identifier(t, open) || mtl_is(t, open, "<") || mtl_is(t, open, ":"))) {
+        if (mtl_is_one_of(t, open, classes)) return;
         size_t next = mtl_is(t, open, "<") ? mtl_behind_angle(t, open) : mtl_after(t, open);
         if (next == open) return;
         open = next;
@@ -449,7 +453,10 @@ static void translate_alignment(translation *t, size_t i) {
     if (end >= t->count || close >= t->count || !mtl_is(t, close, "}")) return;
     mtl_text member = {0};
     mtl_text_add_string(&member, "alignas(");
-    for (size_t of = begin; of < end; of++) mtl_write_token(&member, &t->token[of]);
+    for (size_t of = begin; of < end; of++) {
+        if (t->token[of].kind == MTL_TOKEN_SPACE) mtl_text_add_string(&member, " "); /* lines stay where they are */
+        else mtl_write_token(&member, &t->token[of]);
+    }
     mtl_text_add_string(&member, is_union ? ") char __mtl_aligned[0]; " : ") char __mtl_aligned[0] = {}; ");
     mtl_add_before(t, close, mtl_keep(t, &member));
     mtl_text_free(&member);
@@ -474,20 +481,22 @@ static bool has_anonymous_union(const translation *t, size_t open, size_t close)
  * which C++ does not make for a union with vectors, since their assignment is their own; nor for a class with such a union among its
  * members. */
 static void translate_union(translation *t, size_t i) {
+    static const char *const ends[] = {"{", ";", "struct", "class", "union", NULL};
     size_t before = mtl_before(t, i), name = mtl_after(t, i), begin = 0, end = 0;
     if (before != SIZE_MAX && (mtl_is(t, before, "enum") || mtl_is(t, before, "<") || mtl_is(t, before, ","))) return;
     name = behind_alignment(t, name, &begin, &end);
     size_t open = mtl_is_identifier(t, name) ? mtl_after(t, name) : name;
     if (mtl_is(t, open, ":")) { /* a base */
-        while (open < t->count && !mtl_is(t, open, "{") && !mtl_is(t, open, ";")) open = mtl_after(t, open);
+        while (open < t->count && !mtl_is_one_of(t, open, ends)) open = mtl_after(t, open);
     }
     if (!mtl_is(t, open, "{")) return;
     size_t behind = mtl_behind_bracket(t, open), close = mtl_before(t, behind);
     if (close >= t->count || !mtl_is(t, close, "}")) return;
     bool is_member = name == open && !mtl_is_identifier(t, behind) && !mtl_is(t, behind, "*"); /* of what is around */
     if (is_member || (!mtl_is(t, i, "union") && !has_anonymous_union(t, open, close))) return;
-    for (size_t at = open; at < close; at = mtl_after(t, at)) {
+    for (size_t at = mtl_after(t, open); at < close;) { /* its own, not those of classes in it */
         if (mtl_is(t, at, "operator") && mtl_is_pair(t, mtl_after(t, at), "=", "(")) return;
+        at = mtl_is(t, at, "{") ? mtl_behind_bracket(t, at) : mtl_after(t, at);
     }
     mtl_text own = {0}, assignment = {0};
     if (name == open) {
@@ -530,37 +539,39 @@ static void count_iterations(translation *t, size_t i) {
 /* ---- arms of ?: ----------------------------------------------------------------------------------------------------------------------- */
 
 /* Whether the token at `i` may be in a list of template arguments: a < before it that nothing closes. */
-static bool in_angles(const translation *t, size_t i) {
-    static const char *const ends[] = {";", "{", "}", "(", "[", NULL};
-    long depth = 0, brackets = 0;
-    for (size_t at = mtl_before(t, i); at != SIZE_MAX; at = mtl_before(t, at)) {
-        if (mtl_is(t, at, ")") || mtl_is(t, at, "]")) brackets++;
-        else if (brackets > 0 && (mtl_is(t, at, "(") || mtl_is(t, at, "["))) brackets--;
-        else if (brackets > 0) continue;
-        else if (mtl_is_one_of(t, at, ends)) return false;
-        else if (mtl_is(t, at, ">")) depth++;
-        else if (mtl_is(t, at, "<") && depth-- == 0) return true;
-    }
-    return false;
-}
+static bool in_angles(const translation *t, size_t i) { return t->link[i].angle != MTL_NONE; }
 
-/* The end of the arm that begins at `i`: its colon (`middle`), or what follows the whole expression. t->count: not found. */
+/* The end of the arm that begins at `i`: its colon (`middle`), or what follows the whole expression; t->count at the end of the text.
+ * The arms of a ?: in it are known. */
 static size_t arm_end(const translation *t, size_t i, bool middle, bool angles) {
     static const char *const ends[] = {",", ";", ")", "]", "}", NULL};
-    long nested = 0;
-    for (size_t at = i; at < t->count;) {
-        if (!mtl_are_one_directive(t, i, at)) return middle ? t->count : at;
-        if (mtl_is_one_of(t, at, ends) && !(middle && mtl_is(t, at, ","))) return middle ? t->count : at;
-        if (mtl_is(t, at, "?")) nested++;
-        if (mtl_is(t, at, ":") && nested-- == 0) return at;
-        if (!middle && angles && nested <= 0 && mtl_is(t, at, ">")) return at;
+    size_t at = i;
+    while (at < t->count && mtl_are_one_directive(t, i, at)) {
+        if (mtl_is_one_of(t, at, ends) && !(middle && mtl_is(t, at, ","))) break;
+        if (mtl_is(t, at, ":")) break;
+        if (!middle && angles && mtl_is(t, at, ">")) break;
         size_t behind = mtl_is(t, at, "<") ? behind_arguments(t, at) : at;
-        if (behind > at) at = behind;
-        else
-            at = mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{") ? mtl_behind_bracket(t, at)
-                                                                                : mtl_after(t, at);
+        bool opens = mtl_is(t, at, "(") || mtl_is(t, at, "[") || mtl_is(t, at, "{");
+        if (mtl_is(t, at, "?")) at = t->arms[at].end;
+        else if (behind > at) at = behind;
+        else at = opens ? mtl_behind_bracket(t, at) : mtl_after(t, at);
     }
-    return t->count;
+    return at;
+}
+
+/* Of every ?: in the text, from the last to the first: one ends where the next one in its second arm does. */
+static void find_arms(translation *t) {
+    t->arms = malloc((t->count + 1) * sizeof *t->arms);
+    t->failed |= !t->arms;
+    for (size_t i = t->count; i-- > 0 && !t->failed;) {
+        mtl_arms *arms = &t->arms[i];
+        if (!mtl_is(t, i, "?")) continue;
+        arms->colon = MTL_NONE;
+        arms->end = arm_end(t, mtl_after(t, i), true, false);
+        if (!mtl_is(t, arms->end, ":") || !mtl_are_one_directive(t, i, arms->end)) continue;
+        arms->colon = arms->end;
+        arms->end = arm_end(t, mtl_after(t, arms->colon), false, in_angles(t, i));
+    }
 }
 
 /* [begin, end) as (msl_::armed(), (...)), which gives both arms a type that C++ finds in common: half is a class. A literal has
@@ -577,59 +588,45 @@ static void wrap_arm(translation *t, size_t begin, size_t end) {
     mtl_add_behind(t, last, "))");
 }
 
-/* The arms of the ?: at `i`, and what follows; false where they are not found. */
-static bool find_arms(const translation *t, size_t i, size_t *first, size_t *colon, size_t *second, size_t *end) {
-    *first = mtl_after(t, i);
-    if (*first >= t->count) return false;
-    *colon = arm_end(t, *first, true, false);
-    if (*colon >= t->count || !mtl_is(t, *colon, ":")) return false;
-    *second = mtl_after(t, *colon);
-    if (*second >= t->count) return false;
-    *end = arm_end(t, *second, false, in_angles(t, i));
-    return true;
-}
-
 static void translate_condition(translation *t, size_t i) {
-    size_t first, colon, second, end;
-    if (!find_arms(t, i, &first, &colon, &second, &end)) return;
-    wrap_arm(t, first, colon);
-    wrap_arm(t, second, end);
+    const mtl_arms *arms = &t->arms[i];
+    if (arms->colon == MTL_NONE || mtl_after(t, arms->colon) >= t->count) return;
+    wrap_arm(t, mtl_after(t, i), arms->colon);
+    wrap_arm(t, mtl_after(t, arms->colon), arms->end);
 }
 
 /* Behind the name and the parameters of the macro whose text the token at `i` is in. */
 static size_t macro_begin(const translation *t, size_t i) {
-    while (i > 0 && t->token[i - 1].in_directive && !mtl_is(t, i, "#")) i--;
-    if (!mtl_is(t, i, "#")) return i;
-    size_t name = mtl_after(t, mtl_after(t, i));
+    size_t name = mtl_after(t, mtl_after(t, t->token[i].directive - 1));
     return mtl_is(t, name + 1, "(") ? mtl_behind_bracket(t, name + 1) : mtl_after(t, name);
 }
 
 /* Not a condition of the preprocessor's. */
 static bool is_macro_text(const translation *t, size_t i) {
-    while (i > 0 && t->token[i].in_directive && !mtl_is(t, i, "define")) i--;
-    return t->token[i].in_directive;
+    return mtl_is(t, mtl_after(t, t->token[i].directive - 1), "define");
 }
 
-/* The < of a list of template arguments that the > at `i` closes; SIZE_MAX where it is a comparison: a < b && c > d. */
-static size_t arguments_begin(const translation *t, size_t i) {
-    static const char *const parts[] = {",", "::", "<", ">", "*", "(", ")", NULL};
+/* The < of a list of template arguments that the > at `i` closes; SIZE_MAX where it is a comparison: a < b && c > d. `others`: how
+ * many tokens before each one are in no such list. */
+static size_t arguments_begin(const translation *t, size_t i, const size_t *others) {
     size_t open = mtl_opening_angle(t, i), behind = mtl_after(t, i);
     if (open == SIZE_MAX || !mtl_is_identifier(t, mtl_before(t, open))) return SIZE_MAX;
     if (mtl_is_identifier(t, behind) || (behind < t->count && t->token[behind].kind == MTL_TOKEN_NUMBER))
         return SIZE_MAX;
-    for (size_t at = mtl_after(t, open); at < i; at = mtl_after(t, at)) {
-        if (t->token[at].kind == MTL_TOKEN_PUNCTUATION && !mtl_is_one_of(t, at, parts)) return SIZE_MAX;
-    }
-    return open;
+    return others[i] > others[open] ? SIZE_MAX : open;
+}
+
+static bool is_no_argument(const translation *t, size_t i) {
+    static const char *const parts[] = {",", "::", "<", ">", "*", "(", ")", NULL};
+    return t->token[i].kind == MTL_TOKEN_PUNCTUATION && !mtl_is_one_of(t, i, parts);
 }
 
 /* Where the condition before the ? at `i` begins. */
-static size_t condition_begin(const translation *t, size_t i) {
+static size_t condition_begin(const translation *t, size_t i, const size_t *others) {
     static const char *const stops[] = {"(", "[", "{", ",", ";", "?", ":", "return", "else", "case", "do", NULL};
     static const char *const statements[] = {"if", "for", "while", "switch", "constexpr", NULL};
-    bool directive = t->token[i].in_directive;
-    size_t begin = i, least = directive ? macro_begin(t, i) : 0;
-    for (size_t at = mtl_before(t, i); at != SIZE_MAX && at >= least && t->token[at].in_directive == directive;) {
+    size_t directive = t->token[i].directive, begin = i, least = directive ? macro_begin(t, i) : 0;
+    for (size_t at = mtl_before(t, i); at != SIZE_MAX && at >= least && t->token[at].directive == directive;) {
         if (mtl_is_one_of(t, at, stops)) break;
         if (mtl_is(t, at, "=")) {
             bool compares = at > 0 && (mtl_is(t, at - 1, "=") || mtl_is(t, at - 1, "!") || mtl_is(t, at - 1, "<") ||
@@ -638,8 +635,8 @@ static size_t condition_begin(const translation *t, size_t i) {
                           mtl_is(t, at - 2, t->token[at - 1].text[0] == '<' ? "<" : ">");
             if (!compares || shifts) break;
             at--;
-        } else if (mtl_is(t, at, ">") && arguments_begin(t, at) != SIZE_MAX) {
-            at = arguments_begin(t, at);
+        } else if (mtl_is(t, at, ">") && arguments_begin(t, at, others) != SIZE_MAX) {
+            at = arguments_begin(t, at, others);
         } else if (mtl_is(t, at, ")") || mtl_is(t, at, "]") || mtl_is(t, at, "}")) {
             size_t open = mtl_opening_bracket(t, at), before = open == SIZE_MAX ? open : mtl_before(t, open);
             if (open == SIZE_MAX) return i;
@@ -656,44 +653,45 @@ static size_t condition_begin(const translation *t, size_t i) {
 
 /* c ? a : b   becomes   (msl_::unarmed(), (c ? a : b)), which takes from the value what its arms have been given. */
 static void translate_conditions(translation *t) {
+    size_t *others = mtl_count(t, is_no_argument);
+    t->failed |= !others;
     for (size_t i = 0; i < t->count && !t->failed; i++) {
-        size_t first, colon, second, end;
-        if (!mtl_is(t, i, "?") || !find_arms(t, i, &first, &colon, &second, &end)) continue;
+        if (!mtl_is(t, i, "?") || t->arms[i].colon == MTL_NONE) continue;
+        size_t second = mtl_after(t, t->arms[i].colon), end = t->arms[i].end;
+        if (second >= t->count) continue;
         if (mtl_is(t, end, ">") && in_angles(t, i)) continue; /* f<c ? 1 : 2>, or perhaps a < b ? c : d > e */
-        if (t->token[i].in_directive && !is_macro_text(t, i)) continue;
-        size_t begin = condition_begin(t, i), last = mtl_before(t, end);
+        if (t->token[i].directive && !is_macro_text(t, i)) continue;
+        size_t begin = condition_begin(t, i, others), last = mtl_before(t, end);
         if (begin >= i || last == SIZE_MAX || last < second) continue;
         mtl_add_before(t, begin, "(::metal::msl_::unarmed(), (");
         mtl_add_behind(t, last, "))");
     }
+    free(others);
 }
 
 /* ---- division ------------------------------------------------------------------------------------------------------------------------ */
 
 /* Whether it has   template <class U> S operator/(S a, U b)   or the like, which would take __mtl_trap for a divisor. */
 static bool has_generic_division(const translation *t) {
-    static const char *const ends[] = {";", "{", "}", NULL};
+    size_t template = MTL_NONE; /* of this declaration, so far */
     for (size_t i = 0; i < t->count; i++) {
-        if (!mtl_is(t, i, "operator")) continue;
-        size_t sign = mtl_after(t, i), open = mtl_after(t, sign);
-        if (!(mtl_is(t, sign, "/") || mtl_is(t, sign, "%")) || !mtl_is(t, open, "(")) continue;
-        size_t close = mtl_before(t, mtl_behind_bracket(t, open));
-        size_t begin = i;
-        while (begin != SIZE_MAX && !mtl_is_one_of(t, begin, ends) && !mtl_is(t, begin, "template"))
-            begin = mtl_before(t, begin);
-        if (begin == SIZE_MAX || !mtl_is(t, begin, "template")) continue;
-        size_t type = open;
-        for (size_t at = open; at < close; at = mtl_after(t, at)) {
-            if (mtl_is(t, at, "(") || mtl_is(t, at, ",")) type = mtl_after(t, at);
-            if (mtl_is(t, at, "<")) at = mtl_before(t, mtl_behind_angle(t, at));
+        if (mtl_is(t, i, ";") || mtl_is(t, i, "{") || mtl_is(t, i, "}")) template = MTL_NONE;
+        if (mtl_is(t, i, "template")) template = i;
+        size_t next = mtl_after(t, i), open = mtl_after(t, next);
+        if (template == MTL_NONE) continue;
+        if ((mtl_is(t, i, "typename") || mtl_is(t, i, "class")) && mtl_is_identifier(t, next))
+            mtl_word_at(t, next)->mark = template + 1;
+        if (!mtl_is(t, i, "operator") || !(mtl_is(t, next, "/") || mtl_is(t, next, "%")) || !mtl_is(t, open, "("))
+            continue;
+        size_t at = t->link[open].match, type = open; /* that of the last parameter */
+        for (at = mtl_before(t, at); at != MTL_NONE && at > open && !mtl_is(t, at, ","); at = mtl_before(t, type)) {
+            type = at;
+            if (mtl_is(t, at, ">") && mtl_opening_angle(t, at) != MTL_NONE) type = mtl_opening_angle(t, at);
+            if (mtl_opening_bracket(t, at) != MTL_NONE) type = mtl_opening_bracket(t, at);
         }
         while (mtl_is(t, type, "const") || mtl_is(t, type, "thread")) type = mtl_after(t, type);
-        if (mtl_is(t, mtl_after(t, type), "<") || type >= close) continue;
-        for (size_t at = begin; at < i; at = mtl_after(t, at)) {
-            bool parameter = mtl_is(t, at, "typename") || mtl_is(t, at, "class");
-            const mtl_token *name = parameter ? &t->token[mtl_after(t, at)] : NULL;
-            if (name && mtl_is_named(name, t->token[type].text, t->token[type].length)) return true;
-        }
+        if (type <= open || mtl_is(t, mtl_after(t, type), "<")) continue;
+        if (mtl_is_identifier(t, type) && mtl_word_at(t, type)->mark == template + 1) return true;
     }
     return false;
 }
@@ -717,10 +715,10 @@ static void translate_division(translation *t, size_t i) {
 static void translate_token(translation *t, size_t i) {
     const mtl_token *token = &t->token[i];
     if (token->replacement) return; /* dealt with on the way to an earlier one */
-    if (token->in_directive && mtl_is(t, i, "#")) {
+    if (token->directive && mtl_is(t, i, "#")) {
         size_t name = mtl_after(t, i);
         t->in_condition = mtl_is(t, name, "if") || mtl_is(t, name, "elif");
-    } else if (!token->in_directive) {
+    } else if (!token->directive) {
         t->in_condition = false;
     }
     if (t->in_condition) return; /* the preprocessor's own arithmetic */
@@ -728,6 +726,7 @@ static void translate_token(translation *t, size_t i) {
     case MTL_TOKEN_NUMBER: translate_number(t, i); break;
     case MTL_TOKEN_INCLUDE: translate_include(t, i); break;
     case MTL_TOKEN_PUNCTUATION:
+        if (mtl_is(t, i, ";") || mtl_is(t, i, "{")) t->declaration = i + 1;
         if (mtl_is(t, i, "[") && mtl_is(t, i + 1, "[")) translate_attribute(t, i);
         else if (mtl_is(t, i, "?") && t->options->arms) translate_condition(t, i);
         else if (mtl_is(t, i, "::")) translate_global(t, i);
@@ -744,7 +743,8 @@ static void translate_token(translation *t, size_t i) {
             if (t->options->target == MTL_TARGET_CPU) translate_alignment(t, i);
             translate_union(t, i);
         } else if (mtl_is(t, i, "namespace")) translate_namespace(t, i);
-        else if (mtl_is(t, i, "template")) translate_widths(t, i);
+        else if (mtl_is(t, i, "template")) find_widths(t, i);
+        else if (mtl_is(t, i, "vec")) translate_width(t, i);
         else if (mtl_is(t, i, "coherent")) translate_coherent(t, i);
         else if (mtl_is(t, i, "__extension__")) mtl_blank(t, i); /* which NVRTC does not know */
         else if (mtl_is(t, i, "kernel") && mtl_is_identifier(t, mtl_after(t, i))) mtl_blank(t, i);
@@ -756,8 +756,17 @@ static void translate_token(translation *t, size_t i) {
     }
 }
 
+static void add_pieces(mtl_text *out, const mtl_piece *last) {
+    if (!last) return;
+    const mtl_piece *piece = last;
+    do {
+        piece = piece->next;
+        mtl_text_add_string(out, piece->text);
+    } while (piece != last);
+}
+
 void mtl_write_token(mtl_text *out, const mtl_token *token) {
-    if (token->before) mtl_text_add_string(out, token->before);
+    add_pieces(out, token->before);
     if (!token->replacement) {
         mtl_text_add(out, token->text, token->length);
     } else if (token->replacement[0]) {
@@ -765,67 +774,77 @@ void mtl_write_token(mtl_text *out, const mtl_token *token) {
     } else { /* blanks, so that what follows stays in its column */
         for (size_t i = 0; i < token->length; i++) mtl_text_add(out, token->text[i] == '\n' ? "\n" : " ", 1);
     }
-    if (token->behind) mtl_text_add_string(out, token->behind);
+    add_pieces(out, token->behind);
 }
 
 /* #define SHARED threadgroup: what is named so is that. The preprocessor comes too late for it. */
-static void name_spaces(translation *t, const mtl_tokens *defining) {
-    static const char *const spaces[] = {"threadgroup", "constant", NULL};
-    translation d = {.token = defining->token, .count = defining->count};
-    for (size_t i = 0; i < d.count; i++) {
-        if (!d.token[i].in_directive || !mtl_is(&d, i, "define")) continue;
-        size_t name = mtl_after(&d, i), space = mtl_after(&d, name);
-        if (!mtl_are_one_directive(&d, i, space) || mtl_are_one_directive(&d, space, mtl_after(&d, space))) continue;
-        if (!mtl_is_one_of(&d, space, spaces)) continue;
-        for (size_t at = 0; at < t->count; at++) {
-            if (at == name && t->token == d.token) continue;
-            if (!mtl_is_identifier(t, at) || !mtl_is_named(&t->token[at], d.token[name].text, d.token[name].length))
-                continue;
-            t->token[at].text = mtl_is(&d, space, "threadgroup") ? "threadgroup" : "constant";
-            t->token[at].length = strlen(t->token[at].text);
+static void name_spaces(translation *t, translation *defining) {
+    static const char *const spaces[] = {"threadgroup", "constant"};
+    for (size_t i = 0; i < defining->count; i++) {
+        size_t name = mtl_after(defining, i), space = mtl_after(defining, name);
+        if (!defining->token[i].directive || !mtl_is(defining, i, "define") || !mtl_is_identifier(defining, space))
+            continue;
+        if (!mtl_are_one_directive(defining, i, space) ||
+            mtl_are_one_directive(defining, space, mtl_after(defining, space)))
+            continue;
+        mtl_word *word = mtl_word_at(defining, name);
+        const char *meant = mtl_word_at(defining, space)->space;
+        for (int s = 0; s < 2; s++) {
+            if (mtl_is(defining, space, spaces[s])) meant = spaces[s];
         }
+        if (!meant || word->space || !mtl_is_identifier(defining, name)) continue;
+        word->space = meant;
+        mtl_word *own = mtl_find_word(t, word->text, word->length);
+        if (own) own->space = meant;
+    }
+    for (size_t i = 0; i < t->count; i++) {
+        const char *space = mtl_is_identifier(t, i) ? mtl_word_at(t, i)->space : NULL;
+        size_t before = mtl_before(t, i);
+        if (!space || (t->token[i].directive && mtl_is(t, before, "define"))) continue;
+        t->token[i].text = space;
+        t->token[i].length = strlen(space);
+        t->link[i].word = mtl_add_word(t, &t->token[i]);
     }
 }
 
 static bool begin(translation *t, const char *source) {
-    if (!mtl_tokenize(&t->tokens, source, strlen(source))) return false;
-    t->token = t->tokens.token;
-    t->count = t->tokens.count;
     const char *header = t->options->header;
-    mtl_tokens tokens;
+    if (!mtl_begin(t, source)) return false;
     if (t->region == MTL_REGION_HEADER || !header) {
-        name_spaces(t, &t->tokens);
+        name_spaces(t, t);
         t->divides = has_generic_division(t);
     } else if (strstr(header, "threadgroup") || strstr(header, "constant") || strstr(header, "operator")) {
-        if (!mtl_tokenize(&tokens, header, strlen(header))) return false;
-        name_spaces(t, &tokens);
-        t->divides = has_generic_division(&(translation){.token = tokens.token, .count = tokens.count});
-        mtl_tokens_free(&tokens);
+        translation before = {.region = MTL_REGION_HEADER, .options = t->options};
+        bool done = mtl_begin(&before, header);
+        if (done) name_spaces(t, &before);
+        t->divides = done && has_generic_division(&before);
+        mtl_end(&before);
+        if (!done) return false;
     }
     return true;
 }
 
-static void end(translation *t) {
-    mtl_tokens_free(&t->tokens);
-    while (t->scratch) {
-        block *next = t->scratch->next;
-        free(t->scratch);
-        t->scratch = next;
-    }
+/* Up to what is written. */
+static bool translate(translation *t, const char *source) {
+    if (!begin(t, source)) return false;
+    mtl_leave_out_overloads(t);
+    if (t->failed || !mtl_index(t)) return false;
+    if (t->options->meeting) mtl_mark_places(t);
+    mtl_translate_swizzles(t);
+    if (t->options->arms) find_arms(t);
+    if (t->options->arms && !t->failed) translate_conditions(t);
+    for (size_t i = 0; i < t->count && !t->failed; i++) translate_token(t, i);
+    return !t->failed;
 }
 
 bool mtl_find_meeting_functions(mtl_names *names, const mtl_definition *definition) {
     const mtl_unit_options options = {.meeting = names};
     translation header = {.region = MTL_REGION_HEADER, .options = &options};
     translation body = {.region = MTL_REGION_BODY, .options = &options};
-    bool done = begin(&header, definition->header) && begin(&body, definition->source);
-    for (bool more = true; done && more;) { /* until no function calls another that is new */
-        bool in_header = false, in_body = false;
-        done = mtl_find_meeting(&header, names, &in_header) && mtl_find_meeting(&body, names, &in_body);
-        more = in_header || in_body;
-    }
-    end(&header);
-    end(&body);
+    bool done = begin(&header, definition->header) && begin(&body, definition->source) && mtl_index(&header) &&
+                mtl_index(&body) && mtl_find_meeting(&header, &body, names);
+    mtl_end(&header);
+    mtl_end(&body);
     return done;
 }
 
@@ -835,29 +854,16 @@ void mtl_translate(mtl_text *out, const char *source, mtl_region region, const m
                      .options = options,
                      .variables = region == MTL_REGION_HEADER ? HEADERS_VARIABLES : 0,
                      .first_place = region == MTL_REGION_HEADER ? 0 : PLACES_OF_HEADER};
-    if (!begin(&t, source)) {
-        out->failed = true;
-        return;
-    }
-    mtl_leave_out_overloads(&t);
-    if (options->meeting) mtl_mark_places(&t);
-    mtl_translate_swizzles(&t);
-    if (options->arms) translate_conditions(&t);
-    for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
-    for (size_t i = 0; i < t.count && !t.failed; i++) mtl_write_token(out, &t.token[i]);
-    out->failed |= t.failed;
-    end(&t);
+    bool done = translate(&t, source);
+    for (size_t i = 0; i < t.count && done; i++) mtl_write_token(out, &t.token[i]);
+    out->failed |= !done;
+    mtl_end(&t);
 }
 
 bool mtl_translate_in_lockstep(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                                const mtl_unit_options *options) {
     translation t = {.region = MTL_REGION_BODY, .options = options};
-    bool done = begin(&t, definition->source);
-    if (done) mtl_leave_out_overloads(&t);
-    if (done) mtl_translate_swizzles(&t);
-    if (done && options->arms) translate_conditions(&t);
-    for (size_t i = 0; i < t.count && !t.failed; i++) translate_token(&t, i);
-    done = done && !t.failed && mtl_write_lockstep(&t, out, definition, mentions);
-    end(&t);
+    bool done = translate(&t, definition->source) && mtl_write_lockstep(&t, out, definition, mentions);
+    mtl_end(&t);
     return done && !out->failed;
 }

@@ -23,34 +23,49 @@ enum { MOST_ROUNDS = 16, DEEPEST = 8, MOST_NAMES = 64 };
 typedef struct reader {
     const translation *t;
     size_t at, end;
-    int depth, *names; /* names: how many more are looked up */
-    bool known;
+    int depth, *names;  /* names: how many more are looked up */
+    bool known, is_cut; /* is_cut: that it is not known comes from a limit */
 } reader;
 
 static int64_t read_sum(reader *r);
 
-/* What the only assignment to this name in the text gives it: T name = value; */
-static int64_t value_of(reader *r, const mtl_token *name) {
-    const translation *t = r->t;
-    reader value = {
-        .t = t, .at = t->count, .end = t->count, .depth = r->depth + 1, .names = r->names, .known = r->depth < DEEPEST};
-    for (size_t i = 0; i < t->count && value.known; i++) {
-        const mtl_token *token = &t->token[i];
-        if (token->kind != MTL_TOKEN_IDENTIFIER || !mtl_is_named(token, name->text, name->length)) continue;
-        size_t before = mtl_before(t, i), behind = mtl_after(t, i);
+/* The only assignment to this name in the text, T name = value; is what gives it. */
+static void find_value(const translation *t, mtl_word *name) {
+    name->is_sought = true;
+    name->value_at = t->count;
+    for (size_t use = name->first_use; use < name->first_use + name->uses; use++) {
+        size_t i = t->use[use], before = mtl_before(t, i), behind = mtl_after(t, i);
         bool is_declared = before != SIZE_MAX && (mtl_is_identifier(t, before) || mtl_is(t, before, ","));
         bool is_first = is_declared && mtl_is(t, behind, "=");
-        if (is_first && value.at == t->count) value.at = mtl_after(t, behind);
-        else if (is_first || mtl_is_changed(t, i, i + 1, name->text, name->length)) value.known = false;
+        if (is_first && name->value_at == t->count) {
+            name->value_at = mtl_after(t, behind);
+        } else if (is_first || mtl_is_changed(t, i, i + 1, name->text, name->length)) {
+            name->value_at = t->count;
+            return;
+        }
     }
+}
+
+/* What it gives it; a name is worth the same for all loops. */
+static int64_t value_of(reader *r, mtl_word *name) {
+    const translation *t = r->t;
+    if (!name->is_sought) find_value(t, name);
+    if (name->value_at == t->count) r->known = false;
+    if (name->is_evaluated || !r->known) {
+        r->known &= name->is_known;
+        return name->value;
+    }
+    reader value = {.t = t, .at = name->value_at, .depth = r->depth + 1, .names = r->names, .known = true};
     for (value.end = value.at; value.end < t->count; value.end = mtl_after(t, value.end)) {
         if (mtl_is(t, value.end, ";") || mtl_is(t, value.end, ",")) break;
         if (mtl_is(t, value.end, "(")) value.end = mtl_before(t, mtl_behind_bracket(t, value.end));
-        if (value.end == SIZE_MAX) value.end = t->count;
     }
-    int64_t result = value.at < value.end && value.known ? read_sum(&value) : 0;
-    r->known &= value.known && value.at == value.end && value.end > 0;
-    return result;
+    name->value = r->depth < DEEPEST ? read_sum(&value) : 0;
+    name->is_known = r->depth < DEEPEST && value.known && value.at == value.end;
+    r->is_cut |= value.is_cut || r->depth >= DEEPEST;
+    r->known &= name->is_known;
+    name->is_evaluated = !r->is_cut; /* else another loop may come to it on a shorter way */
+    return name->value;
 }
 
 /* A template argument, the threads of a threadgroup, or another name. */
@@ -71,8 +86,11 @@ static int64_t read_name(reader *r) {
         r->at = mtl_after(t, member);
         return t->options->line;
     }
-    if (--*r->names < 0) r->known = false;
-    return r->known ? value_of(r, name) : 0;
+    if (--*r->names < 0) {
+        r->known = false;
+        r->is_cut = true;
+    }
+    return r->known ? value_of(r, mtl_word_at(t, first)) : 0;
 }
 
 static int64_t read_factor(reader *r) {
@@ -98,6 +116,7 @@ static int64_t read_factor(reader *r) {
     if (mtl_is(t, r->at, "(")) {
         r->at = mtl_after(t, r->at);
         int64_t value = ++r->depth < DEEPEST ? read_sum(r) : 0;
+        r->is_cut |= r->depth >= DEEPEST;
         r->known &= r->depth-- < DEEPEST && mtl_is(t, r->at, ")");
         r->at = mtl_after(t, r->at);
         return value;
@@ -161,13 +180,12 @@ static bool begins_statement(const translation *t, size_t before) {
 }
 
 /* Whether [begin, end) only reads the loop's variable: as an operand of arithmetic or an index. */
-static bool only_reads(const translation *t, size_t begin, size_t end, const mtl_token *name) {
+static bool only_reads(const translation *t, size_t begin, size_t end, const mtl_word *name) {
     static const char *const before_value[] = {"[", "+", "-", "*", "/", "%", NULL};
     static const char *const behind_value[] = {"+", "-", "*", "/", "%", "<", ">", "=", "!", NULL}; /* ==, != */
-    for (size_t i = 0; i < t->count; i++) {
-        if (t->token[i].kind != MTL_TOKEN_IDENTIFIER || !mtl_is_named(&t->token[i], name->text, name->length)) continue;
-        if (t->token[i].in_directive) return false; /* a macro may do anything with it */
-        if (i < begin || i >= end) continue;
+    if (name->in_directive) return false; /* a macro may do anything with it */
+    for (size_t use = mtl_next_use(t, name, begin); use < name->first_use + name->uses && t->use[use] < end; use++) {
+        size_t i = t->use[use];
         if (mtl_is_changed(t, i, i + 1, name->text, name->length)) return false;
         size_t before = mtl_before(t, i);
         if (!mtl_is_one_of(t, before, before_value) && !mtl_is_one_of(t, mtl_after(t, i), behind_value)) return false;
@@ -184,7 +202,7 @@ static void add_tokens(const translation *t, mtl_text *out, size_t begin, size_t
 
 void mtl_unroll(translation *t, size_t i) {
     size_t open = mtl_after(t, i), before = mtl_before(t, i);
-    if (t->token[i].in_directive || !mtl_is(t, open, "(")) return;
+    if (t->token[i].directive || !mtl_is(t, open, "(")) return;
     if (!begins_statement(t, before)) return; /* behind #pragma, _Pragma or a macro: the author has a word in it */
     size_t close = mtl_before(t, mtl_behind_bracket(t, open));
     if (close == SIZE_MAX || close <= open || !mtl_is(t, close, ")")) return;
@@ -203,7 +221,7 @@ void mtl_unroll(translation *t, size_t i) {
     bool is_unsigned = mtl_is(t, begin, "uint") || mtl_is(t, begin, "unsigned");
     if (length > stride || !is_unsigned || !mtl_is_named(&t->token[declared], name->text, name->length) ||
         !mtl_is_named(&t->token[step], name->text, name->length) ||
-        !only_reads(t, body, mtl_behind_statement(t, body), name))
+        !only_reads(t, body, mtl_behind_statement(t, body), mtl_word_at(t, condition)))
         return;
     mtl_text once = {0};
     mtl_text_format(&once, ", %.*s = (", (int)name->length, name->text);

@@ -342,6 +342,98 @@ static void places_are_marked(void **state) {
 }
 
 /* 4 KiB, with a pointer for each buffer. */
+/* A line of the text, with its number in place of @, until there are `size` bytes. */
+static void repeat(mtl_text *text, const char *line, size_t size) {
+    for (int number = 0; text->length < size; number++) {
+        for (const char *at = line; *at; at++) {
+            if (*at == '@') mtl_text_format(text, "%d", number);
+            else mtl_text_add(text, at, 1);
+        }
+    }
+}
+
+/* Each is done in a few hundredths of a second; with a look through the text for each of its lines this test would take
+ * hours, and be stopped. */
+static void long_sources_are_translated_in_linear_time(void **state) {
+    (void)state;
+    static const struct {
+        const char *begin, *line, *end;
+        bool header;
+    } texts[] = {
+        {"float s = x[0]; ", "s = simd_sum(s * @);\n", "", false},
+        {"y[0] = simd_sum(x[0]);", "{ uint u@ = threadgroup_position_in_grid.x; y[u@] = x[u@]; }\n", "", false},
+        {"for (;;) { if (simd_sum(x[0]) > 0) continue; {", "if (x[@]) return; switch (i) { case @: break; }\n", "}}",
+         false},
+        {"half t[] = {", "i < @ ? 1.0h : i == @ ? v.yx : 3.0h, ", "0};", false},
+        {"half t = ", "i == @ ? @.0h : ", "0.0h;", true},
+        {"v", ".xyz.zyx", " = 1;", false},
+        {"", "threadgroup float a@[N]; for (uint i = lid; i < N; i += 256) a@[i] = 0;\n", "", false},
+        {"float t[] = {", "[@] = 1.0h, ", "};", false},
+        {"", "constant float c@[2] = {1.0, 2.0h};\n", "", true},
+        {"", "float f@(device T *p) { return g@(p) / 2; } float f@(threadgroup T *q) { return g@(q) / 2; }\n", "",
+         true},
+        {"float h(float a) { return simd_sum(a); }\n", "float f@(float a) { return h(a); }\n", "", true},
+        {"", "#define S@ threadgroup\nstruct C@ { C@() constant {} C@() device {} };\n", "", true},
+    };
+    const char *const names[] = {"x"}, *const outputs[] = {"y"};
+    const mtl_buffer_type input = {.dtype = MTL_F16};
+    const mtl_dtype output = MTL_F16;
+    const mtl_template_value value = {.name = "N", .kind = METALLOID_TEMPLATE_INT, .integer = 256};
+    const mtl_types types = {&input, &output, 1, &value, false};
+    for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
+        mtl_text text = {0};
+        mtl_text_add_string(&text, texts[i].begin);
+        repeat(&text, texts[i].line, 1 << 18);
+        mtl_text_add_string(&text, texts[i].end);
+        assert_false(text.failed);
+        const char *source = mtl_text_string(&text);
+        const mtl_definition definition = {
+            "k", 1, 1, names, outputs, texts[i].header ? "y[0] = x[0];" : source, texts[i].header ? source : "", false};
+        for (int target = 0; target < 2; target++) {
+            const mtl_unit_options options = {.target = (mtl_target)target,
+                                              .stack_bits = 16,
+                                              .most_threads = 256,
+                                              .line = target == MTL_TARGET_CUDA ? 256 : 0,
+                                              .lockstep = true};
+            mtl_mentions mentions;
+            assert_true(mtl_find_mentions(&mentions, &definition));
+            mtl_text out = {0};
+            mtl_translation_unit(&out, &definition, &mentions, &types, &options);
+            assert_false(out.failed);
+            mtl_text_free(&out);
+        }
+        mtl_text_free(&text);
+    }
+}
+
+/* Nested as deep as a text can be: what goes down into it stops somewhere. */
+static void deep_sources_are_translated(void **state) {
+    (void)state;
+    enum { DEPTH = 50000 };
+    static const char *const parts[][3] = {{"{", "s = simd_sum(s);", "}"},
+                                           {"simd_sum(", "x", ")"},
+                                           {"if (a) s = simd_sum(s); else ", "s = 1;", ""},
+                                           {"(", "v.xy", ").xy"},
+                                           {"struct A { ", "int a;", "};"},
+                                           {"a ? ", "b", ": 0.0h"}};
+    const char *const names[] = {"x"}, *const outputs[] = {"y"};
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        mtl_text text = {0};
+        for (int n = 0; n < DEPTH; n++) mtl_text_add_string(&text, parts[i][0]);
+        mtl_text_add_string(&text, parts[i][1]);
+        for (int n = 0; n < DEPTH; n++) mtl_text_add_string(&text, parts[i][2]);
+        const mtl_definition definition = {"k", 1, 1, names, outputs, mtl_text_string(&text), "", false};
+        const mtl_unit_options options = {.arms = true};
+        mtl_mentions mentions;
+        assert_true(mtl_find_mentions(&mentions, &definition));
+        mtl_text out = {0};
+        mtl_translate_in_lockstep(&out, &definition, &mentions, &options);
+        assert_false(out.failed);
+        mtl_text_free(&out);
+        mtl_text_free(&text);
+    }
+}
+
 static void parameters_of_a_launch_fit(void **state) {
     (void)state;
     mtl_definition definition = {.input_count = MTL_MOST_BUFFERS, .output_count = MTL_MOST_BUFFERS};
@@ -539,6 +631,8 @@ int main(void) {
         cmocka_unit_test(arms_are_wrapped),
         cmocka_unit_test(loops_over_a_share_are_unrolled),
         cmocka_unit_test(places_are_marked),
+        cmocka_unit_test(long_sources_are_translated_in_linear_time),
+        cmocka_unit_test(deep_sources_are_translated),
         cmocka_unit_test(parameters_of_a_launch_fit),
         cmocka_unit_test(threads_of_a_gpu_do_several_positions),
         cmocka_unit_test(blocks_with_threads_that_leave_do_one_threadgroup),

@@ -832,14 +832,20 @@ def test_a_kernel_made_again_is_not_loaded_again():
         launch(made, [], [out], [8, 1, 1], [8, 1, 1])
         library.metalloid_kernel_destroy(made)
 
+    def lost():
+        torch.cuda.synchronize()
+        free = torch.cuda.mem_get_info()[0]
+        for _ in range(200):
+            once()
+        torch.cuda.synchronize()
+        return free - torch.cuda.mem_get_info()[0]
+
     once()
-    torch.cuda.synchronize()
-    free = torch.cuda.mem_get_info()[0]
-    for _ in range(200):
-        once()
-    torch.cuda.synchronize()
-    assert (out == 201).all()
-    assert free - torch.cuda.mem_get_info()[0] < 1 << 20
+    rounds = []  # what is loaded again is lost in every one; other processes' memory comes and goes in some
+    while not rounds or (abs(rounds[-1]) >= 1 << 20 and len(rounds) < 10):
+        rounds.append(lost())
+    assert (out == 1 + 200 * len(rounds)).all()
+    assert abs(rounds[-1]) < 1 << 20, rounds
 
 
 def test_wide_floats_fail_by_name():

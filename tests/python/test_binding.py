@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from metalloid import fast
+from operation_calls import CALLS
 
 try:
     import torch
@@ -554,6 +555,48 @@ def test_numpy_subclasses_give_plain_arrays():
     np.testing.assert_array_equal(result, metalloid.rms_norm(x, None, 1e-5))
 
 
+@pytest.mark.parametrize("made", CALLS, ids=str)
+def test_masked_arrays_are_refused(made):
+    """Whose mask would be lost, at every place of an array."""
+    arrays = [array for _, array in made.arrays()]
+    for at in range(len(arrays)):
+        masked = [np.ma.masked_array(a, mask=True) if i == at else a.copy() for i, a in enumerate(arrays)]
+        before = [a.copy() for a in masked]
+        args, keywords = made.with_arrays(masked)
+        with pytest.raises(
+            TypeError, match=rf"^{made.op}: \w+ is a masked array, whose mask would be lost: pass \w+\."
+        ):
+            getattr(metalloid, made.op)(*args, **keywords)
+        for a, b in zip(masked, before, strict=True):
+            np.testing.assert_array_equal(np.ma.getdata(a), np.ma.getdata(b))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_masked_out_is_refused(name):
+    call, shapes = every_call()[name]
+    outs = tuple(np.ma.masked_array(np.full(shape, 7, F32), mask=True) for shape in shapes)
+    with pytest.raises(TypeError, match=rf"^{name}: out(\[0\])? is a masked array"):
+        call(out=outs if len(outs) == 2 else outs[0])
+    assert all((out.data == 7).all() for out in outs)
+
+
+def test_matrices_and_mapped_files(tmp_path):
+    x = normal(3, 8)
+    want = metalloid.rms_norm(x, None, 1e-5)
+    mapped = np.memmap(tmp_path / "x", F32, "w+", shape=(3, 8))
+    mapped[:] = x
+    out = np.memmap(tmp_path / "out", F32, "w+", shape=(3, 8))
+    for array in (x.view(np.matrix), mapped, x[::-1, ::-1].copy()[::-1, ::-1]):
+        np.testing.assert_array_equal(metalloid.rms_norm(array, None, 1e-5, out=out), want)
+        out.flush()
+        np.testing.assert_array_equal(np.fromfile(tmp_path / "out", F32).reshape(3, 8), want)
+        out[:] = 0
+    reading = np.memmap(tmp_path / "x", F32, "r", shape=(3, 8))
+    np.testing.assert_array_equal(metalloid.rms_norm(reading, None, 1e-5), want)
+    with pytest.raises(ValueError, match="rms_norm: out is read-only"):
+        metalloid.rms_norm(x, None, 1e-5, out=reading)
+
+
 # ---- DLPack capsules -------------------------------------------------------------------------------------------------
 
 
@@ -990,6 +1033,7 @@ def test_calls_leave_nothing_behind(name):
 
 
 x_ok, x_short = normal(3, 8), normal(3, 7)
+x_masked = np.ma.masked_array(x_ok[0], mask=x_ok[0] < 0)
 exporter = Exporter(x_ok)
 
 
@@ -1002,6 +1046,7 @@ ERROR_PATHS = {
     "shape": lambda: refused(metalloid.rms_norm, x_ok, x_short[0], 1e-5),
     "second out": lambda: refused(metalloid.add_rms_norm, x_ok, x_ok, None, 1e-5, out=(np.empty_like(x_ok), x_short)),
     "no array": lambda: refused(metalloid.rms_norm, x_ok, [1.0], 1e-5),
+    "masked": lambda: refused(metalloid.rms_norm, x_ok, x_masked, 1e-5),
     "keyword": lambda: refused(metalloid.rms_norm, x_ok, None, 1e-5, wrong=1),
     "value": lambda: refused(metalloid.rms_norm, x_ok, None, "eps"),
 }

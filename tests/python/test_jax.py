@@ -347,6 +347,48 @@ def test_bad_input_is_an_exception_while_tracing(op, args, keywords, argument, e
                 run(convert)
 
 
+@every_call
+def test_masked_arrays_are_refused(call):
+    arrays = [array for _, array in call.arrays()]
+    for at in range(len(arrays)):
+        masked = [np.ma.masked_array(a, mask=True) if i == at else jnp.asarray(a) for i, a in enumerate(arrays)]
+        args, keywords = call.with_arrays(masked)
+        with pytest.raises(TypeError, match=rf"^{call.op}: \w+ is a masked array"):
+            getattr(mj, call.op)(*args, **keywords)
+
+
+def test_deleted_and_donated_arrays_are_refused_by_name():
+    x, weight = jnp.ones((2, 8)), jnp.ones(8)
+    weight.delete()
+    for module in (mj, metalloid):
+        with pytest.raises(ValueError, match=r"^rms_norm: weight has been deleted or donated"):
+            module.rms_norm(x, weight, 1e-5)
+    donated = jnp.ones((2, 8))
+    jax.jit(lambda a: a + 1, donate_argnums=0)(donated)
+    with pytest.raises(ValueError, match=r"^rms_norm: x has been deleted or donated"):
+        mj.rms_norm(donated, None, 1e-5)
+    with pytest.raises(ValueError, match=r"^rms_norm: the memory of weight cannot be shared"):
+        metalloid.rms_norm(np.ones((2, 8), np.float32), weight, 1e-5)
+
+
+def test_a_custom_kernel_takes_no_tracer_and_no_deleted_array():
+    kernel = metalloid.metal_kernel("never", ["x"], ["y"], "this would not compile")
+
+    def call(x):
+        (y,) = kernel(
+            inputs=[x], output_shapes=[(4,)], output_dtypes=["float32"], grid=(4, 1, 1), threadgroup=(4, 1, 1)
+        )
+        return y
+
+    x, deleted = jnp.ones(4), jnp.ones(4)
+    deleted.delete()
+    for run in (jax.jit(call), jax.grad(lambda x: call(x).sum()), lambda x: jax.vmap(call)(x[None])):
+        with pytest.raises(ValueError, match=r"metal_kernel: the memory of inputs\[0\] \(\w+Tracer\) cannot be shared"):
+            run(x)
+    with pytest.raises(ValueError, match=r"metal_kernel: the memory of inputs\[0\] \(ArrayImpl\) cannot be shared"):
+        call(deleted)
+
+
 def test_what_only_values_show_is_an_exception_when_it_runs():
     with pytest.raises(jax.errors.JaxRuntimeError, match="targets must lie in"):
         mj.cross_entropy(jnp.ones((2, 4)), jnp.array([1, 4])).block_until_ready()

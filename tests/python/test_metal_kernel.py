@@ -855,6 +855,163 @@ def test_definitions_that_are_refused(made, message):
         metal_kernel(**(sound | made))
 
 
+@pytest.mark.parametrize(
+    ("made", "error", "message"),
+    [
+        ({"name": None}, TypeError, "name must be a string, got NoneType"),
+        ({"name": b"k"}, TypeError, "name must be a string, got bytes"),
+        ({"name": "\ud800"}, ValueError, "name must be text"),
+        ({"source": b"y[0] = 1;"}, TypeError, "source must be a string, got bytes"),
+        ({"source": None}, TypeError, "source must be a string, got NoneType"),
+        ({"header": None}, TypeError, "header must be a string, got NoneType"),
+        ({"input_names": None}, TypeError, "input_names must be a list of strings, got NoneType"),
+        ({"input_names": b"x"}, TypeError, "input_names must be a list of strings, got bytes"),
+        ({"input_names": {"x"}}, TypeError, "input_names must be a list of strings, got set"),
+        ({"input_names": (c for c in "x")}, TypeError, "input_names must be a list of strings, got generator"),
+        ({"input_names": ["a", 1]}, TypeError, "input_names[1] must be a string, got int"),
+        ({"input_names": ["\ud800"]}, ValueError, "input_names[0] must be text"),
+        ({"input_names": ["a\0"]}, ValueError, "input_names[0] must not contain NUL"),
+        ({"input_names": ["x", "x"]}, ValueError, "x is the name of two"),
+        ({"output_names": [None]}, TypeError, "output_names[0] must be a string, got NoneType"),
+        ({"ensure_row_contiguous": None}, TypeError, "ensure_row_contiguous must be True or False, got NoneType"),
+        ({"atomic_outputs": "no"}, TypeError, "atomic_outputs must be True or False, got str"),
+        ({"compile_options": "safe"}, TypeError, "compile_options must be a dict, got str"),
+        ({"compile_options": {"math_mode": ["safe"]}}, ValueError, "math_mode must be 'safe'"),
+        ({"debug_options": 1}, TypeError, "debug_options must be a dict, got int"),
+        ({"debug_options": {"debug": "no"}}, TypeError, "debug must be True or False, got str"),
+        ({"debug_options": {"max_iterations": "1"}}, TypeError, "max_iterations must be an integer, got str"),
+        ({"debug_options": {"max_iterations": 2**70}}, ValueError, "max_iterations must not be negative, or"),
+    ],
+)
+def test_definitions_of_wrong_types(made, error, message):
+    sound = {"name": "k", "input_names": ["x"], "output_names": ["y"], "source": "y[0] = x[0];"}
+    with pytest.raises(error, match=f"^metal_kernel: {re.escape(message)}"):
+        metal_kernel(**(sound | made))
+
+
+HUGE = 10**5000  # Python does not print it
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"inputs": np.ones((1, 4), F32)}, TypeError, "inputs must be a list, got ndarray"),
+        ({"inputs": [[1.0]]}, TypeError, "inputs[0] must be an array or a number, got list"),
+        ({"inputs": ["1"]}, TypeError, "inputs[0] must be an array or a number, got str"),
+        ({"inputs": [None]}, TypeError, "inputs[0] must be an array or a number, got NoneType"),
+        ({"inputs": [np.ndarray]}, TypeError, "inputs[0] must be an array or a number, got type"),
+        ({"inputs": [memoryview(b"1234")]}, TypeError, "inputs[0] must be an array or a number, got memoryview"),
+        ({"inputs": [HUGE]}, ValueError, "inputs[0] must fit in 64 bits"),
+        ({"inputs": [np.ma.masked_array([1.0], F32)]}, TypeError, "x is a masked array"),
+        ({"inputs": [np.ma.masked]}, TypeError, "x is a masked array"),
+        ({"inputs": [np.ones(4, ">f4")]}, ValueError, "x has the dtype >f4"),
+        ({"inputs": [np.ones(4, [("a", F32)])]}, ValueError, "x has the dtype [('a', '<f4')]"),
+        ({"output_shapes": None}, TypeError, "output_shapes must be a list, got NoneType"),
+        ({"output_shapes": [None]}, ValueError, "output_shapes must consist of integers, got None"),
+        ({"output_shapes": [HUGE]}, ValueError, "output_shapes must lie in 0..2^63 - 1"),
+        ({"output_shapes": [(2**62, 2)]}, ValueError, "output_shapes must have at most 64 axes and 2^60 - 1 elements"),
+        ({"output_shapes": [(1,) * 65]}, ValueError, "output_shapes must have at most 64 axes"),
+        ({"output_dtypes": F32}, TypeError, "output_dtypes must be a list, got type"),
+        ({"output_dtypes": [{}]}, ValueError, "output_dtypes: {} is no dtype"),
+        ({"grid": None}, ValueError, "grid must be three integers, got None"),
+        ({"grid": (4, 1, 1, 1)}, ValueError, "grid must be three integers, got (4, 1, 1, 1)"),
+        ({"grid": (HUGE, 1, 1)}, ValueError, "grid and threadgroup are too large"),
+        ({"threadgroup": 4}, ValueError, "threadgroup must be three integers, got 4"),
+        ({"threadgroup": (4.0, 1, 1)}, ValueError, "threadgroup must be three integers, got (4.0, 1, 1)"),
+        ({"template": {"T": 1}}, TypeError, "template must be a list of pairs (name, value), got dict"),
+        ({"template": ["T1"]}, TypeError, "template must consist of pairs (name, value), got 'T1'"),
+        ({"template": [(HUGE, 1)]}, TypeError, "template must consist of pairs (name, value), got tuple"),
+        ({"template": [("\ud800", 1)]}, ValueError, "the name of a template argument must be text"),
+        ({"template": [("T\0", 1)]}, ValueError, "the name of a template argument must not contain NUL"),
+        ({"template": [("T", HUGE)]}, ValueError, "template argument T must fit in 32 bits"),
+        ({"template": [("T", None)]}, ValueError, "template argument T must be an int, a bool or a dtype"),
+        ({"init_value": "0"}, ValueError, "init_value must be a number, got '0'"),
+        ({"init_value": 1j}, ValueError, "init_value must be a number, got 1j"),
+    ],
+)
+def test_arguments_of_wrong_types(changed, error, message):
+    kernel = metal_kernel(name="never", input_names=["x"], output_names=["y"], source="this would not compile")
+    for call in (kernel, kernel.source):
+        with pytest.raises(error, match=f"^metal_kernel: {re.escape(message)}"):
+            call(**(SOUND | changed))
+
+
+def test_keywords_that_are_not_known():
+    kernel = metal_kernel(name="never", input_names=["x"], output_names=["y"], source="this would not compile")
+    for call in (kernel, kernel.source):
+        with pytest.raises(TypeError, match="'unknown'"):
+            call(**SOUND, unknown=1)
+    with pytest.raises(TypeError, match="'unknown'"):
+        metal_kernel(name="k", input_names=[], output_names=["y"], source="", unknown=1)
+
+
+def test_forms_that_mlx_takes():
+    """NumPy's integers, lists, tuples and arrays."""
+    kernel = metal_kernel(
+        name="copies", input_names=("x",), output_names=("y",), source="y[thread_position_in_grid.x] = x[0] + N;"
+    )
+    for four in (np.int64(4), np.uint8(4), np.array(4)):
+        for sequence in (list, tuple, np.array):
+            (y,) = kernel(
+                inputs=(np.ones(1, F32),),
+                output_shapes=(sequence([four]),),
+                output_dtypes=(np.dtype(F32),),
+                grid=sequence([four, 1, 1]),
+                threadgroup=sequence([1, 1, 1]),
+                template=(["N", np.int16(2)],),
+                init_value=np.float32(0),
+            )
+            assert y.tolist() == [3, 3, 3, 3]
+
+
+def test_masked_arrays_under_mlx():
+    mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
+    import metalloid.mlx as mm
+
+    with mm.installed(primitive=False):
+        kernel = mx.fast.metal_kernel("never", ["x"], ["y"], "this would not compile")
+        with pytest.raises(TypeError, match=r"metal_kernel: inputs\[0\] is a masked array"):
+            kernel(**(SOUND | {"inputs": [np.ma.masked_array([1.0], F32)], "output_dtypes": [mx.float32]}))
+
+
+class OnlyMemory:
+    """DLPack's two methods and no library."""
+
+    def __dlpack__(self, **given):
+        return np.ones(4, F32).__dlpack__(**given)
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+def test_an_array_of_no_library_as_first_input():
+    kernel = metal_kernel(name="never", input_names=["x"], output_names=["y"], source="this would not compile")
+    with pytest.raises(ValueError, match="outputs cannot be allocated as OnlyMemory, which has no __array_namespace__"):
+        kernel(**(SOUND | {"inputs": [OnlyMemory()]}))
+
+
+PRECOMPILED = {"name": "k", "compiled_source": b"", "scalars": [], **SOUND}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"name": None}, TypeError, "name must be a string"),
+        ({"compiled_source": 5}, TypeError, "compiled_source must be bytes, got int"),
+        ({"inputs": None}, TypeError, "inputs must be a list, got NoneType"),
+        ({"output_shapes": 4}, TypeError, "output_shapes must be a list, got int"),
+        ({"scalars": None}, TypeError, "scalars must be a list, got NoneType"),
+        ({"scalars": [2**70]}, ValueError, "scalars[0] must fit in 64 bits"),
+        ({"shared_memory": "1"}, TypeError, "shared_memory must be an integer, got str"),
+        ({"shared_memory": -1}, ValueError, "shared_memory must not be negative"),
+        ({"ensure_row_contiguous": 1}, TypeError, "ensure_row_contiguous must be True or False, got int"),
+    ],
+)
+def test_arguments_of_a_precompiled_kernel(changed, error, message):
+    with pytest.raises(error, match=f"^precompiled_cuda_kernel: {re.escape(message)}"):
+        metalloid.fast.precompiled_cuda_kernel(**(PRECOMPILED | changed))
+
+
 def test_failed_call_writes_nothing():
     kernel = metalloid._native.Kernel("k", (), ("y",), "nonsense")
     out = np.full(4, 7, F32)
@@ -1118,7 +1275,20 @@ def test_directory_of_another_user_is_not_used(tmp_path):
 
 @pytest.mark.parametrize("place", ["/proc/nothing", "/dev/null/cache", "relative"])
 def test_no_place_for_a_cache(place):
-    program(place)
+    """The kernel runs, and one line says that it is not kept."""
+    (line,) = program(place).stderr.splitlines()
+    assert line.startswith(
+        f"metalloid: METALLOID_CACHE={place} is ignored: it must be the absolute path of a directory"
+    )
+
+
+def test_settings_that_are_not_understood(tmp_path):
+    settings = {"METALLOID_NUM_THREADS": "many", "METALLOID_CPU_ISA": "mmx", "METALLOID_CACHE_MIB": "-5"}
+    twice = PROGRAM + "metalloid = sys.modules['metalloid']; metalloid.rms_norm(x, None, 0.0)\n"
+    lines = program(tmp_path, twice, **settings).stderr.splitlines()
+    assert sorted(line.split(" is ignored: ")[0] for line in lines) == sorted(
+        f"metalloid: {name}={value}" for name, value in settings.items()
+    )
 
 
 def test_no_compiler(tmp_path):

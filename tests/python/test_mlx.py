@@ -662,6 +662,25 @@ def test_without_a_compiler_calls_evaluate(tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("place", ["relative", "/dev/null/cache"])
+def test_no_place_for_a_cache(place):
+    program = "import metalloid.mlx as m; m.install(); print(m.mode()); m.install(primitive=True)"
+    environment = {**os.environ, "METALLOID_CACHE": place}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "evaluating\n"
+    assert "METALLOID_CACHE" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_masked_arrays_are_refused(call):
+    arrays = [array for _, array in call.arrays()]
+    for at in range(len(arrays)):
+        masked = [np.ma.masked_array(a, mask=True) if i == at else mx.array(a) for i, a in enumerate(arrays)]
+        args, keywords = call.with_arrays(masked)
+        with pytest.raises(TypeError, match=rf"^{call.op}: \w+ is a masked array"):
+            getattr(mm, call.op)(*args, **keywords)
+
+
 def test_a_cache_that_others_can_write_is_not_used(tmp_path):
     (tmp_path / "metalloid").mkdir(mode=0o777)
     (tmp_path / "metalloid").chmod(0o777)

@@ -442,6 +442,17 @@ def test_refusals_reach_the_caller(call, recorded):
         call(x)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_meta_tensor_among_real_ones_is_refused(recorded):
+    """PyTorch takes such a call for one without values: real results of it would be memory that nobody wrote."""
+    x = torch.ones(2, 4, requires_grad=recorded)
+    for call in (mt.rms_norm, torch.ops.metalloid.rms_norm):
+        for arguments in ((x, torch.ones(4, device="meta")), (x.to("meta"), torch.ones(4))):
+            with pytest.raises(ValueError, match=r"rms_norm: .*(x|weight).* meta"):
+                call(*arguments, 1e-5)
+        assert call(x.to("meta"), torch.ones(4, device="meta"), 1e-5).is_meta
+
+
 def test_second_derivatives():
     s = Samples(torch.float64)
     x, weight = s.normal(3, 5), s.normal(5)

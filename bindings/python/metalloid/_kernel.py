@@ -2,10 +2,11 @@
 
 import functools
 import importlib.util
+import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 from metalloid import _native
 
 _ON_CUDA = (2, 13)  # DLPack's device types of it, managed memory too
+_OUTPUTS_OF = ("torch", "mlx", "cupy")  # libraries that allocate outputs themselves
+_MOST_AXES = 64
 _MATH_MODES = {"safe": 0, "relaxed": 1, "fast": 2}
 
 # Inputs, outputs, grid, threadgroup, template arguments, initial value: what the extension's Kernel takes.
@@ -42,7 +45,7 @@ def _dtype_name(dtype: Any) -> str:
     try:
         return np.dtype(dtype).name
     except TypeError:
-        raise ValueError(f"metal_kernel: {dtype!r} is no dtype") from None
+        raise ValueError(f"metal_kernel: {_shown(dtype)} is no dtype") from None
 
 
 def _name_of(what: str, dtype: Any) -> str:
@@ -52,21 +55,57 @@ def _name_of(what: str, dtype: Any) -> str:
             raise TypeError
         return _dtype_name(dtype)
     except TypeError:  # or not hashable
-        reason = f"{dtype!r:.60} is no dtype"
+        reason = f"{_shown(dtype)} is no dtype"
     except ValueError as error:
         reason = str(error).removeprefix("metal_kernel: ")
     raise ValueError(f"metal_kernel: {what}: {reason}") from None
 
 
-def _check_list(what: str, given: Any, of: str = "") -> None:
-    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-        raise TypeError(f"metal_kernel: {what} must be a list{of}, got {type(given).__name__}")
+def _shown(value: Any) -> str:
+    """For a message: one short line, whatever the value is."""
+    try:
+        return f"{' '.join(repr(value).split()):.60}"
+    except Exception:  # an int of thousands of digits
+        return type(value).__name__
+
+
+def _check_list(what: str, given: Any, of: str = "", maker: str = "metal_kernel") -> None:
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes, bytearray, memoryview)):
+        raise TypeError(f"{maker}: {what} must be a list{of}, got {type(given).__name__}")
+
+
+def _check_string(maker: str, what: str, given: Any) -> None:
+    if not isinstance(given, str):
+        raise TypeError(f"{maker}: {what} must be a string, got {type(given).__name__}")
+    if "\0" in given:
+        raise ValueError(f"{maker}: {what} must not contain NUL")
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{maker}: {what} must be text, got a lone surrogate") from None
+
+
+def _flag(maker: str, what: str, given: Any) -> bool:
+    if not isinstance(given, (bool, np.bool_)):
+        raise TypeError(f"{maker}: {what} must be True or False, got {type(given).__name__}")
+    return bool(given)
+
+
+def _size(maker: str, what: str, given: Any, below: int) -> int:
+    try:
+        size = operator.index(given)
+    except TypeError:
+        raise TypeError(f"{maker}: {what} must be an integer, got {type(given).__name__}") from None
+    if not 0 <= size < below:
+        raise ValueError(f"{maker}: {what} must not be negative, or {below:#x} or more, got {_shown(size)}")
+    return size
 
 
 def _template(argument: Any) -> tuple[str, int | str]:
     if not isinstance(argument, (tuple, list)) or len(argument) != 2 or not isinstance(argument[0], str):
-        raise TypeError(f"metal_kernel: template must consist of pairs (name, value), got {argument!r:.60}")
+        raise TypeError(f"metal_kernel: template must consist of pairs (name, value), got {_shown(argument)}")
     name, value = argument
+    _check_string("metal_kernel", "the name of a template argument", name)
     if isinstance(value, (bool, np.bool_)):
         return name, bool(value)
     if isinstance(value, (int, np.integer)):
@@ -136,6 +175,17 @@ def _deliver(library: str, like: Any, memory: Any) -> Any:
     return namespace.asarray(memory)
 
 
+def _check_memory(array: Any, place: int) -> None:
+    """That it has memory, which a tracer of JAX's or a deleted array has not."""
+    try:
+        array.__dlpack_device__()
+    except Exception as error:
+        raise ValueError(
+            f"metal_kernel: the memory of inputs[{place}] ({type(array).__name__}) cannot be shared: "
+            f"{' '.join(str(error).split()):.200}"
+        ) from error
+
+
 def _leads(array: Any) -> bool:
     """Whether the outputs go where this array is: scalars of the host's may stand beside it."""
     return bool(getattr(array, "is_cuda", False)) or _library(array) == "cupy"
@@ -145,7 +195,7 @@ def _three(value: Sequence[int], what: str) -> tuple[int, int, int]:
     try:
         x, y, z = (operator.index(n) for n in value)
     except (TypeError, ValueError):
-        raise ValueError(f"metal_kernel: {what} must be three integers, got {value!r}") from None
+        raise ValueError(f"metal_kernel: {what} must be three integers, got {_shown(value)}") from None
     return x, y, z
 
 
@@ -153,17 +203,23 @@ def _shape(value: Sequence[int] | int) -> tuple[int, ...]:
     try:
         shape = tuple(operator.index(n) for n in (value if isinstance(value, (Sequence, np.ndarray)) else (value,)))
     except TypeError:
-        raise ValueError(f"metal_kernel: output_shapes must consist of integers, got {value!r}") from None
+        raise ValueError(f"metal_kernel: output_shapes must consist of integers, got {_shown(value)}") from None
     if any(not 0 <= extent < 2**63 for extent in shape):
-        raise ValueError(f"metal_kernel: output_shapes must lie in 0..2^63 - 1, got {value!r}")
+        raise ValueError(f"metal_kernel: output_shapes must lie in 0..2^63 - 1, got {_shown(value)}")
+    if (
+        len(shape) > _MOST_AXES or math.prod(extent or 1 for extent in shape) >= 2**60
+    ):  # of 8 bytes, as NumPy counts them
+        raise ValueError(f"metal_kernel: output_shapes must have at most {_MOST_AXES} axes and 2^60 - 1 elements")
     return shape
 
 
 def _initial(value: Any) -> float | None:
     try:
+        if isinstance(value, (str, bytes, bytearray)):  # which float() reads
+            raise TypeError
         return None if value is None else float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"metal_kernel: init_value must be a number, got {value!r:.60}") from None
+        raise ValueError(f"metal_kernel: init_value must be a number, got {_shown(value)}") from None
 
 
 def _fallback_compiler() -> str | None:
@@ -216,9 +272,13 @@ class MetalKernel:
                 raise ValueError(f"metal_kernel: kernels have no dtype {name}")
         sizes = _three(grid, "grid"), _three(threadgroup, "threadgroup")
         if max(*sizes[0], *sizes[1]) >= 2**63:
-            raise ValueError(f"metal_kernel: grid and threadgroup are too large: {grid!r} and {threadgroup!r}")
+            raise ValueError(
+                f"metal_kernel: grid and threadgroup are too large: {_shown(grid)} and {_shown(threadgroup)}"
+            )
         if min(sizes[0]) < 1 or min(sizes[1]) < 1:
-            raise ValueError(f"metal_kernel: grid and threadgroup must be at least 1, got {grid!r} and {threadgroup!r}")
+            raise ValueError(
+                f"metal_kernel: grid and threadgroup must be at least 1, got {_shown(grid)} and {_shown(threadgroup)}"
+            )
         return shapes, names, sizes, tuple(values)
 
     def _prepare(
@@ -235,11 +295,21 @@ class MetalKernel:
         arrays, library, like = [], "numpy", None
         for place, value in enumerate(inputs):
             array = _scalar(value, place)
+            if isinstance(array, type) or not hasattr(array, "__dlpack__"):
+                raise TypeError(
+                    f"metal_kernel: inputs[{place}] must be an array or a number, got {type(array).__name__}"
+                )
+            if _library(array) not in (*_OUTPUTS_OF, "numpy"):
+                _check_memory(array, place)
             if array is value and (like is None or (_leads(array) and not _leads(like))):
                 like, library = array, _library(array)
             arrays.append(array)
         if like is None and output_dtypes and _library(output_dtypes[0]) in ("torch", "mlx"):
             library = _library(output_dtypes[0])
+        if library not in (*_OUTPUTS_OF, "numpy") and not hasattr(like, "__array_namespace__"):
+            raise ValueError(
+                f"metal_kernel: outputs cannot be allocated as {type(like).__name__}, which has no __array_namespace__"
+            )
         if library == "mlx":
             sys.modules["mlx.core"].eval([array for array in arrays if _library(array) == "mlx"])
         outputs = tuple(
@@ -279,6 +349,7 @@ class MetalKernel:
             stream: accepted for MLX's sake; work on a GPU goes to the stream that the arrays' library has current.
 
         Raises:
+            TypeError: an input that is no array and no number, or a masked one; what should be a list and is not.
             ValueError: arguments that do not fit. Nothing is compiled.
             RuntimeError: the kernel does not compile, with what the compiler said, its lines counted in ``source`` and
                 ``header``; or it was stopped: a barrier that only part of a threadgroup reaches.
@@ -299,12 +370,14 @@ class MetalKernel:
         grid: Sequence[int] = (1, 1, 1),
         threadgroup: Sequence[int] = (1, 1, 1),
         template: Sequence[tuple[str, Any]] | None = None,
+        init_value: float | None = None,
+        verbose: bool = False,
+        stream: object = None,
         translated: bool = False,
-        **unused: Any,
     ) -> str:
         """The generated source of such a call, without running it: Metal's, or, ``translated``, the C++ that is
         compiled. The arguments are those of the call."""
-        arguments, _, _ = self._prepare(inputs, output_shapes, output_dtypes, grid, threadgroup, template, None)
+        arguments, _, _ = self._prepare(inputs, output_shapes, output_dtypes, grid, threadgroup, template, init_value)
         return self._native.source(*arguments, translated)
 
 
@@ -318,11 +391,13 @@ def _made(
     **settings: Any,
 ) -> MetalKernel:
     for what, text in (("name", name), ("source", source), ("header", header)):
-        if "\0" in text:
-            raise ValueError(f"{maker}: {what} must not contain NUL")
+        _check_string(maker, what, text)
     for what, names in (("input_names", input_names), ("output_names", output_names)):
         if isinstance(names, str):
             raise ValueError(f"{maker}: {what} must be a list of strings, got one string")
+        _check_list(what, names, " of strings", maker)
+        for place, text in enumerate(names):
+            _check_string(maker, f"{what}[{place}]", text)
     native = _native.Kernel(name, tuple(input_names), tuple(output_names), source, header, **settings)
     return MetalKernel(native, name, len(input_names), len(output_names))
 
@@ -357,6 +432,7 @@ def metal_kernel(
             thread of which goes through more iterations of its loops.
 
     Raises:
+        TypeError: a name or a source that is no string, names that are no list, a flag that is no bool.
         ValueError: a name that is no identifier, no output, an option that is not known. Nothing is compiled yet.
 
     >>> import numpy as np
@@ -367,26 +443,31 @@ def metal_kernel(
     >>> kernel(inputs=[x], output_shapes=[x.shape], output_dtypes=[x.dtype], grid=(3, 1, 1), threadgroup=(3, 1, 1))
     [array([2., 4., 6.], dtype=float32)]
     """
-    options, debug = dict(compile_options or {}), dict(debug_options or {})
-    mode: Any = options.pop("math_mode", "safe")
-    if mode not in _MATH_MODES:
-        raise ValueError(f"metal_kernel: math_mode must be 'safe', 'relaxed' or 'fast', got {mode!r}")
+    maker = "metal_kernel"
+    for what, given in (("compile_options", compile_options), ("debug_options", debug_options)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"{maker}: {what} must be a dict, got {type(given).__name__}")
+    options: dict[str, Any] = dict(compile_options or {})
+    debug: dict[str, Any] = dict(debug_options or {})
+    mode = options.pop("math_mode", "safe")
+    if not isinstance(mode, str) or mode not in _MATH_MODES:
+        raise ValueError(f"{maker}: math_mode must be 'safe', 'relaxed' or 'fast', got {_shown(mode)}")
     settings: dict[str, Any] = {
-        "debug": bool(debug.pop("debug", False)),
-        "address_sanitizer": bool(debug.pop("address_sanitizer", False)),
-        "most_iterations": debug.pop("max_iterations", 0),
+        "debug": _flag(maker, "debug", debug.pop("debug", False)),
+        "address_sanitizer": _flag(maker, "address_sanitizer", debug.pop("address_sanitizer", False)),
+        "most_iterations": _size(maker, "max_iterations", debug.pop("max_iterations", 0), 2**63),
     }
     for unknown in (*options, *debug):
-        raise ValueError(f"metal_kernel: there is no option {unknown!r}")
+        raise ValueError(f"{maker}: there is no option {_shown(unknown)}")
     return _made(
-        "metal_kernel",
+        maker,
         name,
         input_names,
         output_names,
         source,
         header,
-        ensure_row_contiguous=ensure_row_contiguous,
-        atomic_outputs=atomic_outputs,
+        ensure_row_contiguous=_flag(maker, "ensure_row_contiguous", ensure_row_contiguous),
+        atomic_outputs=_flag(maker, "atomic_outputs", atomic_outputs),
         math_mode=_MATH_MODES[mode],
         fallback_compiler=_fallback_compiler(),
         **settings,
@@ -425,9 +506,9 @@ def cuda_kernel(
         output_names,
         source,
         header,
-        ensure_row_contiguous=ensure_row_contiguous,
+        ensure_row_contiguous=_flag("cuda_kernel", "ensure_row_contiguous", ensure_row_contiguous),
         language=1,
-        shared_memory=shared_memory,
+        shared_memory=_size("cuda_kernel", "shared_memory", shared_memory, 2**31),
     )
 
 
@@ -477,17 +558,25 @@ def precompiled_cuda_kernel(
         ValueError: arguments that do not fit the kernel's parameters.
         RuntimeError: the driver does not take the image, or it has no such kernel; the arrays are in CPU memory.
     """
-    if isinstance(compiled_source, str) or "\0" in name:
-        what = "compiled_source must be bytes, got a string" if "\0" not in name else "name must not contain NUL"
-        raise ValueError(f"precompiled_cuda_kernel: {what}")
+    maker = "precompiled_cuda_kernel"
+    _check_string(maker, "name", name)
+    if isinstance(compiled_source, str):
+        raise ValueError(f"{maker}: compiled_source must be bytes, got a string")
+    if not isinstance(compiled_source, (bytes, bytearray, memoryview)):
+        raise TypeError(f"{maker}: compiled_source must be bytes, got {type(compiled_source).__name__}")
+    for what, given in (("inputs", inputs), ("output_shapes", output_shapes), ("scalars", scalars)):
+        _check_list(what, given, maker=maker)
     for place, value in enumerate(scalars):
         if not isinstance(value, (bool, int, float)):
             raise ValueError(
                 f"precompiled_cuda_kernel: scalars[{place}] must be a bool, an int or a float, "
                 f"got {type(value).__name__}"
             )
-    outputs = len(output_shapes)
-    kernel = _precompiled(name, bytes(compiled_source), len(inputs), outputs, ensure_row_contiguous, shared_memory)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{maker}: scalars[{place}] must fit in 64 bits, got {value:#x}"[:200])
+    contiguous = _flag(maker, "ensure_row_contiguous", ensure_row_contiguous)
+    shared, outputs = _size(maker, "shared_memory", shared_memory, 2**31), len(output_shapes)
+    kernel = _precompiled(name, bytes(compiled_source), len(inputs), outputs, contiguous, shared)
     arguments, library, like = kernel._prepare(
         inputs, output_shapes, output_dtypes, grid, threadgroup, None, init_value
     )

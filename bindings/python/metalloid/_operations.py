@@ -112,6 +112,13 @@ def is_array(value: object) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
 
 
+def check_unmasked(op: str, name: str, array: Any) -> None:
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{op}: {name} is a masked array, whose mask would be lost: pass {name}.filled(value) or {name}.data"
+        )
+
+
 def check_start(op: str, start: int, q: Any, k_cache: Any) -> None:
     """Where the new keys go, once it is known."""
     if is_array(k_cache) and is_array(q) and len(k_cache.shape) == len(q.shape) == 4:
@@ -254,6 +261,7 @@ class Operations(ABC, Generic[A]):
             raise ValueError(f"{op}: base must be finite and positive, got 0")
         offsets, start = None, 0
         if is_array(offset):
+            check_unmasked(op, "offset", offset)
             offsets = offset
             if offset.shape in ((), (1,)) and is_array(first) and len(first.shape) > 0:
                 offsets = self._broadcast(offset, (first.shape[0],))
@@ -542,6 +550,7 @@ class Operations(ABC, Generic[A]):
             raise ValueError(f"{op}: softcap must be finite and positive, got 0")
         offset = CAUSAL_OFFSET_DEFAULT if causal_offset is None else integer(op, "causal_offset", causal_offset)
         given: Any = mask
+        check_unmasked(op, "mask", given)
         if is_array(given) and len(given.shape) < 4:
             mask = self._broadcast(given, (1,) * (4 - len(given.shape)) + tuple(given.shape))
         results = self._call(
@@ -594,6 +603,7 @@ class Operations(ABC, Generic[A]):
         """
         op = "kv_cache_sdpa_update"
         at: Any = offset
+        check_unmasked(op, "offset", at)
         if not is_array(at):
             check_start(op, integer(op, "offset", at), q, k_cache)
         elif at.shape not in ((), (1,)) or "int" not in str(at.dtype):

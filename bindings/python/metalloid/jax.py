@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metalloid import _formulas as formulas
 from metalloid import _native, _operations
@@ -274,16 +275,24 @@ class _Operations(_operations.Operations[jax.Array]):
         results: int = 1,
     ) -> tuple[jax.Array, ...]:
         present, arrays = 0, []
-        for place, (name, array) in enumerate(zip(_NAMES[operation][0], inputs, strict=True)):
+        names = _NAMES[operation][0]
+        for place, (name, array) in enumerate(zip(names, inputs, strict=True)):
             if array is None and place > 0:
                 continue
             if not isinstance(array, (jax.Array, np.ndarray)):
                 raise TypeError(f"{operation}: {name} must be an array of JAX or NumPy, got {type(array).__name__}")
+            _operations.check_unmasked(operation, name, array)
             if not isinstance(array, jax.Array) and array.dtype.kind not in "fiubV":
                 raise ValueError(f"{operation}: {name} has the dtype {array.dtype}, which no operation takes")
             present |= 1 << place
             arrays.append(array)
-        return _apply(_Call(operation, present, reals, integers, results), *arrays)
+        try:
+            return _apply(_Call(operation, present, reals, integers, results), *arrays)
+        except RuntimeError:
+            for name, array in zip(names, inputs, strict=True):
+                if isinstance(array, jax.Array) and not isinstance(array, Tracer) and array.is_deleted():
+                    raise ValueError(f"{operation}: {name} has been deleted or donated") from None
+            raise
 
     def _broadcast(self, array: Any, shape: tuple[int, ...]) -> jax.Array:
         return jnp.broadcast_to(array, shape)

@@ -93,8 +93,14 @@ _DTYPE_OF = {name: dtype for dtype, name in _DTYPES.items()}
 def _cache_folder() -> Path:
     """A folder of the user's own: code is loaded from it."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(os.environ.get("METALLOID_CACHE") or os.path.join(base, "metalloid"))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    given = os.environ.get("METALLOID_CACHE")
+    folder = Path(given or os.path.join(base, "metalloid"))
+    if given and not folder.is_absolute():
+        raise RuntimeError(f"METALLOID_CACHE={given} must be an absolute path")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"the cache folder {folder} (METALLOID_CACHE) cannot be made: {error.strerror}") from error
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RuntimeError(f"{folder} can be written by others: nothing is loaded from it")
@@ -410,6 +416,7 @@ def _array(op: str, name: str, array: Any) -> mx.array:
         return array
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{op}: {name} must be an array of MLX or NumPy, got {type(array).__name__}")
+    _operations.check_unmasked(op, name, array)
     if array.dtype.kind not in "fiubV":
         raise ValueError(f"{op}: {name} has the dtype {array.dtype}, which no operation takes")
     return mx.array(array)
@@ -490,6 +497,7 @@ class _Operations(_operations.Operations[mx.array]):
     def _start(op: str, offset: Any) -> int:
         if not _operations.is_array(offset):
             return _operations.integer(op, "offset", offset)
+        _operations.check_unmasked(op, "offset", offset)
         if offset.shape not in ((), (1,)) or "int" not in str(offset.dtype):
             raise ValueError(f"{op}: offset must be an integer or an integer array {{}} or {{1}}")
         return int(offset.item())
@@ -560,6 +568,7 @@ def _compiled(
 def _input(value: Any, place: int) -> mx.array:
     if isinstance(value, mx.array):
         return value
+    _operations.check_unmasked("metal_kernel", f"inputs[{place}]", value)
     array = _kernel._scalar(value, place)
     if isinstance(array, np.ndarray) and array.dtype.kind not in "fiubcV":
         raise ValueError(f"metal_kernel: inputs[{place}] has the dtype {array.dtype}, which kernels do not have")

@@ -236,6 +236,19 @@ static int is_of(PyObject *object, PyObject *library, PyObject *type, PyObject *
     return is;
 }
 
+/* Of NumPy's subclasses a masked array is not what its memory says. */
+static bool check_unmasked(module_state *state, PyObject *object, const char *op, const char *name) {
+    if (PyArray_CheckExact(object)) return true;
+    PyObject *module;
+    int is = is_of(object, state->numpy_ma, state->masked_array, &module);
+    if (is > 0) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: %s is a masked array, whose mask would be lost: pass %s.filled(value) or %s.data", op, name,
+                     name, name);
+    }
+    return is == 0;
+}
+
 /* CuPy tells its current stream by Python alone. */
 static bool find_stream(mtl_array *opened, module_state *state) {
     PyObject *cupy;
@@ -318,9 +331,12 @@ bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool w
     opened->stream = NULL;
     opened->detached = NULL;
     opened->managed = NULL;
-    if (PyArray_Check(object)) return open_numpy(opened, (PyArrayObject *)object, writable, op, name);
+    if (PyArray_Check(object))
+        return check_unmasked(state, object, op, name) &&
+               open_numpy(opened, (PyArrayObject *)object, writable, op, name);
 
-    PyObject *attribute, *requires_grad;
+    PyObject *attribute = NULL, *requires_grad;
+    if (PyType_Check(object)) goto no_array; /* a class has its arrays' attributes */
     if (!optional_attribute(object, state->requires_grad, &requires_grad)) return refuse_export(op, name);
     Py_XDECREF(requires_grad);
     if (requires_grad && !check_tensor(state, object, requires_grad, op, name)) return false;
@@ -340,13 +356,13 @@ bool array_open(mtl_array *opened, module_state *state, PyObject *object, bool w
         object = opened->detached = PyObject_CallMethod(object, "detach", NULL);
         if (!object) return refuse_export(op, name);
     }
-    if (PyType_Check(object) || !optional_attribute(object, state->dlpack, &attribute)) attribute = NULL;
+    if (!optional_attribute(object, state->dlpack, &attribute)) return refuse_export(op, name);
     if (attribute) {
         bool done = open_capsule(opened, state, attribute, writable, op, name);
         Py_DECREF(attribute);
         return done;
     }
-    if (PyErr_Occurred()) return refuse_export(op, name);
+no_array:
     PyErr_Format(PyExc_TypeError, "%s: %s must be an array of NumPy or another library with __dlpack__, got %.200s", op,
                  name, Py_TYPE(object)->tp_name);
     return false;
@@ -663,6 +679,8 @@ bool arrays_init(PyObject *module, module_state *state) {
                  {&state->is_conj, "is_conj"},
                  {&state->torch, "torch"},
                  {&state->tensor, "Tensor"},
+                 {&state->numpy_ma, "numpy.ma"},
+                 {&state->masked_array, "MaskedArray"},
                  {&state->cupy, "cupy"},
                  {&state->ndarray, "ndarray"},
                  {&state->empty, "empty"},
@@ -693,6 +711,8 @@ void arrays_clear(module_state *state) {
     Py_CLEAR(state->is_conj);
     Py_CLEAR(state->torch);
     Py_CLEAR(state->tensor);
+    Py_CLEAR(state->numpy_ma);
+    Py_CLEAR(state->masked_array);
     Py_CLEAR(state->cupy);
     Py_CLEAR(state->ndarray);
     Py_CLEAR(state->empty);

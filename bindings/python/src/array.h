@@ -12,8 +12,8 @@ enum { MAX_RANK = 64 };
 /* What the module keeps: names it looks up, made once. */
 typedef struct module_state {
     PyObject *dlpack, *exchange_api, *requires_grad, *max_version_name, *max_version;
-    PyObject *is_grad_enabled, *is_neg, *is_conj, *torch, *tensor, *cupy, *ndarray, *empty, *device, *float64, *float32,
-        *float16, *bfloat16, *dtype_and_device;
+    PyObject *is_grad_enabled, *is_neg, *is_conj, *torch, *tensor, *numpy_ma, *masked_array, *cupy, *ndarray, *empty,
+        *device, *float64, *float32, *float16, *bfloat16, *dtype_and_device;
     PyTypeObject *memory_type;
     PyObject *routes; /* {type: what route_of returns} */
 } module_state;

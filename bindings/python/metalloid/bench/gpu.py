@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BF16 = torch.bfloat16
 WARM_UP = 0.1  # seconds
+TOGETHER = 0.002  # seconds of calls that one graph holds at least: what starts and ends a graph is no call's
 
 
 def seconds(functions, replays=20):
@@ -31,24 +32,33 @@ def seconds(functions, replays=20):
             f()
             f()
         stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for f in functions:
-                f()
+        repeats = 1 + min(15, int(TOGETHER / replayed(stream, captured(stream, functions))))
+        functions = functions * repeats
+        graph = captured(stream, functions)
         # A case's first tens of milliseconds can be a sixth slower than all that follow.
         warm = time.monotonic() + WARM_UP
         while time.monotonic() < warm:
             graph.replay()
             stream.synchronize()
-        times = []
-        for _ in range(replays):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3 / len(functions))
-    return statistics.median(times)
+        return statistics.median(replayed(stream, graph) for _ in range(replays)) / len(functions)
+
+
+def captured(stream, functions):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for f in functions:
+            f()
+    graph.replay()  # the first one also takes it to the GPU
+    return graph
+
+
+def replayed(stream, graph):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record(stream)
+    graph.replay()
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def find_mlx():
@@ -59,8 +69,8 @@ def find_mlx():
     return mlx.core if mlx.core.cuda.is_available() else None
 
 
-MLX = find_mlx()
-TOGETHER = 0.02  # seconds of MLX's calls that are evaluated together, at least
+MLX = None  # until peers are asked for
+MLX_TOGETHER = 0.02  # seconds of MLX's calls that are evaluated together, at least
 
 
 def seconds_of_mlx(functions, rounds=10):
@@ -73,7 +83,7 @@ def seconds_of_mlx(functions, rounds=10):
         return (time.perf_counter() - start) / len(outputs)
 
     evaluated(1)  # compiles
-    repeats = 1 + min(63, int(TOGETHER / (evaluated(1) * len(functions))))
+    repeats = 1 + min(63, int(MLX_TOGETHER / (evaluated(1) * len(functions))))
     evaluated(repeats)  # records the graph
     return statistics.median(evaluated(repeats) for _ in range(rounds))
 
@@ -395,6 +405,8 @@ def time_row(ops, name, work, unit, sets, make, peers):
 
 def main(ops, chosen, peers=True):
     """chosen: whether a case of this name is wanted. Returns [(case, unit, {who: value})]."""
+    global MLX  # noqa: PLW0603 (one a process)
+    MLX = find_mlx() if peers else None
     print(torch.cuda.get_device_name(), "PyTorch", torch.__version__)
     if peers and not importlib.util.find_spec("fla"):
         print("flash-linear-attention is not installed: gated_delta_update has no peer")

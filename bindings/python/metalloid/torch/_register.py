@@ -98,7 +98,7 @@ def define(
     operator = Operator(name, compute)
     for backend in backends:
         library.impl(name, compute, backend)
-    torch.library.register_fake(f"metalloid::{name}", fake, lib=library)
+    torch.library.register_fake(f"metalloid::{name}", _of_one_kind(operator, fake), lib=library)
     if updates:
         _refuse_gradients(operator)
         _count_writes(operator, updates)
@@ -109,6 +109,22 @@ def define(
     operator.recorded = _recorded(name, compute, setup_context, backward)
     operator.transformed = _transformed(operator, setup_context, backward)
     return operator
+
+
+def _of_one_kind(operator: Operator, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake` is also what PyTorch calls where one tensor of several is on the meta device: real results of its would be
+    memory that nobody has written."""
+
+    def faked(*arguments: Any, **keywords: Any) -> Any:
+        names = [argument.name for argument in operator.overload._schema.arguments]
+        given = {**dict(zip(names, arguments, strict=False)), **keywords}
+        tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+        meta = [key for key, value in tensors.items() if value.is_meta]
+        if meta and len(meta) < len(tensors):
+            raise ValueError(f"{operator.name}: {meta[0]} is on the device meta, other tensors are not")
+        return fake(*arguments, **keywords)
+
+    return faked
 
 
 def _refuse_tangents(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
