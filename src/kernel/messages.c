@@ -193,13 +193,13 @@ static void explain_braces(mtl_text *out, const char *name, const char *text, co
     long depth = 0, skipped = 0; /* skipped: in what #else begins, whose braces are those of #if once more */
     for (size_t i = 0; i < tokens->count; i++) {
         const mtl_token *token = &tokens->token[i];
-        if (token->in_directive && mtl_token_is(token, "#")) {
+        if (token->directive && mtl_token_is(token, "#")) {
             bool opens = is_at(tokens, i, 1, "if") || is_at(tokens, i, 1, "ifdef") || is_at(tokens, i, 1, "ifndef");
             bool turns = is_at(tokens, i, 1, "else") || is_at(tokens, i, 1, "elif");
             if (skipped) skipped += opens - is_at(tokens, i, 1, "endif");
             else if (turns) skipped = 1;
         }
-        if (token->in_directive || skipped) continue;
+        if (token->directive || skipped) continue;
         if (mtl_token_is(token, "{")) {
             if (depth >= 0 && depth < DEEPEST) open[depth] = token->text;
             depth++;

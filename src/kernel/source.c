@@ -855,7 +855,7 @@ static void rename_classes(mtl_text *out, const char *header, bool begin) {
     long depth = 0;
     for (size_t i = 0; i < tokens.count; i++) {
         const mtl_token *token = &tokens.token[i];
-        if (token->kind == MTL_TOKEN_SPACE || token->in_directive) continue;
+        if (token->kind == MTL_TOKEN_SPACE || token->directive) continue;
         bool defines = depth == 0 && last[0] && (mtl_token_is(token, "{") || mtl_token_is(token, ":")) &&
                        (mtl_token_is(last[0], "struct") || mtl_token_is(last[0], "class"));
         for (size_t n = 0; defines && n < sizeof names / sizeof names[0]; n++) {
