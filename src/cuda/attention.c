@@ -220,8 +220,8 @@ static metalloid_status merge_parts(const mtl_cuda_call *call, const mtl_cuda_at
 /* Few queries on Hopper: a cluster to a key/value head. *done is false where attention.cu has to serve. */
 static metalloid_status decode_hopper(const mtl_cuda_call *call, const mtl_attention_args *args,
                                       mtl_cuda_attention_args *attention, bool *done) {
-    enum { ROWS = 16, KEYS = 64, TEAM = 4, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8 };
-    enum { FEW_TILES = 32, LARGE_CLUSTER = 4, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
+    enum { ROWS = 16, KEYS = 64, TEAM = 4, MOST_BLOCKS = 16, MOST_TILES = 512, LEAST_TILES = 8, LARGE_CLUSTER = 4 };
+    enum { FEW_TILES = 32, MOST_STAGES = 12, OWN_MEMORY = 6 << 10, MOST_HEADS = 65535 /* along y */ };
 #define MASKED_FORMS(op, dims) \
     { FORMS(op, dims), FORMS(op "_masked", dims) }
 #define DECODE_FORMS(dims) \

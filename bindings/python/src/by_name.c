@@ -161,8 +161,9 @@ static PyObject *run_operation(PyObject *module, PyObject *args) {
                              .output_count = (int32_t)(count - input_count),
                              .reals = real,
                              .integers = integer};
-        Py_BEGIN_ALLOW_THREADS status = mtl_operation_run(operation, &call);
-        Py_END_ALLOW_THREADS
+        Py_BEGIN_ALLOW_THREADS;
+        status = mtl_operation_run(operation, &call);
+        Py_END_ALLOW_THREADS;
     }
     while (taken > 0) array_close(&opened[--taken]);
     if (!ready) return NULL;

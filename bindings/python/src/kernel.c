@@ -254,9 +254,12 @@ static PyObject *source_of(metalloid_kernel *made, const metalloid_kernel_call *
         if (!text) return PyErr_NoMemory();
         metalloid_status status;
         /* To translate a long source takes a while. */
-        Py_BEGIN_ALLOW_THREADS status = metalloid_kernel_source(made, call, translated, text, size, &length);
-        Py_END_ALLOW_THREADS if (status) raise_status(status);
-        else if (length < size) string = PyUnicode_DecodeUTF8(text, (Py_ssize_t)length, "replace"); PyMem_Free(text);
+        Py_BEGIN_ALLOW_THREADS;
+        status = metalloid_kernel_source(made, call, translated, text, size, &length);
+        Py_END_ALLOW_THREADS;
+        if (status) raise_status(status);
+        else if (length < size) string = PyUnicode_DecodeUTF8(text, (Py_ssize_t)length, "replace");
+        PyMem_Free(text);
     }
     return string;
 }
@@ -300,8 +303,10 @@ static PyObject *run_call(PyObject *self, PyObject *args, bool run) {
             if (interrupt_begin(&pressed)) {
                 metalloid_status status;
                 call.interrupted = interrupt_flag(&pressed);
-                Py_BEGIN_ALLOW_THREADS status = metalloid_kernel_launch(o.context, made->kernel, &call);
-                Py_END_ALLOW_THREADS interrupt_end(&pressed);
+                Py_BEGIN_ALLOW_THREADS;
+                status = metalloid_kernel_launch(o.context, made->kernel, &call);
+                Py_END_ALLOW_THREADS;
+                interrupt_end(&pressed);
                 if (!status) result = Py_NewRef(Py_None);
                 else if (PyErr_CheckSignals() == 0) raise_status(status);
             }
@@ -377,8 +382,10 @@ static PyObject *check_prepared(prepared *p, PyObject *inputs, PyObject *outputs
     PyObject *text = ready ? source_of(p->kernel, &p->call, false) : NULL;
     if (text && compile) {
         metalloid_status status;
-        Py_BEGIN_ALLOW_THREADS status = mtl_kernel_compile(p->kernel, &p->call);
-        Py_END_ALLOW_THREADS if (status) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = mtl_kernel_compile(p->kernel, &p->call);
+        Py_END_ALLOW_THREADS;
+        if (status) {
             Py_CLEAR(text);
             raise_status(status);
         }
