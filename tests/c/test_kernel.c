@@ -340,7 +340,6 @@ static void places_are_marked(void **state) {
     expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
 }
 
-/* 4 KiB, with a pointer for each buffer. */
 /* A line of the text, with its number in place of @, until there are `size` bytes. */
 static void repeat(mtl_text *text, const char *line, size_t size) {
     for (int number = 0; text->length < size; number++) {
@@ -373,6 +372,9 @@ static void long_sources_are_translated_in_linear_time(void **state) {
          true},
         {"float h(float a) { return simd_sum(a); }\n", "float f@(float a) { return h(a); }\n", "", true},
         {"", "#define S@ threadgroup\nstruct C@ { C@() constant {} C@() device {} };\n", "", true},
+        {"", "T a@[4] = {[0] = 1);\n", "", false}, /* no C++, and none of it read twice */
+        {"", "threadgroup float a@ struct S@, a) ", "", false},
+        {"", "v.xy }class <", "", true},
     };
     const char *const names[] = {"x"}, *const outputs[] = {"y"};
     const mtl_buffer_type input = {.dtype = MTL_F16};
@@ -433,6 +435,7 @@ static void deep_sources_are_translated(void **state) {
     }
 }
 
+/* 4 KiB, with a pointer for each buffer. */
 static void parameters_of_a_launch_fit(void **state) {
     (void)state;
     mtl_definition definition = {.input_count = MTL_MOST_BUFFERS, .output_count = MTL_MOST_BUFFERS};
