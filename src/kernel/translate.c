@@ -125,7 +125,7 @@ static void translate_constant(translation *t, size_t i) {
 static size_t find_declarators(const translation *t, size_t i) {
     static const char *const ends[] = {"[", ";", ",", "=", "{", NULL};
     size_t name = t->count, words = 0;
-    for (size_t at = mtl_after(t, i); at < t->count;) {
+    for (size_t at = mtl_after(t, i); mtl_are_one_directive(t, i, at);) {
         if (mtl_is(t, at, "__attribute__")) {
             at = mtl_behind_bracket(t, mtl_after(t, at));
         } else if (mtl_is(t, at, "decltype") || mtl_is(t, at, "alignas") || mtl_is(t, at, "typeof")) {
@@ -203,6 +203,7 @@ static void initialize_shared(translation *t, size_t name) {
         mtl_text_free(&type);
         mtl_text_free(&value);
     }
+    t->failed |= behind.failed;
     if (mtl_is(t, at, ";") && behind.length) mtl_add_behind(t, at, mtl_keep(t, &behind));
     mtl_text_free(&behind);
 }

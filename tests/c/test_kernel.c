@@ -115,6 +115,8 @@ static void metal_becomes_cxx(void **state) {
     const mtl_unit_options options = {0};
     expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
     static const pair header[] = {
+        {"#define SHARED threadgroup\nconstant float a[1] = {1};",
+         "#define SHARED            \nconst float a[1] = {1};"},
         {"namespace metal { int f(); } namespace a { namespace metal { } }",
          "extern \"C++\" { int f(); } namespace a { namespace metal { } }"},
         {"template <class T, uint N> T f(vec<T, N> v);", "template <class T, int N> T f(vec<T, N> v);"},
@@ -125,6 +127,8 @@ static void metal_becomes_cxx(void **state) {
     };
     expect_translation(header, sizeof header / sizeof header[0], MTL_REGION_HEADER, &options);
     static const pair cuda[] = {
+        {"#define SHARED threadgroup\nconstant float a[1] = {1};",
+         "#define SHARED            \nconstexpr float a[1] = {1};"},
         {"threadgroup int n = 1, m;", "__shared__ int n    , m; __mtl_initialize(n, 1);"},
         {"float a[4] = {[0 ... 3] = 1.0};",
          "float a[4] =  {}                ; for (int __mtl_at = 0 ; __mtl_at <=  3; ++__mtl_at) a[__mtl_at] = 1.0f;"},
@@ -375,6 +379,7 @@ static void long_sources_are_translated_in_linear_time(void **state) {
         {"", "T a@[4] = {[0] = 1);\n", "", false}, /* no C++, and none of it read twice */
         {"", "threadgroup float a@ struct S@, a) ", "", false},
         {"", "v.xy }class <", "", true},
+        {"y[0] = simd_sum(x[0]);", "[x, ", "", false},
     };
     const char *const names[] = {"x"}, *const outputs[] = {"y"};
     const mtl_buffer_type input = {.dtype = MTL_F16};
