@@ -293,15 +293,13 @@ static void find_shared(const translation *t) {
     }
 }
 
-/* Whether it names a buffer that the body changes by statements x += ...; outside of all braces alone. */
+/* Whether it names a buffer that the body changes by statements x += ...; outside of all brackets alone. */
 static bool find_moved(const lockstep *l, const mtl_word *name) {
     const translation *t = l->t;
     bool found = false;
     for (size_t use = name->first_use; use < name->first_use + name->uses; use++) {
         size_t i = t->use[use], before = mtl_before(t, i), plus = mtl_after(t, i);
-        size_t around = t->link[i].around; /* brackets of arrays aside */
-        while (around != MTL_NONE && mtl_is(t, around, "[")) around = t->link[around].around;
-        if (around == MTL_NONE && mtl_is_pair(t, plus, "+", "=") &&
+        if (t->link[i].around == MTL_NONE && mtl_is_pair(t, plus, "+", "=") &&
             (before == SIZE_MAX || mtl_is(t, before, ";") || mtl_is(t, before, "}")))
             found = true;
         else if (mtl_is_changed(t, i, i + 1, name->text, name->length)) return false;

@@ -150,7 +150,7 @@ static size_t members_of(const translation *t, size_t i) {
     for (i = mtl_after(t, i); i < t->count; i = mtl_after(t, i)) {
         while (mtl_is_one_of(t, i, with_arguments)) i = mtl_behind_bracket(t, mtl_after(t, i));
         if (mtl_is(t, i, "{")) return i;
-        if (mtl_is(t, i, "(") || mtl_is(t, i, ";") || mtl_is(t, i, "=")) return t->count;
+        if (mtl_is(t, i, "(") || mtl_is(t, i, ";") || mtl_is(t, i, "=") || mtl_is(t, i, "}")) return t->count;
     }
     return t->count;
 }

@@ -960,6 +960,7 @@ bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
         mtl_translate(out, definition->source, MTL_REGION_BODY, &options);
     }
     mtl_text_add_string(out, "\n}\n}\n");
+    out->failed |= body.failed;
     mtl_text_free(&body);
     free(meeting.name);
     return options.lockstep;

@@ -41,7 +41,8 @@ void mtl_text_format(mtl_text *text, const char *format, ...) {
     va_copy(again, arguments);
     int count = vsnprintf(NULL, 0, format, arguments);
     va_end(arguments);
-    if (count >= 0 && reserve(text, (size_t)count)) {
+    text->failed |= count < 0; /* beyond INT_MAX bytes */
+    if (reserve(text, (size_t)count)) {
         vsnprintf(text->data + text->length, (size_t)count + 1, format, again);
         text->length += (size_t)count;
     }

@@ -125,7 +125,7 @@ static void translate_constant(translation *t, size_t i) {
 static size_t find_declarators(const translation *t, size_t i) {
     static const char *const ends[] = {"[", ";", ",", "=", "{", NULL};
     size_t name = t->count, words = 0;
-    for (size_t at = mtl_after(t, i); at < t->count;) {
+    for (size_t at = mtl_after(t, i); mtl_are_one_directive(t, i, at);) {
         if (mtl_is(t, at, "__attribute__")) {
             at = mtl_behind_bracket(t, mtl_after(t, at));
         } else if (mtl_is(t, at, "decltype") || mtl_is(t, at, "alignas") || mtl_is(t, at, "typeof")) {
@@ -183,9 +183,10 @@ static size_t take_initializer(translation *t, size_t i, const char *type, mtl_t
 
 /* __shared__ T a = 1, b[2] = {};   without the initializers, which the threadgroup's first thread assigns behind. */
 static void initialize_shared(translation *t, size_t name) {
+    static const char *const ends[] = {";", ")", "]", "}", "threadgroup", NULL};
     mtl_text behind = {0};
     size_t at = name;
-    while (at < t->count && !mtl_is(t, at, ";")) {
+    while (at < t->count && !mtl_is_one_of(t, at, ends)) {
         if (!mtl_is(t, at, "=")) {
             bool opens = mtl_is(t, at, "(") || mtl_is(t, at, "{") || mtl_is(t, at, "[");
             if (mtl_is(t, at, ",")) name = mtl_after(t, at);
@@ -198,9 +199,11 @@ static void initialize_shared(translation *t, size_t name) {
         mtl_text_format(&type, "typename ::metal::remove_reference<decltype(%.*s)>::type", length, text);
         at = take_initializer(t, at, mtl_text_string(&type), &value);
         mtl_text_format(&behind, " __mtl_initialize(%.*s, %s);", length, text, mtl_text_string(&value));
+        t->failed |= type.failed | value.failed;
         mtl_text_free(&type);
         mtl_text_free(&value);
     }
+    t->failed |= behind.failed;
     if (mtl_is(t, at, ";") && behind.length) mtl_add_behind(t, at, mtl_keep(t, &behind));
     mtl_text_free(&behind);
 }
@@ -262,6 +265,7 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
                             (int)declared->length, declared->text, type_name, group, variable, *value ? ", " : "",
                             value);
         }
+        t->failed |= initializer.failed;
         mtl_text_free(&initializer);
         if (!mtl_is(t, at, ",")) break;
         at = mtl_after(t, at);
@@ -273,6 +277,7 @@ static void declare_variables(translation *t, size_t keyword, size_t name) {
         mtl_add_behind(t, mtl_before(t, at), ";");
         mtl_add_behind(t, mtl_before(t, at), mtl_keep(t, &references));
     }
+    t->failed |= references.failed;
     mtl_text_free(&references);
 }
 
@@ -379,6 +384,7 @@ static void translate_designators(translation *t, size_t i) {
     size_t equals = mtl_before(t, i), bracket = equals == SIZE_MAX ? equals : mtl_before(t, equals);
     if (bracket == SIZE_MAX || !mtl_is(t, equals, "=") || !mtl_is(t, bracket, "]")) return;
     size_t behind = mtl_behind_bracket(t, i), open = mtl_opening_bracket(t, bracket), name = mtl_before(t, open);
+    size_t last = t->link[i].match; /* which need not be a } */
     if (!mtl_is(t, behind, ";") || name == SIZE_MAX || !mtl_is_identifier(t, name)) return;
     if (!mtl_is(t, mtl_behind_bracket(t, mtl_after(t, i)), "=")) return; /* a lambda */
     mtl_text loops = {0};
@@ -386,7 +392,7 @@ static void translate_designators(translation *t, size_t i) {
         size_t close = mtl_before(t, mtl_behind_bracket(t, at)), value = mtl_after(t, mtl_after(t, close)), dots = at;
         while (dots < close && !(mtl_is_pair(t, dots, ".", ".") && mtl_is(t, dots + 2, "."))) dots++;
         size_t end = value;
-        while (end < t->count && !mtl_is(t, end, ",") && !mtl_is(t, end, "}")) {
+        while (end < last && !mtl_is(t, end, ",")) {
             bool opens = mtl_is(t, end, "(") || mtl_is(t, end, "{") || mtl_is(t, end, "[");
             size_t angle = mtl_is(t, end, "<") ? behind_arguments(t, end) : end;
             end = opens ? mtl_behind_bracket(t, end) : angle > end ? angle : mtl_after(t, end);
@@ -511,6 +517,7 @@ static void translate_union(translation *t, size_t i) {
                     "{ ::metal::msl_::copy(this, &__mtl_from, sizeof *this); return *this; } ",
                     type, type);
     mtl_add_before(t, close, mtl_keep(t, &assignment));
+    t->failed |= own.failed;
     mtl_text_free(&own);
     mtl_text_free(&assignment);
 }
@@ -863,7 +870,9 @@ void mtl_translate(mtl_text *out, const char *source, mtl_region region, const m
 bool mtl_translate_in_lockstep(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
                                const mtl_unit_options *options) {
     translation t = {.region = MTL_REGION_BODY, .options = options};
-    bool done = translate(&t, definition->source) && mtl_write_lockstep(&t, out, definition, mentions);
+    bool translated = translate(&t, definition->source);
+    bool done = translated && mtl_write_lockstep(&t, out, definition, mentions);
+    out->failed |= !translated || t.failed;
     mtl_end(&t);
     return done && !out->failed;
 }

@@ -116,6 +116,8 @@ static void metal_becomes_cxx(void **state) {
     const mtl_unit_options options = {0};
     expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
     static const pair header[] = {
+        {"#define SHARED threadgroup\nconstant float a[1] = {1};",
+         "#define SHARED            \nconst float a[1] = {1};"},
         {"namespace metal { int f(); } namespace a { namespace metal { } }",
          "extern \"C++\" { int f(); } namespace a { namespace metal { } }"},
         {"template <class T, uint N> T f(vec<T, N> v);", "template <class T, int N> T f(vec<T, N> v);"},
@@ -126,6 +128,8 @@ static void metal_becomes_cxx(void **state) {
     };
     expect_translation(header, sizeof header / sizeof header[0], MTL_REGION_HEADER, &options);
     static const pair cuda[] = {
+        {"#define SHARED threadgroup\nconstant float a[1] = {1};",
+         "#define SHARED            \nconstexpr float a[1] = {1};"},
         {"threadgroup int n = 1, m;", "__shared__ int n    , m; __mtl_initialize(n, 1);"},
         {"float a[4] = {[0 ... 3] = 1.0};",
          "float a[4] =  {}                ; for (int __mtl_at = 0 ; __mtl_at <=  3; ++__mtl_at) a[__mtl_at] = 1.0f;"},
@@ -341,7 +345,6 @@ static void places_are_marked(void **state) {
     expect_translation(pairs, sizeof pairs / sizeof pairs[0], MTL_REGION_BODY, &options);
 }
 
-/* 4 KiB, with a pointer for each buffer. */
 /* A line of the text, with its number in place of @, until there are `size` bytes. */
 static void repeat(mtl_text *text, const char *line, size_t size) {
     for (int number = 0; text->length < size; number++) {
@@ -374,6 +377,10 @@ static void long_sources_are_translated_in_linear_time(void **state) {
          true},
         {"float h(float a) { return simd_sum(a); }\n", "float f@(float a) { return h(a); }\n", "", true},
         {"", "#define S@ threadgroup\nstruct C@ { C@() constant {} C@() device {} };\n", "", true},
+        {"", "T a@[4] = {[0] = 1);\n", "", false}, /* no C++, and none of it read twice */
+        {"", "threadgroup float a@ struct S@, a) ", "", false},
+        {"", "v.xy }class <", "", true},
+        {"y[0] = simd_sum(x[0]);", "[x, ", "", false},
     };
     const char *const names[] = {"x"}, *const outputs[] = {"y"};
     const mtl_buffer_type input = {.dtype = MTL_F16};
@@ -434,6 +441,7 @@ static void deep_sources_are_translated(void **state) {
     }
 }
 
+/* 4 KiB, with a pointer for each buffer. */
 static void parameters_of_a_launch_fit(void **state) {
     (void)state;
     mtl_definition definition = {.input_count = MTL_MOST_BUFFERS, .output_count = MTL_MOST_BUFFERS};
