@@ -217,6 +217,7 @@ static void measure(overloads *o, declaration *d) {
     while (body < d->end && !mtl_is(t, body, "{")) body = mtl_after(t, body);
     for (size_t i = d->begin; i < d->end; i++) d->has_spaces |= is_space(t, i) || mtl_is(t, i, "constant");
     o->marks++;
+    d->hash = (d->scope * (1099511628211u & SIZE_MAX)) ^ d->branch; /* only those of one place are compared */
     size_t i = read(&r);
     while (i < r.end) {
         size_t next = read(&r);
