@@ -381,6 +381,7 @@ static void long_sources_are_translated_in_linear_time(void **state) {
         {"", "v.xy }class <", "", true},
         {"y[0] = simd_sum(x[0]);", "[x, ", "", false},
         {"", "#if 1\nvoid f(device T *p);\n", "", true},
+        {"device ", "void f();", "", true},
     };
     const char *const names[] = {"x"}, *const outputs[] = {"y"};
     const mtl_buffer_type input = {.dtype = MTL_F16};
