@@ -218,6 +218,7 @@ static void measure(overloads *o, declaration *d) {
     while (body < d->end && !mtl_is(t, body, "{")) body = mtl_after(t, body);
     for (size_t i = d->begin; i < d->end; i++) d->has_spaces |= is_space(t, i) || mtl_is(t, i, "constant");
     o->marks++;
+    d->hash = (d->scope * (1099511628211u & SIZE_MAX)) ^ d->branch; /* only those of one place are compared */
     size_t i = read(&r);
     while (i < r.end) {
         size_t next = read(&r);
@@ -300,7 +301,7 @@ static void leave_out(translation *t, const declaration *d) {
         t->link[i].after = d->end;
     }
     for (size_t i = d->begin; i <= d->end; i++) t->link[i].before = before;
-    for (size_t i = before == MTL_NONE ? 0 : before; i < d->begin; i++) t->link[i].after = d->end;
+    if (before != MTL_NONE) t->link[before].after = d->end; /* the spaces between them wait for the end */
 }
 
 /* Statements are not declarations: only the classes among them are looked into. */
@@ -339,6 +340,7 @@ void mtl_leave_out_overloads(translation *t) {
     o.branch = malloc((t->count + 1) * sizeof *o.branch);
     if (!o.slot || !o.head_slot || !o.branch || !find_branches(&o)) t->failed = true;
     else go_through(&o, mtl_after(t, SIZE_MAX), t->count, t->region == MTL_REGION_BODY, 0);
+    mtl_find_neighbours(t);
     free(o.declarations);
     free(o.slot);
     free(o.head_slot);

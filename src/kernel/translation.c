@@ -134,7 +134,7 @@ bool mtl_is_changed(const translation *t, size_t begin, size_t end, const char *
 
 /* ---- links ---------------------------------------------------------------------------------------------------------------- */
 
-static void find_neighbours(translation *t) {
+void mtl_find_neighbours(translation *t) {
     size_t last = MTL_NONE;
     for (size_t i = 0; i <= t->count; i++) {
         t->link[i].before = last;
@@ -217,7 +217,7 @@ bool mtl_begin(translation *t, const char *source) {
     t->count = t->tokens.count;
     t->link = calloc(t->count + 1, sizeof *t->link);
     if (!t->link || !find_words(t)) return false;
-    find_neighbours(t);
+    mtl_find_neighbours(t);
     find_brackets(t);
     return find_statements(t);
 }

@@ -79,6 +79,9 @@ typedef struct translation {
 bool mtl_begin(translation *t, const char *source); /* false: no memory */
 void mtl_end(translation *t);
 
+/* What is before and after each token; again where some have become spaces. */
+void mtl_find_neighbours(translation *t);
+
 /* Where each word is, once the tokens are what they stay. False: no memory. */
 bool mtl_index(translation *t);
 

@@ -129,7 +129,7 @@ static void metal_becomes_cxx(void **state) {
     expect_translation(header, sizeof header / sizeof header[0], MTL_REGION_HEADER, &options);
     static const pair cuda[] = {
         {"#define SHARED threadgroup\nconstant float a[1] = {1};",
-         "#define SHARED            \nconstexpr float a[1] = {1};"},
+         "#define SHARED            \nconst float a[1] = {1};"},
         {"threadgroup int n = 1, m;", "__shared__ int n    , m; __mtl_initialize(n, 1);"},
         {"float a[4] = {[0 ... 3] = 1.0};",
          "float a[4] =  {}                ; for (int __mtl_at = 0 ; __mtl_at <=  3; ++__mtl_at) a[__mtl_at] = 1.0f;"},
@@ -381,6 +381,8 @@ static void long_sources_are_translated_in_linear_time(void **state) {
         {"", "threadgroup float a@ struct S@, a) ", "", false},
         {"", "v.xy }class <", "", true},
         {"y[0] = simd_sum(x[0]);", "[x, ", "", false},
+        {"", "#if 1\nvoid f(device T *p);\n", "", true},
+        {"device ", "void f();", "", true},
     };
     const char *const names[] = {"x"}, *const outputs[] = {"y"};
     const mtl_buffer_type input = {.dtype = MTL_F16};
