@@ -146,17 +146,11 @@ static void threads_that_find_it_at_once_say_it_once(void **state) {
     assert_string_equal(said_by_child(&s), "metalloid: METALLOID_OF_A_TEST=x is ignored: nothing is used instead\n");
 }
 
-static int make_directory(void **state) {
-    (void)state;
-    return mkdtemp(directory) ? 0 : -1;
-}
-
-static int remove_directory(void **state) {
-    (void)state;
+static void remove_directory(void) {
     char entry[sizeof directory + 80];
     snprintf(entry, sizeof entry, "%s/%064d.bin", directory, 0);
     unlink(entry);
-    return rmdir(directory);
+    rmdir(directory);
 }
 
 int main(void) {
@@ -169,5 +163,8 @@ int main(void) {
         cmocka_unit_test(a_value_is_shown_as_one_line),
         cmocka_unit_test(threads_that_find_it_at_once_say_it_once),
     };
-    return cmocka_run_group_tests(tests, make_directory, remove_directory);
+    if (!mkdtemp(directory)) return 1;
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    remove_directory();
+    return failed;
 }
