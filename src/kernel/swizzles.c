@@ -83,21 +83,6 @@ static bool step_back(const translation *t, size_t *at) {
     return false;
 }
 
-/* Where the expression that ends with the token at `i` begins, or SIZE_MAX. */
-static size_t expression_begin(const translation *t, chains *found, size_t i) {
-    if (i == SIZE_MAX) return SIZE_MAX;
-    size_t at = i;
-    bool more = true;
-    while (more && found->begin[at] == UNKNOWN) more = step_back(t, &at);
-    size_t begin = more ? found->begin[at] : at;
-    for (more = true; more && found->begin[i] == UNKNOWN;) {
-        size_t known = i;
-        more = step_back(t, &i);
-        found->begin[known] = begin;
-    }
-    return begin;
-}
-
 /* One step over what follows a part of a chain; `*at` stays where the chain, or the directive, ends: at the ) of f(v.xy) too. */
 static bool step_on(const translation *t, size_t *at) {
     size_t i = *at, next = i;
@@ -110,15 +95,17 @@ static bool step_on(const translation *t, size_t *at) {
     return next != i && (!t->token[i].directive || mtl_are_one_directive(t, i, next));
 }
 
-static size_t chain_end(const translation *t, chains *found, size_t i) {
+/* Where steps from `i` on end. What is found is kept for all tokens on the way, so that none is stepped over twice. */
+static size_t walk(const translation *t, size_t *found, bool (*step)(const translation *t, size_t *at), size_t i) {
+    if (i == SIZE_MAX) return SIZE_MAX;
     size_t at = i;
     bool more = true;
-    while (more && found->end[at] == UNKNOWN) more = step_on(t, &at);
-    size_t end = more ? found->end[at] : at;
-    for (more = true; more && found->end[i] == UNKNOWN;) {
+    while (more && found[at] == UNKNOWN) more = step(t, &at);
+    size_t end = more ? found[at] : at;
+    for (more = true; more && found[i] == UNKNOWN;) {
         size_t known = i;
-        more = step_on(t, &i);
-        found->end[known] = end;
+        more = step(t, &i);
+        found[known] = end;
     }
     return end;
 }
@@ -128,7 +115,7 @@ static bool is_changed(const translation *t, chains *found, size_t begin, size_t
     size_t behind = mtl_after(t, swizzle), before = mtl_before(t, begin);
     size_t directive = t->token[swizzle].directive;
     if (directive && !mtl_are_one_directive(t, swizzle, behind)) return true;
-    behind = chain_end(t, found, behind);
+    behind = walk(t, found->end, step_on, behind);
     if (directive && !mtl_are_one_directive(t, swizzle, behind)) return true;
     if (mtl_is(t, behind, ")")) return false;
     if (mtl_is_assignment(t, behind)) return true;
@@ -144,7 +131,7 @@ static void translate_swizzles(translation *t, chains *found) {
         unsigned used;
         if (swizzle >= t->count || !mtl_read_swizzle(&t->token[swizzle], component, &used)) continue;
         if (mtl_is(t, behind, "(") || mtl_is_pair(t, behind, "#", "#")) continue;
-        size_t begin = expression_begin(t, found, mtl_before(t, i));
+        size_t begin = walk(t, found->begin, step_back, mtl_before(t, i));
         if (begin == SIZE_MAX || !mtl_are_one_directive(t, begin, i)) continue;
         if (is_changed(t, found, begin, swizzle)) continue;
         mtl_add_before(t, begin, "(::metal::msl_::valued(), ");
