@@ -843,12 +843,12 @@ static void add_swizzles(mtl_text *out, const mtl_definition *definition) {
 
 /* Class templates of Metal's that users have their own of: ours then get another name, as functions give way by themselves
  * (MSL_REST). Those in a namespace or class of the user's hide ours. */
-static void rename_classes(mtl_text *out, const char *header, bool begin) {
+static void rename_classes(mtl_text *begin, mtl_text *end, const char *header) {
     static const char *const names[] = {"array",  "conditional", "enable_if", "integer_sequence", "integral_constant",
                                         "is_same"};
     mtl_tokens tokens;
     if (!mtl_tokenize(&tokens, header, strlen(header))) {
-        out->failed = true;
+        begin->failed = true;
         return;
     }
     const mtl_token *last[2] = {NULL, NULL};
@@ -860,8 +860,8 @@ static void rename_classes(mtl_text *out, const char *header, bool begin) {
                        (mtl_token_is(last[0], "struct") || mtl_token_is(last[0], "class"));
         for (size_t n = 0; defines && n < sizeof names / sizeof names[0]; n++) {
             if (!mtl_token_is(last[1], names[n])) continue;
-            if (begin) mtl_text_format(out, "#define %s __mtl_metals_%s\n", names[n], names[n]);
-            else mtl_text_format(out, "#undef %s\n", names[n]);
+            mtl_text_format(begin, "#define %s __mtl_metals_%s\n", names[n], names[n]);
+            mtl_text_format(end, "#undef %s\n", names[n]);
         }
         depth += mtl_token_is(token, "{") - mtl_token_is(token, "}");
         last[0] = last[1];
@@ -879,7 +879,8 @@ static void add_prelude(mtl_text *out, const mtl_definition *definition, const m
     if (mentions->uniforms) mtl_text_add_string(out, "#define MSL_UNIFORM 1\n");
     if (mentions->thread_elements) mtl_text_add_string(out, "#define MSL_THREAD_ELEMENTS 1\n");
     add_swizzles(out, definition);
-    rename_classes(out, definition->header, true);
+    mtl_text renamed = {0};
+    rename_classes(out, &renamed, definition->header);
     for (int i = 0; i < mtl_msl_part_count; i++) {
         const mtl_msl_part *part = &mtl_msl_parts[i];
         if (!is_part_of(part->name, mentions, options)) continue;
@@ -887,7 +888,9 @@ static void add_prelude(mtl_text *out, const mtl_definition *definition, const m
         mtl_text_add(out, part->text, part->length);
         mtl_text_add_string(out, "\n");
     }
-    rename_classes(out, definition->header, false);
+    mtl_text_add_string(out, mtl_text_string(&renamed));
+    out->failed |= renamed.failed;
+    mtl_text_free(&renamed);
 }
 
 static bool has_arms(const mtl_definition *definition, const mtl_mentions *mentions, const mtl_types *types) {
