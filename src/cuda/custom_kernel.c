@@ -134,11 +134,7 @@ static metalloid_status build(const mtl_cuda_call *call, const mtl_definition *d
     if (code) {
         status = load(call, &key, code, symbol, shared_memory, function);
     } else if (!*function) {
-        mtl_text text = {0};
-        mtl_explain(&text, definition, mtl_text_string(&log));
-        status = mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op, definition->name,
-                          mtl_text_string(&text));
-        mtl_text_free(&text);
+        status = mtl_does_not_compile(op, definition, &(mtl_text){0}, &log);
     }
     pthread_mutex_unlock(&building);
     free(code);

@@ -227,28 +227,24 @@ static void *build_with_stacks(const metalloid_kernel *kernel, const mtl_types *
     return build_object(kernel, types, larger, &lockstep, compiler, log);
 }
 
-/* Whether it is one that METALLOID_CXX names and says of itself that it is another. */
+/* Whether the compiler says of itself that it is not clang. */
 static bool is_other_compiler(const mtl_compiler *compiler) {
     static const char *const arguments[] = {"-dM", "-E", "-x",
                                             "c++", "-",  NULL}; /* the macros that it has from the start */
-    const char *wanted = getenv("METALLOID_CXX");
     mtl_text macros = {0};
-    bool other = wanted && *wanted && mtl_compiler_run(compiler, arguments, "/", &macros) && macros.data &&
+    bool other = mtl_compiler_run(compiler, arguments, "/", &macros) && macros.data &&
                  strstr(macros.data, "#define __cplusplus") && !strstr(macros.data, "#define __clang__");
     mtl_text_free(&macros);
     return other;
 }
 
 static metalloid_status refuse(const metalloid_kernel *kernel, const mtl_compiler *compiler, const mtl_text *log) {
-    mtl_text text = {.failed = log->failed};
-    if (is_other_compiler(compiler))
-        mtl_text_format(&text, "METALLOID_CXX=%s is not clang, which kernels are compiled with\n",
-                        getenv("METALLOID_CXX"));
-    mtl_explain(&text, &kernel->definition, mtl_text_string(log));
-    metalloid_status status = text.failed ? mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op)
-                                          : mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op,
-                                                     kernel->definition.name, mtl_text_string(&text));
-    mtl_text_free(&text);
+    const char *wanted = mtl_setting("METALLOID_CXX");
+    mtl_text hint = {0};
+    if (wanted && is_other_compiler(compiler))
+        mtl_text_format(&hint, "METALLOID_CXX=%s is not clang, which kernels are compiled with\n", wanted);
+    metalloid_status status = mtl_does_not_compile(op, &kernel->definition, &hint, log);
+    mtl_text_free(&hint);
     return status;
 }
 

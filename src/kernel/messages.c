@@ -280,3 +280,15 @@ void mtl_explain(mtl_text *out, const mtl_definition *definition, const char *lo
         log = end;
     }
 }
+
+metalloid_status mtl_does_not_compile(const char *op, const mtl_definition *definition, const mtl_text *hint,
+                                      const mtl_text *log) {
+    mtl_text text = {.failed = hint->failed || log->failed};
+    mtl_text_add_string(&text, mtl_text_string(hint));
+    mtl_explain(&text, definition, mtl_text_string(log));
+    metalloid_status status = text.failed ? mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op)
+                                          : mtl_fail(METALLOID_COMPILE_FAILED, "%s: kernel %s does not compile\n%s", op,
+                                                     definition->name, mtl_text_string(&text));
+    mtl_text_free(&text);
+    return status;
+}
