@@ -14,7 +14,7 @@ import numpy as np
 from metalloid import _native
 
 _ON_CUDA = (2, 13)  # DLPack's device types of it, managed memory too
-_OUTPUTS_OF = ("torch", "mlx", "cupy")  # libraries that allocate outputs themselves
+_HAVE_MEMORY = ("numpy", "torch", "mlx", "cupy")  # libraries of which every array has some, and can be made
 _MOST_AXES = 64
 _MATH_MODES = {"safe": 0, "relaxed": 1, "fast": 2}
 
@@ -126,7 +126,12 @@ def _numpy_dtype(name: str) -> np.dtype:
 
 def _library(array: Any) -> str:
     """Of the array's class, or of the one that it is derived from."""
-    libraries = [of.__module__.partition(".")[0] for of in type(array).__mro__]
+    return _library_of(type(array))
+
+
+@functools.lru_cache(maxsize=64)
+def _library_of(kind: type) -> str:
+    libraries = [of.__module__.partition(".")[0] for of in kind.__mro__]
     known = ("numpy", "torch", "cupy", "jaxlib", "jax", "mlx")
     return next((name for name in libraries if name in known), libraries[0])
 
@@ -299,14 +304,15 @@ class MetalKernel:
                 raise TypeError(
                     f"metal_kernel: inputs[{place}] must be an array or a number, got {type(array).__name__}"
                 )
-            if _library(array) not in (*_OUTPUTS_OF, "numpy"):
+            of = _library(array)
+            if of not in _HAVE_MEMORY:
                 _check_memory(array, place)
             if array is value and (like is None or (_leads(array) and not _leads(like))):
-                like, library = array, _library(array)
+                like, library = array, of
             arrays.append(array)
         if like is None and output_dtypes and _library(output_dtypes[0]) in ("torch", "mlx"):
             library = _library(output_dtypes[0])
-        if library not in (*_OUTPUTS_OF, "numpy") and not hasattr(like, "__array_namespace__"):
+        if library not in _HAVE_MEMORY and not hasattr(like, "__array_namespace__"):
             raise ValueError(
                 f"metal_kernel: outputs cannot be allocated as {type(like).__name__}, which has no __array_namespace__"
             )
