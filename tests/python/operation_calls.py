@@ -39,6 +39,12 @@ class Call(NamedTuple):
             (keywords if isinstance(place, str) else args)[place] = array
         return args, keywords
 
+    def masked(self, convert):
+        """The arrays with each of them masked in turn, the others converted."""
+        arrays = [array for _, array in self.arrays()]
+        for at in range(len(arrays)):
+            yield [np.ma.masked_array(a, mask=True) if i == at else convert(a) for i, a in enumerate(arrays)]
+
     def cast(self, dtype):
         """The call with its floating arrays in another dtype."""
         return self._replace(
