@@ -784,43 +784,79 @@ void mtl_write_token(mtl_text *out, const mtl_token *token) {
     add_pieces(out, token->behind);
 }
 
-/* #define SHARED threadgroup: what is named so is that. The preprocessor comes too late for it. */
+/* Whether an address space and a type are all that a macro stands for, its space being at `i`. */
+static bool is_type_of_space(const translation *t, size_t i) {
+    static const char *const no_type[] = {"*", "&", "(", "[", "{", "=", ";", "#", NULL};
+    size_t at = mtl_after(t, i);
+    while (mtl_are_one_directive(t, i, at) && !mtl_is_one_of(t, at, no_type)) at = mtl_after(t, at);
+    return at > mtl_after(t, i) && !mtl_are_one_directive(t, i, at);
+}
+
+/* SHARED_FLOAT a;   becomes   threadgroup SHARED_FLOAT a;   in the places of the name and of the blanks behind it. */
+static void put_space_before(translation *t, size_t i) {
+    mtl_token *name = &t->token[i], *blanks = &t->token[i + 1];
+    mtl_text kept = {0};
+    mtl_text_add(&kept, blanks->text, blanks->length);
+    mtl_add_before(t, i + 1, " ");
+    mtl_add_behind(t, i + 1, mtl_keep(t, &kept));
+    mtl_text_free(&kept);
+    blanks->kind = MTL_TOKEN_IDENTIFIER;
+    blanks->text = name->text;
+    blanks->length = name->length;
+    t->link[i + 1].word = t->link[i].word;
+    name->text = "threadgroup";
+    name->length = strlen(name->text);
+    t->link[i].word = mtl_add_word(t, name);
+}
+
+/* #define SHARED threadgroup: what is named so is that. #define SHARED_FLOAT threadgroup float: what is declared so is there. The
+ * preprocessor comes too late for both. */
 static void name_spaces(translation *t, translation *defining) {
     static const char *const spaces[] = {"threadgroup", "constant"};
     for (size_t i = 0; i < defining->count; i++) {
         size_t name = mtl_after(defining, i), space = mtl_after(defining, name);
         if (!defining->token[i].directive || !mtl_is(defining, i, "define") || !mtl_is_identifier(defining, space))
             continue;
-        if (!mtl_are_one_directive(defining, i, space) ||
-            mtl_are_one_directive(defining, space, mtl_after(defining, space)))
-            continue;
-        mtl_word *word = mtl_word_at(defining, name);
-        const char *meant = mtl_word_at(defining, space)->space;
+        if (!mtl_are_one_directive(defining, i, space) || !mtl_is_identifier(defining, name)) continue;
+        mtl_word *word = mtl_word_at(defining, name), *of = mtl_word_at(defining, space);
+        const char *meant = of->space;
         for (int s = 0; s < 2; s++) {
             if (mtl_is(defining, space, spaces[s])) meant = spaces[s];
         }
-        if (!meant || word->space || !mtl_is_identifier(defining, name)) continue;
-        word->space = meant;
+        bool alone = !mtl_are_one_directive(defining, space, mtl_after(defining, space));
+        bool of_type = alone ? of->is_type_of_space
+                             : meant && strcmp(meant, "threadgroup") == 0 && is_type_of_space(defining, space);
+        if (word->space || (!of_type && !(alone && meant))) continue;
+        word->is_type_of_space |= of_type;
+        if (!of_type) word->space = meant;
         mtl_word *own = mtl_find_word(t, word->text, word->length);
-        if (own) own->space = meant;
+        if (own) own->is_type_of_space = word->is_type_of_space, own->space = word->space;
     }
+}
+
+static void use_spaces(translation *t) {
+    bool changed = false;
     for (size_t i = 0; i < t->count; i++) {
-        const char *space = mtl_is_identifier(t, i) ? mtl_word_at(t, i)->space : NULL;
-        size_t before = mtl_before(t, i);
-        if (!space || (t->token[i].directive && mtl_is(t, before, "define"))) continue;
-        t->token[i].text = space;
-        t->token[i].length = strlen(space);
-        t->link[i].word = mtl_add_word(t, &t->token[i]);
+        if (!mtl_is_identifier(t, i) || (t->token[i].directive && mtl_is(t, mtl_before(t, i), "define"))) continue;
+        const mtl_word *word = mtl_word_at(t, i);
+        if (word->space) {
+            t->token[i].text = word->space;
+            t->token[i].length = strlen(word->space);
+            t->link[i].word = mtl_add_word(t, &t->token[i]);
+        } else if (word->is_type_of_space && mtl_is_identifier(t, mtl_after(t, i)) &&
+                   mtl_are_one_directive(t, i, mtl_after(t, i))) {
+            put_space_before(t, i++);
+            changed = true;
+        }
     }
+    if (changed) mtl_find_neighbours(t);
 }
 
 static bool begin(translation *t, const char *source) {
     const char *header = t->options->header;
     if (!mtl_begin(t, source)) return false;
-    if (t->region == MTL_REGION_HEADER || !header) {
-        name_spaces(t, t);
-        t->divides = has_generic_division(t);
-    } else if (strstr(header, "threadgroup") || strstr(header, "constant") || strstr(header, "operator")) {
+    if (t->region == MTL_REGION_BODY && header &&
+        (strstr(header, "threadgroup") || strstr(header, "constant") || strstr(header, "operator"))) {
         translation before = {.region = MTL_REGION_HEADER, .options = t->options};
         bool done = mtl_begin(&before, header);
         if (done) name_spaces(t, &before);
@@ -828,6 +864,9 @@ static bool begin(translation *t, const char *source) {
         mtl_end(&before);
         if (!done) return false;
     }
+    name_spaces(t, t);
+    use_spaces(t);
+    t->divides |= has_generic_division(t);
     return true;
 }
 

@@ -26,14 +26,15 @@ typedef struct mtl_word {
     const char *text;
     size_t length;
     size_t first_use, uses, first_change, changes;
-    const char *space; /* the address space that the source defines it as */
-    bool is_macro;     /* with parameters */
-    bool exchanges;    /* a function of Metal's, among lanes */
-    bool meets;        /* a function at which lanes meet, these too */
-    bool is_shared;    /* lockstep.c: a variable in threadgroup memory */
-    bool is_moved;     /* lockstep.c: a buffer that all lanes move */
-    int top;           /* lockstep.c: the latest variable of that name, from 1 */
-    size_t mark;       /* overloads.c, translate.c: where it was seen last */
+    const char *space;     /* the address space that the source defines it as */
+    bool is_type_of_space; /* it is defined as a type in threadgroup memory */
+    bool is_macro;         /* with parameters */
+    bool exchanges;        /* a function of Metal's, among lanes */
+    bool meets;            /* a function at which lanes meet, these too */
+    bool is_shared;        /* lockstep.c: a variable in threadgroup memory */
+    bool is_moved;         /* lockstep.c: a buffer that all lanes move */
+    int top;               /* lockstep.c: the latest variable of that name, from 1 */
+    size_t mark;           /* overloads.c, translate.c: where it was seen last */
     bool in_directive;
     bool is_sought, is_evaluated, is_known; /* unroll.c: its only value, at value_at */
     size_t value_at;

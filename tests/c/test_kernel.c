@@ -106,6 +106,10 @@ static void metal_becomes_cxx(void **state) {
         {"#define TG threadgroup\nf((TG float*)p);", "#define TG            \nf((            float*)p);"},
         {"#define SHARED(T, n) threadgroup T n[4]\n", "#define SHARED(T, n) typedef T __mtl_##n[4]; __mtl_##n &n = "
                                                       "__mtl_variable<__mtl_##n>(__mtl_group, 96 + __COUNTER__)\n"},
+        {"#define SF threadgroup float\n#define S2 SF\nS2\na[4]; f((S2*)p);",
+         "#define SF             float\n#define S2 SF\ntypedef S2\n__mtl_a_0[4]; __mtl_a_0 &a = "
+         "__mtl_variable<__mtl_a_0>(__mtl_group, 0); f((S2*)p);"},
+        {"#define P threadgroup float*\nP p;", "#define P             float*\nP p;"},
         {"return ::exp(x);", "return ::metal::exp(x);"},
         {"inline ::c10::X f() { return ::metal::exp(decltype(x)::v); }",
          "inline ::metal::c10::X f() { return ::metal::exp(decltype(x)::v); }"},
@@ -130,6 +134,7 @@ static void metal_becomes_cxx(void **state) {
     static const pair cuda[] = {
         {"#define SHARED threadgroup\nconstant float a[1] = {1};",
          "#define SHARED            \nconst float a[1] = {1};"},
+        {"#define SF threadgroup float\nSF a[4];", "#define SF             float\n__shared__ SF a[4];"},
         {"threadgroup int n = 1, m;", "__shared__ int n    , m; __mtl_initialize(n, 1);"},
         {"float a[4] = {[0 ... 3] = 1.0};",
          "float a[4] =  {}                ; for (int __mtl_at = 0 ; __mtl_at <=  3; ++__mtl_at) a[__mtl_at] = 1.0f;"},

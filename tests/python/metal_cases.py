@@ -1384,12 +1384,13 @@ case(
 case(
     "users' names, namespaces and macros",
     f"{ID} SHARED float mine[64]; uint l = thread_position_in_threadgroup.x; mine[l] = a[i]; ARRAY(half, more, 64); more[l] = 2;"
+    "SHARED_FLOAT third[64], fourth; third[l] = 3; if (l == 5) fourth = 4; \n#define OWN threadgroup int\n OWN fifth; if (l == 6) fifth = 5;"
     "threadgroup_barrier(mem_flags::mem_threadgroup); float s = 0; UNROLLED (int k = 0; k < 4; ++k) { s += summed(0.25f); }"
-    "out0[i] = mine[l ^ 1] + more[l ^ 1] + s + ::own::metal::twice(1) + metal::halved(8) + numeric_limits<Wide>::max() + ::seven()"
+    "out0[i] = mine[l ^ 1] + more[l ^ 1] + third[l ^ 1] + fourth + fifth + s + ::own::metal::twice(1) + metal::halved(8) + numeric_limits<Wide>::max() + ::seven()"
     " + decltype(Wide())::size + max(NONE, TWO) + half(1) * TWO + simd_min(5);",
     [X],
-    [X[_n ^ 1] + 2 + 32 + 2 + 4 + 9 + 7 + 3 + 2 + 2 + 5],
-    header="#define SHARED threadgroup\n#define ARRAY(T, name, n) threadgroup T name[n]\n"
+    [X[_n ^ 1] + 2 + 3 + 4 + 5 + 32 + 2 + 4 + 9 + 7 + 3 + 2 + 2 + 5],
+    header="#define SHARED threadgroup\n#define ARRAY(T, name, n) threadgroup T name[n]\n#define SHARED_FLOAT SHARED float\n"
     '#define UNROLLED(x) _Pragma("clang loop unroll(full)") for (x)\n'
     "enum Count { NONE, ONE, TWO }; struct Wide { enum { size = 3 }; }; inline int seven() { return 7; }\n"
     "namespace own { namespace metal { inline float twice(float x) { return 2 * ::metal::fabs(x); } } }\n"
