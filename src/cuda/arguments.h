@@ -26,6 +26,7 @@ typedef struct mtl_cuda_norm_args {
     mtl_cuda_loop rows;
     int64_t length;
     double eps;
+    float eps_in_float, per_length; /* 1 / length */
     mtl_cuda_row x, residual, weight, bias, sum, out;
 } mtl_cuda_norm_args;
 

@@ -142,15 +142,26 @@ template <typename T> __device__ inline uint4 narrow(const float *from, T t) {
                       narrow_pair(from[4], from[5], t), narrow_pair(from[6], from[7], t));
 }
 
-// LANES<T> elements of a contiguous row of any floating dtype, from element `first` on: 16-byte aligned where the dtype
-// is T.
-template <typename T> __device__ inline void load_vector(float *to, const mtl_cuda_row &row, int64_t first) {
-    if (row.dtype == Element<T>::dtype) {
-        widen(to, *(const uint4 *)(row.data + first * (int64_t)sizeof(T)), T());
-        return;
-    }
+// LANES<T> elements of a contiguous row of W, aligned to 16 bytes, from element `first` on.
+template <typename T, typename W> __device__ inline void load_lanes(float *to, const char *row, int64_t first) {
+    const char *at = row + first * (int64_t)sizeof(W);
+    if constexpr (sizeof(W) < sizeof(T)) {
+        uint2 v = *(const uint2 *)at;
+        float2 low = widen_pair(v.x, W()), high = widen_pair(v.y, W());
+        to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
+    } else {
 #pragma unroll
-    for (int i = 0; i < LANES<T>; i++) to[i] = load_float(row.data + (first + i) * row.stride, row.dtype);
+        for (int i = 0; i < LANES<T> / LANES<W>; i++) widen(to + i * LANES<W>, ((const uint4 *)at)[i], W());
+    }
+}
+// Of any floating dtype but float64, or `absent` ones.
+template <typename T>
+__device__ inline void load_vector(float *to, const mtl_cuda_row &row, int64_t first, float absent) {
+    if (row.data && row.dtype == F32) return load_lanes<T, float>(to, row.data, first);
+    if (row.data && row.dtype == F16) return load_lanes<T, __half>(to, row.data, first);
+    if (row.data) return load_lanes<T, __nv_bfloat16>(to, row.data, first);
+#pragma unroll
+    for (int i = 0; i < LANES<T>; i++) to[i] = absent;
 }
 
 // ---- loops
@@ -174,12 +185,15 @@ struct Offsets {
 __device__ inline Offsets offsets_at(const mtl_cuda_loop &loop, int64_t iteration) {
     Offsets offsets = {};
 #pragma unroll 1
-    for (int axis = loop.rank - 1; axis >= 0; axis--) {
-        int64_t index = iteration;
-        if (axis > 0) iteration = divide(iteration, loop.shape[axis], index);
+    for (int axis = loop.rank - 1; axis > 0; axis--) {
+        int64_t index;
+        iteration = divide(iteration, loop.shape[axis], index);
 #pragma unroll
         for (int i = 0; i < MTL_CUDA_OPERANDS; i++) offsets.of[i] += index * loop.stride[axis][i];
     }
+    // Most loops have this axis alone: without a loop it costs few instructions, which blocks of one row feel.
+#pragma unroll
+    for (int i = 0; i < MTL_CUDA_OPERANDS; i++) offsets.of[i] += iteration * loop.stride[0][i];
     return offsets;
 }
 
@@ -220,25 +234,26 @@ template <typename T, T (*combine)(T, T)> __device__ inline T over_warp(T x, int
     return x;
 }
 
-// Over the threads of a row: the block, of a power of two of warps, or the warp alone where the block is {32, rows}.
-// Each of a kernel's sums has a SLOT of its own and is formed once, or with a barrier between.
+// Over the threads of a row: the block, of a power of two of warps, or where it is {threads, rows} with at most a warp of
+// threads, those. Each of a kernel's sums has a SLOT of its own and is formed once, or with a barrier between.
 template <typename T, T (*combine)(T, T), int SLOT> __device__ inline T over_row(T x) {
+    if (blockDim.x < WARP) {
+        unsigned first = (threadIdx.y * blockDim.x + threadIdx.x) % WARP - threadIdx.x; // lane of the row
+        unsigned lanes = ((1u << blockDim.x) - 1) << first; // other rows of the warp may go another way
+#pragma unroll 1
+        for (int step = blockDim.x / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(lanes, x, step));
+        return x;
+    }
     x = over_warp<T, combine>(x);
     if (blockDim.x == WARP) return x;
     __shared__ T of_warp[WARP];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     if (lane == 0) of_warp[warp] = x;
     __syncthreads();
-    return over_warp<T, combine>(of_warp[lane & (warps - 1)], warps);
-}
-
-// What the first thread of a row has.
-__device__ inline float of_first_thread(float x) {
-    if (blockDim.x == WARP) return __shfl_sync(ALL_LANES, x, 0);
-    __shared__ float first;
-    if (threadIdx.x == 0) first = x;
-    __syncthreads();
-    return first;
+    x = of_warp[lane & (warps - 1)];
+#pragma unroll 1
+    for (int step = warps / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
 }
 
 // ---- norms

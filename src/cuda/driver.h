@@ -126,4 +126,7 @@ void mtl_cuda_cut_loop(const mtl_loop *loop, mtl_loop *outer, mtl_cuda_loop *inn
 /* Whether rows of this operand can be read 16 bytes at a time, in every iteration of the loop. */
 bool mtl_cuda_vectors(mtl_row row, const mtl_loop *loop, int operand);
 
+/* Whether load_vector of device.cuh takes a row of weights or biases. */
+bool mtl_cuda_weights(mtl_row row);
+
 #endif

@@ -7,7 +7,8 @@ enum {
     MOST_VECTORS = 8, /* of a thread */
     KERNELS = 8,      /* of a dtype */
     ANY = 3 * KERNELS,
-    ROWS_OF_WARPS = 4,
+    FEWEST_THREADS = 4, /* of a row */
+    WARP = 32,
     MANY = 16, /* rows for each multiprocessor */
 };
 
@@ -36,13 +37,7 @@ static bool is_fast(const mtl_norm_args *args) {
     for (int i = 0; i < args->rows.operands; i++) {
         if (rows[i]->dtype != dtype || !mtl_cuda_vectors(*rows[i], &args->rows, i)) return false;
     }
-    const mtl_row *shared[] = {&args->weight, &args->bias};
-    for (int i = 0; i < 2; i++) {
-        if (!shared[i]->data) continue;
-        if (shared[i]->stride != mtl_dtype_size(shared[i]->dtype)) return false;
-        if ((uintptr_t)shared[i]->data % VECTOR != 0) return false;
-    }
-    return true;
+    return mtl_cuda_weights(args->weight) && mtl_cuda_weights(args->bias);
 }
 
 static metalloid_status launch(const mtl_cuda_call *call, mtl_cuda_image image, const mtl_norm_args *args, bool fast,
@@ -53,14 +48,14 @@ static metalloid_status launch(const mtl_cuda_call *call, mtl_cuda_image image, 
         return mtl_cuda_launch(call, kernel_of(image, ANY), grid, norm);
     }
     int64_t vectors = args->length * mtl_dtype_size(args->x.dtype) / VECTOR;
-    /* Few threads for many rows of layer_norm, many for few: the sum over a row is quicker the fewer hold it, its reading
-     * the more do. */
+    /* Few threads for many rows whose sums are long or that a warp can hold, many for others: the sum over a row is
+     * quicker the fewer hold it, its reading the more do. Short rows share a block: hardware hands out few in a while. */
     bool many = rows >= (int64_t)call->device->multiprocessors * MANY;
-    bool few_threads = many && image == MTL_CUDA_IMAGE_layer_norm && !args->residual.data;
-    int preferred = few_threads ? 4 : 2, threads = 32, each = 1, step = 0;
+    bool few_threads = many && !args->residual.data && (image == MTL_CUDA_IMAGE_layer_norm || vectors <= 4 * WARP);
+    int preferred = few_threads ? 4 : 2, threads = many ? FEWEST_THREADS : WARP, each = 1, step = 0;
     while (threads < MOST_THREADS && threads * preferred < vectors) threads *= 2;
     while (threads * each < vectors) each *= 2, step++;
-    mtl_cuda_grid grid = {.threads = threads, .rows = threads == 32 ? ROWS_OF_WARPS : 1, .overlaps = true};
+    mtl_cuda_grid grid = {.threads = threads, .rows = threads <= WARP ? 2 * WARP / threads : 1, .overlaps = true};
     grid.blocks = (rows + grid.rows - 1) / grid.rows;
     return mtl_cuda_launch(call, kernel_of(image, (int)args->x.dtype * KERNELS + (args->residual.data ? 4 : 0) + step),
                            grid, norm);
@@ -72,6 +67,8 @@ static metalloid_status run(const metalloid_context *context, const char *op, mt
     MTL_TRY(mtl_cuda_begin(&call, context, op, args->device, args->in_double));
     mtl_cuda_norm_args norm = {.length = args->length,
                                .eps = args->eps,
+                               .eps_in_float = (float)args->eps,
+                               .per_length = 1 / (float)args->length,
                                .x = mtl_cuda_row_of(args->x),
                                .residual = mtl_cuda_row_of(args->residual),
                                .weight = mtl_cuda_row_of(args->weight),

@@ -4,10 +4,13 @@
 //   layer_norm: y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias
 //
 // The fast kernel keeps a row in registers: one read and one write of each byte. A row belongs to a warp or to a block,
-// so that its sums need few steps and many rows are in flight. layer_norm takes deviations from a pivot, the row's
-// first element, so that a large mean is gone before it can cost digits, and sums them and their squares in one
-// reduction. Where that element lies more than two deviations from the mean, taking it away costs digits in its turn:
-// then the mean found becomes the pivot, and the sums are taken again.
+// so that its sums need few steps and many rows are in flight. layer_norm sums elements and their squares in one
+// reduction. Where the mean found lies more than two deviations from 0, squares of elements cost digits: then the sums
+// are taken again, of deviations from that mean.
+//
+// On an H200 what limits is no longer memory alone: a row's way from its reading to its writing, some 250 to 600
+// instructions a warp, keeps the multiprocessor half busy, and a row that waits holds registers that the next one needs.
+// So addresses are few, weights arrive before they are needed, and what is rare reads memory again.
 //
 // Where squares would leave float32's range, the row is first multiplied by a power of two, which is exact and cancels.
 //
@@ -23,33 +26,34 @@ enum { X, OUT, RESIDUAL, SUM }; // operands of the loop
 template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void norm_row(const mtl_cuda_norm_args &p) {
     constexpr int N = LANES<T>;
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= p.rows.count) return; // only where a row is a warp
+    if (row >= p.rows.count) return; // never a part of a block that sums over it
     Offsets at = offsets_at(p.rows, row);
     wait_for_earlier();
-    int vectors = (int)(p.length / N);
-    auto inside = [&](int i) { return (int)(i * blockDim.x + threadIdx.x) < vectors; };
-    auto place = [&](int i) { return (int)(i * blockDim.x + threadIdx.x) * 16; };
+    const char *x_row = p.x.data + at.of[X];
+    char *out_row = p.out.data + at.of[OUT];
+    unsigned vectors = (unsigned)p.length / N;
+    auto inside = [&](int i) { return threadIdx.x + i * blockDim.x < vectors; };
+    auto place = [&](auto *row, int i) { return row + threadIdx.x * 16 + (uint64_t)(blockDim.x * 16) * i; };
 
     uint4 raw[VECTORS];
-    // Weights and biases are on their way while the row is summed; those of layer_norm's many vectors, whose registers
-    // would leave too few rows on their way, while the vector before is finished.
-    constexpr bool EARLY = !LAYER || VECTORS < 4;
+    // Weights and biases of x's dtype are on their way while the row is summed; of layer_norm's many vectors not all, whose
+    // registers would leave too few rows on their way.
+    constexpr int AHEAD = LAYER && VECTORS > 2 ? 3 : VECTORS;
     uint4 weights[VECTORS], biases[VECTORS];
-    bool typed = p.weight.data && p.weight.dtype == Element<T>::dtype;
-    bool typed_bias = LAYER && p.bias.data && p.bias.dtype == Element<T>::dtype;
+    bool usual = p.weight.data && p.weight.dtype == Element<T>::dtype;
+    usual = usual && (!LAYER || (p.bias.data && p.bias.dtype == Element<T>::dtype));
     auto fetch = [&](int i) {
-        weights[i] = typed && inside(i) ? *(const uint4 *)(p.weight.data + place(i)) : make_uint4(0, 0, 0, 0);
-        biases[i] = typed_bias && inside(i) ? *(const uint4 *)(p.bias.data + place(i)) : make_uint4(0, 0, 0, 0);
+        if (inside(i)) weights[i] = *(const uint4 *)place(p.weight.data, i);
+        if (LAYER && inside(i)) biases[i] = *(const uint4 *)place(p.bias.data, i);
     };
     float sums[ADD ? VECTORS : 1][N], pivot = 0;
 #pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-        raw[i] = inside(i) ? load_16_bytes(p.x.data + at.of[X] + place(i)) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < VECTORS; i++) raw[i] = inside(i) ? load_16_bytes(place(x_row, i)) : make_uint4(0, 0, 0, 0);
     if constexpr (ADD) {
         uint4 added[VECTORS];
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
-            added[i] = inside(i) ? load_16_bytes(p.residual.data + at.of[RESIDUAL] + place(i)) : make_uint4(0, 0, 0, 0);
+            added[i] = inside(i) ? load_16_bytes(place(p.residual.data + at.of[RESIDUAL], i)) : make_uint4(0, 0, 0, 0);
         let_next_start();
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
@@ -58,58 +62,71 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
             widen(y, added[i], T());
 #pragma unroll
             for (int j = 0; j < N; j++) sums[i][j] += y[j];
-            if (inside(i)) store_16_bytes(p.sum.data + at.of[SUM] + place(i), narrow(sums[i], T()));
+            if (inside(i)) store_16_bytes(place(p.sum.data + at.of[SUM], i), narrow(sums[i], T()));
         }
     }
     if constexpr (!ADD) let_next_start();
-    if constexpr (EARLY) {
+    if (usual) {
 #pragma unroll
-        for (int i = 0; i < VECTORS; i++) fetch(i);
+        for (int i = 0; i < AHEAD; i++) fetch(i);
     }
-    auto read = [&](float *x, int i) { // less the pivot
+    auto read = [&](float *x, int i, bool far) { // less the pivot where the mean is far from 0
         if constexpr (!ADD) widen(x, raw[i], T());
 #pragma unroll
         for (int j = 0; j < N; j++) {
             if constexpr (ADD) x[j] = sums[i][j];
-            if constexpr (LAYER) x[j] -= pivot;
+            if (LAYER && far) x[j] -= pivot;
         }
     };
 
-    float per_length = 1 / (float)p.length, eps = (float)p.eps, mean = 0, variance, scale = 1;
-    if constexpr (LAYER) {
-        // The sum may lie where an input was: what is read there is read once.
-        if constexpr (ADD) pivot = of_first_thread(sums[0][0]);
-        else pivot = load_float(p.x.data + at.of[X], Element<T>::dtype);
+    // What is rare takes every element of the thread less the pivot: again from memory where that has it, so that it
+    // costs the usual way neither registers nor instructions.
+    auto each = [&](auto &&one) {
+        if constexpr (ADD) {
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++) {
+                if (!inside(i)) continue;
+#pragma unroll
+                for (int j = 0; j < N; j++) one(0, sums[i][j] - pivot);
+            }
+        } else {
 #pragma unroll 1
-        for (bool again = false;; again = true) {
-            float2 total = {}; // of deviations from the pivot, and of their squares
+            for (int64_t i = threadIdx.x * N; i < p.length; i += blockDim.x * N) {
+#pragma unroll 1
+                for (int64_t j = i; j < i + N; j++)
+                    one(j, load_float(x_row + j * sizeof(T), Element<T>::dtype) - pivot);
+            }
+        }
+    };
+    float per_length = p.per_length, eps = p.eps_in_float, mean = 0, variance;
+    if constexpr (LAYER) {
+        auto sum = [&](bool far) { // of deviations from the pivot, and of their squares
+            float2 total = {};
 #pragma unroll
             for (int i = 0; i < VECTORS; i++) {
                 if (!inside(i)) continue;
                 float x[N];
-                read(x, i);
+                read(x, i, far);
 #pragma unroll
                 for (int j = 0; j < N; j++) total.x += x[j], total.y += x[j] * x[j];
             }
-            total = over_row<float2, add<float2>, 0>(total);
+            return total;
+        };
+        auto set = [&](float2 total) {
             mean = total.x * per_length;
-            variance = fmaxf(total.y * per_length - mean * mean, 0);
-            bool far = mean != 0 && mean * mean >= 4 * variance; // the same for the whole row
-            if (again || !far) break;
-            pivot += mean;
-            if (blockDim.x > WARP) __syncthreads(); // before what over_row shares is written again
-            if constexpr (!ADD) { // or the compiler widens before the loop, for which registers are too few
-#pragma unroll
-                for (int i = 0; i < VECTORS; i++)
-                    asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y), "+r"(raw[i].z), "+r"(raw[i].w));
-            }
+            variance = larger(total.y * per_length - mean * mean, 0);
+        };
+        set(over_row<float2, add<float2>, 0>(sum(false)));
+        if (mean != 0 && mean * mean >= 4 * variance) { // the same for the whole row
+            pivot = mean;
+            set(over_row<float2, add<float2>, 3>(sum(true)));
         }
     } else {
         float total = 0;
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             float x[N];
-            read(x, i);
+            read(x, i, false);
 #pragma unroll
             for (int j = 0; j < N; j++) total += x[j] * x[j];
         }
@@ -118,63 +135,66 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
 
     if (!(variance + eps > 1e-25f && variance + eps < 1e30f)) { // the same for the whole row
         float largest = 0, squares = 0;
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++) {
-            float x[N];
-            read(x, i);
-#pragma unroll
-            for (int j = 0; j < N; j++) largest = larger(inside(i) ? fabsf(x[j]) : 0, largest);
+        each([&](int64_t, float x) { largest = larger(fabsf(x), largest); });
+        float scale = comfortable_scale(over_row<float, larger, 1>(largest), p.eps);
+        if constexpr (LAYER) {
+            mean = 0;
+            each([&](int64_t, float x) { mean += x * scale; });
+            mean = over_row<float, add<float>, 4>(mean) * per_length;
         }
-        scale = comfortable_scale(over_row<float, larger, 1>(largest), p.eps);
-        eps = (float)(p.eps * scale * scale);
-        mean *= scale;
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++) {
-            float x[N];
-            read(x, i);
-#pragma unroll
-            for (int j = 0; j < N; j++) {
-                float deviation = x[j] * scale - mean;
-                squares += inside(i) ? deviation * deviation : 0;
-            }
-        }
+        each([&](int64_t, float x) {
+            float deviation = x * scale - mean;
+            squares += deviation * deviation;
+        });
         variance = over_row<float, add<float>, 2>(squares) * per_length;
-    }
-    float inverse = rsqrtf(variance + eps);
-    float weight[N], bias[N];
-    auto finish = [&](int i, bool weighted, bool biased) {
-        float x[N];
-        read(x, i);
+        eps = (float)(p.eps * scale * scale);
+        if constexpr (ADD) {
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            x[j] = (x[j] * scale - mean) * inverse;
-            if (weighted) x[j] *= weight[j];
-            if (biased) x[j] += bias[j];
+            for (int i = 0; i < VECTORS; i++) {
+#pragma unroll
+                for (int j = 0; j < N; j++) sums[i][j] = (sums[i][j] - pivot) * scale;
+            }
+            pivot = 0;
+        } else {
+            float inverse = rsqrtf(variance + eps);
+            each([&](int64_t i, float x) {
+                float y = (x * scale - mean) * inverse;
+                if (p.weight.data) y *= load_float(p.weight.data + i * p.weight.stride, p.weight.dtype);
+                if (LAYER && p.bias.data) y += load_float(p.bias.data + i * p.bias.stride, p.bias.dtype);
+                store_float(out_row + i * sizeof(T), Element<T>::dtype, y);
+            });
+            return;
         }
-        store_16_bytes(p.out.data + at.of[OUT] + place(i), narrow(x, T()));
-    };
-    if (!EARLY && typed && typed_bias) {
-        fetch(0);
+    }
+    float inverse = rsqrtf(variance + eps), shift = -mean * inverse;
+    auto finish = [&](bool usual, bool far) {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
-            if (i + 1 < VECTORS) fetch(i + 1);
-            if (!inside(i)) continue;
-            widen(weight, weights[i], T());
-            widen(bias, biases[i], T());
-            finish(i, true, true);
-        }
-        return;
-    }
+            if (inside(i)) {
+                float x[N], weight[N], bias[N];
+                if (usual) {
+                    widen(weight, weights[i], T());
+                    if (LAYER) widen(bias, biases[i], T());
+                } else {
+                    int64_t first = (int64_t)(i * blockDim.x + threadIdx.x) * N;
+                    load_vector<T>(weight, p.weight, first, 1);
+                    load_vector<T>(bias, p.bias, first, 0);
+                }
+                read(x, i, far);
 #pragma unroll
-    for (int i = 0; i < VECTORS; i++) {
-        if (!inside(i)) continue;
-        int64_t first = (int64_t)(i * blockDim.x + threadIdx.x) * N;
-        if (EARLY && typed) widen(weight, weights[i], T());
-        else if (p.weight.data) load_vector<T>(weight, p.weight, first);
-        if (EARLY && typed_bias) widen(bias, biases[i], T());
-        else if (LAYER && p.bias.data) load_vector<T>(bias, p.bias, first);
-        finish(i, p.weight.data, LAYER && p.bias.data);
-    }
+                for (int j = 0; j < N; j++) {
+                    x[j] = LAYER ? fmaf(x[j], inverse, shift) : x[j] * inverse;
+                    x[j] = LAYER ? fmaf(x[j], weight[j], bias[j]) : x[j] * weight[j];
+                }
+                store_16_bytes(place(out_row, i), narrow(x, T()));
+            }
+            if (usual && i + AHEAD < VECTORS) fetch(i + AHEAD);
+        }
+    };
+    bool far = LAYER && pivot != 0;
+    if (usual && !far) finish(true, false);
+    else if (usual) finish(true, true);
+    else finish(false, true);
 }
 
 template <bool LAYER> __device__ inline void norm_any(const mtl_cuda_norm_args &p) {
@@ -211,11 +231,13 @@ template <bool LAYER> __device__ inline void norm_any(const mtl_cuda_norm_args &
 }
 
 // Symbols: <op>_<dtype>_<vectors>, add_<op>_..., and <op>_any; norm.c names them in this order. Blocks have at most 512
-// threads, and with four vectors a thread 64 registers: eight times 128 threads keep an H200's memory busy.
-#define NORM_KERNEL(name, layer, added, type, vectors)                                \
-    extern "C" __global__ void __launch_bounds__(512, !added && vectors <= 4 ? 2 : 1) \
-        name(const __grid_constant__ mtl_cuda_norm_args p) {                          \
-        norm_row<type, vectors, layer, added>(p);                                     \
+// threads; six times 256 of two vectors with 40 registers, or eight times 128 of four with 64, keep an H200's memory busy.
+#define NORM_KERNEL(name, layer, added, type, vectors)                            \
+    extern "C" __global__ void __launch_bounds__(512, added || vectors > 4   ? 1  \
+                                                      : layer || vectors > 2 ? 2  \
+                                                                             : 3) \
+        name(const __grid_constant__ mtl_cuda_norm_args p) {                      \
+        norm_row<type, vectors, layer, added>(p);                                 \
     }
 #define NORM_KERNELS(op, layer, dtype, type)                  \
     NORM_KERNEL(op##_##dtype##_1, layer, false, type, 1)      \

@@ -33,11 +33,7 @@ static int lanes_of_head(const mtl_rope_args *args) {
                     mtl_cuda_vectors(side->x, &side->heads, MTL_ROPE_X) &&
                     mtl_cuda_vectors(side->out, &side->heads, MTL_ROPE_OUT) &&
                     aligned(side->x_batch_stride, side->x_time_stride) &&
-                    aligned(side->out_batch_stride, side->out_time_stride);
-        if (side->weight.data) {
-            fast = fast && side->weight.stride == mtl_dtype_size(side->weight.dtype) &&
-                   (uintptr_t)side->weight.data % VECTOR == 0;
-        }
+                    aligned(side->out_batch_stride, side->out_time_stride) && mtl_cuda_weights(side->weight);
         if (!fast) return 0;
     }
     return (int)lanes;

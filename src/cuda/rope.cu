@@ -169,8 +169,8 @@ template <typename T, bool TRADITIONAL, bool NORMED> __device__ inline void rope
                         widen(weight[0], weights[0], T());
                         widen(weight[1], weights[1], T());
                     } else {
-                        load_vector<T>(weight[0], side.weight, first);
-                        load_vector<T>(weight[1], side.weight, second);
+                        load_vector<T>(weight[0], side.weight, first, 1);
+                        load_vector<T>(weight[1], side.weight, second, 1);
                     }
 #pragma unroll
                     for (int i = 0; i < N; i++) v[0][i] *= weight[0][i], v[1][i] *= weight[1][i];
