@@ -118,7 +118,10 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
         };
         set(over_row<float2, add<float2>, 0>(sum(false)));
         if (mean != 0 && mean * mean >= 4 * variance) { // the same for the whole row
-            pivot = mean;
+            float x[N]; // a row of equal elements shall lose nothing to the rounding of its mean
+            read(x, 0, false);
+            float first = over_row<float, add<float>, 5>(threadIdx.x == 0 ? x[0] : 0);
+            pivot = fabsf(first - mean) <= 1e-5f * fabsf(mean) ? first : mean;
             set(over_row<float2, add<float2>, 3>(sum(true)));
         }
     } else {

@@ -74,6 +74,38 @@ def test_layer_norm_whose_first_element_lies_far_out(size, outlier, length, op):
     close(out, reference_norm(x, weight, zero, 1e-5), ROUNDING[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [8, 24, 64, 128, 136, 256, 520, 1000, 1024, 2048, 4096, 5000, 16384])
+@pytest.mark.parametrize("rows", [37, 4999])
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"])
+def test_rows_that_share_a_block_go_their_own_ways(op, rows, length, dtype):
+    """Plain ones, of a large mean, equal elements, tiny, huge, with NaN and infinity; weights of each dtype."""
+    added, layer = op.startswith("add"), "layer" in op
+    kind = torch.arange(rows, device="cuda") * 5 % 9
+    mean = torch.zeros(rows, device="cuda")
+    mean[kind == 1], mean[kind == 2] = 300, -7
+    size = torch.ones(rows, device="cuda")
+    size[kind == 3], size[kind == 4] = 0, 1e-3 if dtype == torch.float16 else 1e-30
+    size[kind == 5] = 1e3 if dtype == torch.float16 else 1e30
+    mean[kind == 3] = torch.randn(int((kind == 3).sum()), device="cuda") * 100
+    x = (randn(rows, length) * size[:, None] + mean[:, None]).to(dtype)
+    x[kind == 6, length // 2], x[kind == 7, length - 1] = torch.nan, torch.inf
+    residual, total = torch.zeros_like(x), torch.empty_like(x)
+    for weight_dtype in (dtype, *DTYPES):
+        weight, bias = randn(length, dtype=weight_dtype), randn(length, dtype=weight_dtype, seed=1)
+        for w, b in ((weight, bias), (weight, None), (None, None)):
+            out = poisoned(rows, length, dtype=dtype)
+            arguments = [x, residual] if added else [x]
+            run(op, *arguments, w, *([b] if layer else []), 1e-12, *([total] if added else []), out)
+            ones = torch.ones(length, device="cuda")
+            shift = torch.zeros_like(ones) if b is None else b
+            ref = reference_norm(x, ones if w is None else w, shift if layer else None, 1e-12)
+            odd, equal = (kind == 6) | (kind == 7), layer & (kind == 3)
+            close(out[~odd & ~equal], ref[~odd & ~equal], ROUNDING[dtype])
+            assert torch.equal(out[equal], shift.to(dtype).expand_as(out[equal]))
+            assert torch.equal(out[odd].isnan(), ref[odd].isnan())
+
+
 @pytest.mark.parametrize("where", ["x", "residual", "both"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [2048, 8192])
