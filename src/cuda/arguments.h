@@ -54,6 +54,7 @@ typedef struct mtl_cuda_rope_args {
     int64_t first_group, first_batch; /* of blocks of y = 0, of z = 0 */
     int64_t batch, time, head_dim, dims;
     double scale, log2_ratio, eps; /* the ratio of a pair's inverse frequency to the one before */
+    float eps_in_float, per_head_dim;
     mtl_cuda_row freqs;
     int64_t offset;
     const char *positions;

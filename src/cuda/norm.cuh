@@ -38,13 +38,13 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     uint4 raw[VECTORS];
     // Weights and biases of x's dtype are on their way while the row is summed; of layer_norm's many vectors not all, whose
     // registers would leave too few rows on their way.
-    constexpr int AHEAD = LAYER && VECTORS > 2 ? 3 : VECTORS;
+    constexpr int AHEAD = LAYER && VECTORS > 2 ? 2 : VECTORS;
     uint4 weights[VECTORS], biases[VECTORS];
     bool usual = p.weight.data && p.weight.dtype == Element<T>::dtype;
     usual = usual && (!LAYER || (p.bias.data && p.bias.dtype == Element<T>::dtype));
     auto fetch = [&](int i) {
-        if (inside(i)) weights[i] = *(const uint4 *)place(p.weight.data, i);
-        if (LAYER && inside(i)) biases[i] = *(const uint4 *)place(p.bias.data, i);
+        weights[i] = usual && inside(i) ? *(const uint4 *)place(p.weight.data, i) : make_uint4(0, 0, 0, 0);
+        if (LAYER) biases[i] = usual && inside(i) ? *(const uint4 *)place(p.bias.data, i) : make_uint4(0, 0, 0, 0);
     };
     float sums[ADD ? VECTORS : 1][N], pivot = 0;
 #pragma unroll
@@ -66,10 +66,8 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
         }
     }
     if constexpr (!ADD) let_next_start();
-    if (usual) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) fetch(i);
-    }
+    for (int i = 0; i < AHEAD; i++) fetch(i);
     auto read = [&](float *x, int i, bool far) { // less the pivot where the mean is far from 0
         if constexpr (!ADD) widen(x, raw[i], T());
 #pragma unroll

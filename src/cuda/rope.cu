@@ -64,11 +64,11 @@ __device__ inline void turn_pair(float &x1, float &x2, float cosine, float sine)
 
 // As norm.cuh has it, for a head that `lanes` lanes hold together.
 template <int N> __device__ inline void norm_head(float (&x)[2][N], const mtl_cuda_rope_args &p, int lanes) {
-    float squares = 0, eps = (float)p.eps, length = (float)p.head_dim;
+    float squares = 0;
 #pragma unroll
     for (int j = 0; j < N; j++) squares += x[0][j] * x[0][j] + x[1][j] * x[1][j];
     squares = over_warp<float, add<float>>(squares, lanes);
-    float variance = squares / length + eps;
+    float variance = squares * p.per_head_dim + p.eps_in_float;
     bool uncomfortable = !(variance > 1e-25f && variance < 1e30f);
     if (__any_sync(ALL_LANES, uncomfortable)) { // all lanes shuffle, those of other heads by a scale of 1
         float largest = 0;
@@ -83,9 +83,9 @@ template <int N> __device__ inline void norm_head(float (&x)[2][N], const mtl_cu
             squares += x[0][j] * x[0][j] + x[1][j] * x[1][j];
         }
         squares = over_warp<float, add<float>>(squares, lanes);
-        variance = squares / length + (float)(p.eps * scale * scale);
+        variance = squares * p.per_head_dim + (float)(p.eps * scale * scale);
     }
-    float inverse = 1 / sqrtf(variance);
+    float inverse = rsqrtf(variance);
 #pragma unroll
     for (int j = 0; j < N; j++) x[0][j] *= inverse, x[1][j] *= inverse;
 }
