@@ -33,18 +33,19 @@ template <typename T, int VECTORS, bool LAYER, bool ADD> __device__ inline void 
     char *out_row = p.out.data + at.of[OUT];
     unsigned vectors = (unsigned)p.length / N;
     auto inside = [&](int i) { return threadIdx.x + i * blockDim.x < vectors; };
-    auto place = [&](auto *row, int i) { return row + threadIdx.x * 16 + (uint64_t)(blockDim.x * 16) * i; };
+    auto place = [&](auto *row, int i) { return row + (threadIdx.x + i * blockDim.x) * 16; };
 
     uint4 raw[VECTORS];
     // Weights and biases of x's dtype are on their way while the row is summed; of layer_norm's many vectors not all, whose
     // registers would leave too few rows on their way.
     constexpr int AHEAD = LAYER && VECTORS > 2 ? 2 : VECTORS;
-    uint4 weights[VECTORS], biases[VECTORS];
+    uint4 weights[VECTORS] = {}, biases[VECTORS] = {};
     bool usual = p.weight.data && p.weight.dtype == Element<T>::dtype;
     usual = usual && (!LAYER || (p.bias.data && p.bias.dtype == Element<T>::dtype));
     auto fetch = [&](int i) {
-        weights[i] = usual && inside(i) ? *(const uint4 *)place(p.weight.data, i) : make_uint4(0, 0, 0, 0);
-        if (LAYER) biases[i] = usual && inside(i) ? *(const uint4 *)place(p.bias.data, i) : make_uint4(0, 0, 0, 0);
+        if (!usual || !inside(i)) return;
+        weights[i] = *(const uint4 *)place(p.weight.data, i);
+        if (LAYER) biases[i] = *(const uint4 *)place(p.bias.data, i);
     };
     float sums[ADD ? VECTORS : 1][N], pivot = 0;
 #pragma unroll
