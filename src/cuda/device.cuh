@@ -234,8 +234,9 @@ template <typename T, T (*combine)(T, T)> __device__ inline T over_warp(T x, int
     return x;
 }
 
-// Over the threads of a row: the block, of a power of two of warps, or where it is {threads, rows} with at most a warp of
-// threads, those. Each of a kernel's sums has a SLOT of its own and is formed once, or with a barrier between.
+// Over the threads of a row: the block, of whole warps, or where it is {threads, rows} with a power of two of at most a
+// warp's threads, those. To combine anything with T() changes nothing. Each of a kernel's sums has a SLOT of its own and is
+// formed once, or with a barrier between.
 template <typename T, T (*combine)(T, T), int SLOT> __device__ inline T over_row(T x) {
     if (blockDim.x < WARP) {
         unsigned first = (threadIdx.y * blockDim.x + threadIdx.x) % WARP - threadIdx.x; // lane of the row
@@ -250,9 +251,10 @@ template <typename T, T (*combine)(T, T), int SLOT> __device__ inline T over_row
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     if (lane == 0) of_warp[warp] = x;
     __syncthreads();
-    x = of_warp[lane & (warps - 1)];
+    unsigned width = 2u << (31 - __clz(warps - 1)); // of lanes that join them: a power of two
+    x = (lane & (width - 1)) < warps ? of_warp[lane & (width - 1)] : T();
 #pragma unroll 1
-    for (int step = warps / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(ALL_LANES, x, step));
+    for (int step = width / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(ALL_LANES, x, step));
     return x;
 }
 

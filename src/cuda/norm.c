@@ -9,7 +9,8 @@ enum {
     ANY = 3 * KERNELS,
     FEWEST_THREADS = 4, /* of a row */
     WARP = 32,
-    MANY = 16, /* rows for each multiprocessor */
+    BLOCK_VECTORS = 256, /* of short rows together */
+    MANY = 16,           /* rows for each multiprocessor */
 };
 
 #define NAMES(op, dtype)                                                                                            \
@@ -49,16 +50,23 @@ static metalloid_status launch(const mtl_cuda_call *call, mtl_cuda_image image, 
     }
     int64_t vectors = args->length * mtl_dtype_size(args->x.dtype) / VECTOR;
     /* Few threads for many rows whose sums are long or that a warp can hold, many for others: the sum over a row is
-     * quicker the fewer hold it, its reading the more do. Short rows share a block: hardware hands out few in a while. */
-    bool many = rows >= (int64_t)call->device->multiprocessors * MANY;
-    bool few_threads = many && !args->residual.data && (image == MTL_CUDA_IMAGE_layer_norm || vectors <= 4 * WARP);
-    int preferred = few_threads ? 4 : 2, threads = many ? FEWEST_THREADS : WARP, each = 1, step = 0;
-    while (threads < MOST_THREADS && threads * preferred < vectors) threads *= 2;
-    while (threads * each < vectors) each *= 2, step++;
-    mtl_cuda_grid grid = {.threads = threads, .rows = threads <= WARP ? 2 * WARP / threads : 1, .overlaps = true};
+     * quicker the fewer hold it, its reading the more do. */
+    bool many = rows >= (int64_t)call->device->multiprocessors * MANY, added = args->residual.data;
+    bool few_threads = many && !added && (image == MTL_CUDA_IMAGE_layer_norm || vectors <= 4 * WARP || vectors > 512);
+    int each = few_threads ? 4 : 2, step;
+    while (each * MOST_THREADS < vectors) each *= 2;
+    mtl_cuda_grid grid = {.threads = many ? FEWEST_THREADS : WARP, .rows = 1, .overlaps = true};
+    while (grid.threads < WARP && grid.threads * each < vectors) grid.threads *= 2;
+    if (grid.threads * each < vectors) {
+        grid.threads = (int)((vectors + each * WARP - 1) / (each * WARP)) * WARP;
+    } else { /* Short rows share a block: hardware hands out one in a while. */
+        while (each > 1 && grid.threads * each / 2 >= vectors) each /= 2;
+        grid.rows = 2 * WARP / grid.threads;
+        while (many && grid.rows * vectors < BLOCK_VECTORS && grid.rows * grid.threads < MOST_THREADS) grid.rows *= 2;
+    }
+    for (step = 0; 1 << step < each;) step++;
     grid.blocks = (rows + grid.rows - 1) / grid.rows;
-    return mtl_cuda_launch(call, kernel_of(image, (int)args->x.dtype * KERNELS + (args->residual.data ? 4 : 0) + step),
-                           grid, norm);
+    return mtl_cuda_launch(call, kernel_of(image, (int)args->x.dtype * KERNELS + (added ? 4 : 0) + step), grid, norm);
 }
 
 static metalloid_status run(const metalloid_context *context, const char *op, mtl_cuda_image image,
