@@ -234,12 +234,11 @@ template <bool LAYER> __device__ inline void norm_any(const mtl_cuda_norm_args &
 
 // Symbols: <op>_<dtype>_<vectors>, add_<op>_..., and <op>_any; norm.c names them in this order. Blocks have at most 512
 // threads; six times 256 of two vectors with 40 registers, or eight times 128 of four with 64, keep an H200's memory busy.
-#define NORM_KERNEL(name, layer, added, type, vectors)                            \
-    extern "C" __global__ void __launch_bounds__(512, added || vectors > 4   ? 1  \
-                                                      : layer || vectors > 2 ? 2  \
-                                                                             : 3) \
-        name(const __grid_constant__ mtl_cuda_norm_args p) {                      \
-        norm_row<type, vectors, layer, added>(p);                                 \
+#define NORM_BLOCKS(layer, added, vectors) ((added) || (vectors) > 4 ? 1 : (layer) || (vectors) > 2 ? 2 : 3)
+#define NORM_KERNEL(name, layer, added, type, vectors)                                    \
+    extern "C" __global__ void __launch_bounds__(512, NORM_BLOCKS(layer, added, vectors)) \
+        name(const __grid_constant__ mtl_cuda_norm_args p) {                              \
+        norm_row<type, vectors, layer, added>(p);                                         \
     }
 #define NORM_KERNELS(op, layer, dtype, type)                  \
     NORM_KERNEL(op##_##dtype##_1, layer, false, type, 1)      \
