@@ -631,6 +631,7 @@ metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metallo
                                           .stack_bits = 16,
                                           .most_threads = 1024,
                                           .line = mtl_cuda_line(&kernel->mentions, c.launch.grid, c.launch.threadgroup),
+                                          .in_line = mtl_cpu_in_line(&kernel->mentions, c.launch.threadgroup),
                                           .count_iterations = kernel->most_iterations > 0,
                                           .lockstep = !kernel->debug && !kernel->address_sanitizer};
         mtl_translation_unit(&source, &kernel->definition, &kernel->mentions, &c.launch.types, &options);

@@ -569,7 +569,7 @@ static void add_simdgroup_values(mtl_text *out, const mtl_mentions *mentions) {
 
 /* A simdgroup has a stack, and runs its lanes in lockstep. */
 static void add_simdgroups(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
-                           const mtl_types *types) {
+                           const mtl_types *types, bool in_line) {
     mtl_text_add_string(out, "struct __mtl_values {\n");
     for (int i = 0; i < ATTRIBUTES; i++) {
         if (mentions->attributes >> i & 1)
@@ -579,12 +579,14 @@ static void add_simdgroups(mtl_text *out, const mtl_definition *definition, cons
                              "__mtl_inline __mtl_values __mtl_values_of(const __mtl_place &here, unsigned index) {\n"
                              "    const mtl_dispatch &dispatch = here.dispatch;\n"
                              "    const __mtl_place &group = here;\n"
-                             "    unsigned lx = index, ly = 0, lz = 0;\n"
-                             "    if (!group.is_line) {\n"
-                             "        lx = index % group.extent[0], ly = index / group.extent[0];\n"
-                             "        lz = ly / group.extent[1], ly %= group.extent[1];\n"
-                             "    }\n"
-                             "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
+                             "    unsigned lx = index, ly = 0, lz = 0;\n");
+    if (!in_line) {
+        mtl_text_add_string(out, "    if (!group.is_line) {\n"
+                                 "        lx = index % group.extent[0], ly = index / group.extent[0];\n"
+                                 "        lz = ly / group.extent[1], ly %= group.extent[1];\n"
+                                 "    }\n");
+    }
+    mtl_text_add_string(out, "    unsigned x = group.position[0] * dispatch.threadgroup[0] + lx;\n"
                              "    unsigned y = group.position[1] * dispatch.threadgroup[1] + ly;\n"
                              "    unsigned z = group.position[2] * dispatch.threadgroup[2] + lz;\n"
                              "    (void)x, (void)y, (void)z;\n"
@@ -733,6 +735,10 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                                  "    }\n");
     }
     mtl_text_add_string(out, "}\n");
+}
+
+bool mtl_cpu_in_line(const mtl_mentions *mentions, const uint32_t threadgroup[3]) {
+    return mentions->lanes_meet && threadgroup[1] == 1 && threadgroup[2] == 1;
 }
 
 int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const uint32_t threadgroup[3]) {
@@ -948,7 +954,7 @@ bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
     add_signature(out, definition, mentions, types, declare);
     mtl_text_add_string(out, ";\n");
     if (options.target == MTL_TARGET_CUDA) add_cuda_kernel(out, definition, mentions, types, &options);
-    else if (options.lockstep) add_simdgroups(out, definition, mentions, types);
+    else if (options.lockstep) add_simdgroups(out, definition, mentions, types, options.in_line);
     else if (threads) add_threads(out, definition, mentions, types);
     else add_loops(out, definition, mentions, types);
     mtl_text_add_string(out, "#line 1 \"header\"\n");

@@ -305,6 +305,7 @@ SCALARS = ["thread_index_in_threadgroup", "thread_index_in_simdgroup", "simdgrou
         ((8, 4, 2), (4, 2, 1)),
         ((7, 5, 3), (4, 2, 2)),
         ((70, 1, 1), (64, 1, 1)),
+        ((70, 3, 2), (64, 1, 1)),
         ((1, 70, 2), (1, 8, 1)),
         ((3, 3, 3), (9, 9, 9)),
     ],
@@ -332,6 +333,32 @@ def test_attributes(grid, group, meet):
         assert v[at].tolist() == [*map(list, [position, local, of_group, groups, grid, extent, group, [0, 0, 0], grid])]
         assert s[at].tolist() == [index, index % 32, index // 32, -(-threads // 32), -(-nominal // 32), 32, 32,
                                   index % 4, index // 4, -(-threads // 4), -(-nominal // 4)]  # fmt: skip
+
+
+def test_one_kernel_in_threadgroups_of_every_shape():
+    """What is compiled for threadgroups along x serves no others."""
+    kernel = metal_kernel(
+        name="shapes",
+        input_names=[],
+        output_names=["out"],
+        source="""uint3 p = thread_position_in_grid, n = threads_per_grid, l = thread_position_in_threadgroup;
+                  out[(p.z * n.y + p.y) * n.x + p.x] = l.x + 100 * l.y + 10000 * l.z + 1000000 * simd_max(l.y);""",
+    )
+    for group in [(64, 1, 1), (16, 4, 1), (64, 1, 1), (8, 2, 2), (32, 1, 1), (4, 16, 1)]:
+        (out,) = kernel(
+            inputs=[],
+            grid=(64, 16, 2),
+            threadgroup=group,
+            output_shapes=[(2, 16, 64)],
+            output_dtypes=[np.int32],
+        )
+        z, y, x = np.indices((2, 16, 64))
+        local = x % group[0] + 100 * (y % group[1]) + 10000 * (z % group[2])
+        index = (z % group[2] * group[1] + y % group[1]) * group[0] + x % group[0]
+        last = np.minimum(index // 32 * 32 + 31, np.prod(group) - 1)  # of the simdgroup
+        first = index // 32 * 32
+        rows = np.max([np.minimum(first + i, last) // group[0] % group[1] for i in range(32)], axis=0)
+        assert np.array_equal(out, local + 1000000 * rows)
 
 
 # ---- threads that meet ---------------------------------------------------------------------------------------------
