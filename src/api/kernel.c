@@ -357,7 +357,7 @@ static void settle_types(const metalloid_kernel *kernel, checked *c) {
         memcpy(key, value->name, length);
         key += length;
     }
-    *key++ = c->launch.types.along_y;
+    *key++ = (unsigned char)(c->launch.types.along_y | c->launch.types.in_line << 1);
     /* What comes compiled is the same for all types. */
     c->launch.key_length = kernel->language == METALLOID_KERNEL_PRECOMPILED ? 0 : (size_t)(key - c->key);
 }
@@ -445,9 +445,15 @@ static metalloid_status check(const metalloid_kernel *kernel, const metalloid_ke
     MTL_TRY(allocate(c, call));
     MTL_TRY(check_templates(&kernel->definition, call, c->templates));
     MTL_TRY(check_tensors(kernel, call, c));
-    bool along_y = c->device.device_type == kDLCPU && !kernel->mentions.lanes_meet && c->launch.grid[0] == 1 &&
-                   c->launch.grid[1] > 1;
-    c->launch.types = (mtl_types){c->input_types, c->output_types, call->template_count, c->templates, along_y};
+    bool on_cpu = c->device.device_type == kDLCPU, meet = kernel->mentions.lanes_meet;
+    c->launch.types = (mtl_types){
+        .inputs = c->input_types,
+        .outputs = c->output_types,
+        .template_count = call->template_count,
+        .template_values = c->templates,
+        .along_y = on_cpu && !meet && c->launch.grid[0] == 1 && c->launch.grid[1] > 1,
+        .in_line = on_cpu && meet && c->launch.threadgroup[1] == 1 && c->launch.threadgroup[2] == 1,
+    };
     c->launch.inputs = c->inputs;
     c->launch.outputs = c->outputs;
     c->launch.interrupted = call->interrupted;
@@ -631,7 +637,6 @@ metalloid_status metalloid_kernel_source(metalloid_kernel *kernel, const metallo
                                           .stack_bits = 16,
                                           .most_threads = 1024,
                                           .line = mtl_cuda_line(&kernel->mentions, c.launch.grid, c.launch.threadgroup),
-                                          .in_line = mtl_cpu_in_line(&kernel->mentions, c.launch.threadgroup),
                                           .count_iterations = kernel->most_iterations > 0,
                                           .lockstep = !kernel->debug && !kernel->address_sanitizer};
         mtl_translation_unit(&source, &kernel->definition, &kernel->mentions, &c.launch.types, &options);

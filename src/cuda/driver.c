@@ -426,9 +426,8 @@ void mtl_cuda_cut_loop(const mtl_loop *loop, mtl_loop *outer, mtl_cuda_loop *inn
     }
 }
 
-enum { VECTOR = 16 };
-
 bool mtl_cuda_vectors(mtl_row row, const mtl_loop *loop, int operand) {
+    enum { VECTOR = 16 };
     if (!row.data) return true;
     bool aligned = row.stride == mtl_dtype_size(row.dtype) && (uintptr_t)row.data % VECTOR == 0;
     for (int axis = 0; axis < loop->rank && aligned; axis++) aligned = loop->stride[axis][operand] % VECTOR == 0;
@@ -436,6 +435,5 @@ bool mtl_cuda_vectors(mtl_row row, const mtl_loop *loop, int operand) {
 }
 
 bool mtl_cuda_weights(mtl_row row) {
-    if (!row.data) return true;
-    return row.dtype != MTL_F64 && row.stride == mtl_dtype_size(row.dtype) && (uintptr_t)row.data % VECTOR == 0;
+    return !row.data || (row.dtype != MTL_F64 && mtl_cuda_vectors(row, &(mtl_loop){0}, 0));
 }

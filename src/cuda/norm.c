@@ -9,6 +9,7 @@ enum {
     ANY = 3 * KERNELS,
     FEWEST_THREADS = 4, /* of a row */
     WARP = 32,
+    LONG_ROW = 512,      /* vectors, for whose sum half as many threads are too many */
     BLOCK_VECTORS = 256, /* of short rows together */
     MANY = 16,           /* rows for each multiprocessor */
 };
@@ -52,7 +53,8 @@ static metalloid_status launch(const mtl_cuda_call *call, mtl_cuda_image image, 
     /* Few threads for many rows whose sums are long or that a warp can hold, many for others: the sum over a row is
      * quicker the fewer hold it, its reading the more do. */
     bool many = rows >= (int64_t)call->device->multiprocessors * MANY, added = args->residual.data;
-    bool few_threads = many && !added && (image == MTL_CUDA_IMAGE_layer_norm || vectors <= 4 * WARP || vectors > 512);
+    bool few_threads =
+        many && !added && (image == MTL_CUDA_IMAGE_layer_norm || vectors <= 4 * WARP || vectors > LONG_ROW);
     int each = few_threads ? 4 : 2, step;
     while (each * MOST_THREADS < vectors) each *= 2;
     mtl_cuda_grid grid = {.threads = many ? FEWEST_THREADS : WARP, .rows = 1, .overlaps = true};

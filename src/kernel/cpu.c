@@ -162,15 +162,14 @@ static void *find_object(const mtl_digest *key) {
 
 /* Compiles, or finds it compiled; the mutex is held. NULL: `log` has why, or `*lockstep`, lanes in lockstep, is what
  * the source does not allow. */
-static void *build_object(const metalloid_kernel *kernel, const mtl_types *types, int stack_bits, bool in_line,
-                          bool *lockstep, const mtl_compiler *compiler, mtl_text *log) {
+static void *build_object(const metalloid_kernel *kernel, const mtl_types *types, int stack_bits, bool *lockstep,
+                          const mtl_compiler *compiler, mtl_text *log) {
     const char *arguments[48];
     char frame_limit[64];
     compiler_arguments(kernel, stack_bits, frame_limit, arguments);
     const mtl_unit_options options = {.target = MTL_TARGET_CPU,
                                       .math_mode = kernel->math_mode,
                                       .stack_bits = stack_bits,
-                                      .in_line = in_line,
                                       .count_iterations = kernel->most_iterations > 0,
                                       .lockstep = *lockstep};
     mtl_text unit = {0};
@@ -219,13 +218,13 @@ static int larger_stack(const mtl_text *log, int bits) {
 }
 
 /* With stacks of that size, or of a larger one where they have to be. */
-static void *build_with_stacks(const metalloid_kernel *kernel, const mtl_types *types, int bits, bool in_line,
-                               bool lockstep, const mtl_compiler *compiler, mtl_text *log) {
-    void *handle = build_object(kernel, types, bits, in_line, &lockstep, compiler, log);
+static void *build_with_stacks(const metalloid_kernel *kernel, const mtl_types *types, int bits, bool lockstep,
+                               const mtl_compiler *compiler, mtl_text *log) {
+    void *handle = build_object(kernel, types, bits, &lockstep, compiler, log);
     int larger = handle ? 0 : larger_stack(log, bits);
     if (!larger) return handle;
     mtl_text_free(log);
-    return build_object(kernel, types, larger, in_line, &lockstep, compiler, log);
+    return build_object(kernel, types, larger, &lockstep, compiler, log);
 }
 
 /* Whether the compiler says of itself that it is not clang. */
@@ -274,12 +273,11 @@ static metalloid_status build(const metalloid_kernel *kernel, const mtl_types *t
     bool to_debug = kernel->address_sanitizer || kernel->debug;
     void *handle = NULL;
     /* In lockstep where the source allows it; what does not compile so is built, and complained about, as written. */
-    if (!to_debug)
-        handle = build_with_stacks(kernel, types, LOCKSTEP_STACK_BITS, variant->in_line, true, &compiler, &log);
+    if (!to_debug) handle = build_with_stacks(kernel, types, LOCKSTEP_STACK_BITS, true, &compiler, &log);
     if (!handle) {
         mtl_text_free(&log);
         int bits = to_debug ? SANITIZER_STACK_BITS : STACK_BITS;
-        handle = build_with_stacks(kernel, types, bits, variant->in_line, false, &compiler, &log);
+        handle = build_with_stacks(kernel, types, bits, false, &compiler, &log);
     }
     pthread_mutex_unlock(&objects.mutex);
     metalloid_status status = handle ? METALLOID_OK : refuse(kernel, &compiler, &log);
@@ -304,9 +302,8 @@ static uint64_t hash_of(const unsigned char *bytes, size_t count) {
 }
 
 static const mtl_variant *find_variant(const metalloid_kernel *kernel, uint64_t hash, const mtl_launch *launch) {
-    bool in_line = mtl_cpu_in_line(&kernel->mentions, launch->threadgroup);
     for (const mtl_variant *at = atomic_load_explicit(&kernel->variants, memory_order_acquire); at; at = at->next) {
-        if (at->hash == hash && at->key_length == launch->key_length && at->in_line == in_line &&
+        if (at->hash == hash && at->key_length == launch->key_length &&
             memcmp(at->key, launch->key, launch->key_length) == 0)
             return at;
     }
@@ -323,10 +320,7 @@ static const mtl_variant *get_variant(metalloid_kernel *kernel, const mtl_launch
         *status = mtl_fail(METALLOID_OUT_OF_MEMORY, "%s: out of memory", op);
         return NULL;
     }
-    *variant = (mtl_variant){.hash = hash,
-                             .key_length = launch->key_length,
-                             .key = (unsigned char *)(variant + 1),
-                             .in_line = mtl_cpu_in_line(&kernel->mentions, launch->threadgroup)};
+    *variant = (mtl_variant){.hash = hash, .key_length = launch->key_length, .key = (unsigned char *)(variant + 1)};
     memcpy(variant + 1, launch->key, launch->key_length);
     *status = build(kernel, &launch->types, variant);
     if (*status) {

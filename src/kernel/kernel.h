@@ -14,7 +14,6 @@ typedef struct mtl_variant {
     const unsigned char *key;
     int (*run)(void *group, char *stacks, unsigned long begin, unsigned long end); /* CPU */
     int stack_bits;
-    bool in_line;   /* CPU: mtl_cpu_in_line */
     void *function; /* CUDA: a CUfunction */
     int running; /* CUDA: threadgroups that a multiprocessor has at a time, where mtl_cuda_line says how large they are */
 } mtl_variant;

@@ -569,7 +569,7 @@ static void add_simdgroup_values(mtl_text *out, const mtl_mentions *mentions) {
 
 /* A simdgroup has a stack, and runs its lanes in lockstep. */
 static void add_simdgroups(mtl_text *out, const mtl_definition *definition, const mtl_mentions *mentions,
-                           const mtl_types *types, bool in_line) {
+                           const mtl_types *types) {
     mtl_text_add_string(out, "struct __mtl_values {\n");
     for (int i = 0; i < ATTRIBUTES; i++) {
         if (mentions->attributes >> i & 1)
@@ -580,7 +580,7 @@ static void add_simdgroups(mtl_text *out, const mtl_definition *definition, cons
                              "    const mtl_dispatch &dispatch = here.dispatch;\n"
                              "    const __mtl_place &group = here;\n"
                              "    unsigned lx = index, ly = 0, lz = 0;\n");
-    if (!in_line) {
+    if (!types->in_line) {
         mtl_text_add_string(out, "    if (!group.is_line) {\n"
                                  "        lx = index % group.extent[0], ly = index / group.extent[0];\n"
                                  "        lz = ly / group.extent[1], ly %= group.extent[1];\n"
@@ -735,10 +735,6 @@ static void add_cuda_kernel(mtl_text *out, const mtl_definition *definition, con
                                  "    }\n");
     }
     mtl_text_add_string(out, "}\n");
-}
-
-bool mtl_cpu_in_line(const mtl_mentions *mentions, const uint32_t threadgroup[3]) {
-    return mentions->lanes_meet && threadgroup[1] == 1 && threadgroup[2] == 1;
 }
 
 int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const uint32_t threadgroup[3]) {
@@ -954,7 +950,7 @@ bool mtl_translation_unit(mtl_text *out, const mtl_definition *definition, const
     add_signature(out, definition, mentions, types, declare);
     mtl_text_add_string(out, ";\n");
     if (options.target == MTL_TARGET_CUDA) add_cuda_kernel(out, definition, mentions, types, &options);
-    else if (options.lockstep) add_simdgroups(out, definition, mentions, types, options.in_line);
+    else if (options.lockstep) add_simdgroups(out, definition, mentions, types);
     else if (threads) add_threads(out, definition, mentions, types);
     else add_loops(out, definition, mentions, types);
     mtl_text_add_string(out, "#line 1 \"header\"\n");

@@ -60,7 +60,10 @@ typedef struct mtl_types {
     const mtl_dtype *outputs;
     int template_count;
     const mtl_template_value *template_values;
+    /* Both on the CPU alone. */
     bool along_y; /* one thread along x, several along y: what is a loop goes along y */
+    bool
+        in_line; /* threads meet, in threadgroups along x: compilers see that lanes follow each other, and use vectors */
 } mtl_types;
 
 /* Whether Metal hands it to a kernel that mentions it. */
@@ -90,7 +93,6 @@ typedef struct mtl_unit_options {
     metalloid_math_mode math_mode;
     int stack_bits;         /* CPU: log2 of a thread's stack */
     bool count_iterations;  /* CPU */
-    bool in_line;           /* CPU: mtl_cpu_in_line */
     int most_threads;       /* CUDA: of a threadgroup */
     int line;               /* CUDA: mtl_cuda_line */
     const char *header;     /* what the body may count on */
@@ -120,10 +122,6 @@ mtl_cuda_layout mtl_cuda_layout_of(const mtl_definition *definition, const mtl_m
 /* The threads of a threadgroup where they are a power of two along x and all threadgroups are whole, so that the kernel is compiled
  * for that number: its loops over a threadgroup's share then have a known length and are unrolled. 0: any number. */
 int mtl_cuda_line(const mtl_mentions *mentions, const uint32_t grid[3], const uint32_t threadgroup[3]);
-
-/* Whether a kernel whose lanes meet is compiled for threadgroups along x alone, so that compilers see positions of lanes that
- * follow each other, and read and write them as vectors. */
-bool mtl_cpu_in_line(const mtl_mentions *mentions, const uint32_t threadgroup[3]);
 
 /* Whether a block of the kernel that is compiled for this line does several threadgroups along x, one after the other,
  * where the launch has fewer blocks. Blocks of few threads take longer to be launched than to read a row; of 1024 a

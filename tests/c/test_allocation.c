@@ -204,7 +204,7 @@ static metalloid_status translate_for_a_gpu(const char *header, const char *body
     const mtl_buffer_type input = {.dtype = MTL_F32};
     const mtl_dtype output = MTL_F32;
     const mtl_template_value value = {.name = "N", .kind = METALLOID_TEMPLATE_INT, .integer = 64};
-    const mtl_types types = {&input, &output, 1, &value, false};
+    const mtl_types types = {&input, &output, 1, &value, false, false};
     const mtl_definition definition = {"k", 1, 1, names, results, body, header, false};
     const mtl_unit_options options = {.target = MTL_TARGET_CUDA, .most_threads = 1024, .line = 32};
     mtl_mentions mentions;

@@ -393,7 +393,7 @@ static void long_sources_are_translated_in_linear_time(void **state) {
     const mtl_buffer_type input = {.dtype = MTL_F16};
     const mtl_dtype output = MTL_F16;
     const mtl_template_value value = {.name = "N", .kind = METALLOID_TEMPLATE_INT, .integer = 256};
-    const mtl_types types = {&input, &output, 1, &value, false};
+    const mtl_types types = {&input, &output, 1, &value, false, false};
     for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
         mtl_text text = {0};
         mtl_text_add_string(&text, texts[i].begin);
@@ -523,7 +523,6 @@ static void blocks_with_threads_that_leave_do_one_threadgroup(void **state) {
     }
 }
 
-/* FIPS 180-4's examples. */
 /* As clang 14, later versions of clang, and NVRTC quote a line that is not the user's. */
 static void messages_quote_the_users_lines(void **state) {
     (void)state;
@@ -612,6 +611,7 @@ static void hints_say_what_compilers_do_not(void **state) {
     }
 }
 
+/* FIPS 180-4's examples. */
 static void digests_are_the_standards(void **state) {
     (void)state;
     static const struct {

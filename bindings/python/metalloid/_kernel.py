@@ -126,7 +126,8 @@ def _numpy_dtype(name: str) -> np.dtype:
 
 def _library(array: Any) -> str:
     """Of the array's class, or of the one that it is derived from."""
-    return _library_of(array.__class__)
+    kind: Any = type(array)  # mypy takes no class for hashable
+    return _library_of(kind)
 
 
 @functools.lru_cache(maxsize=64)
